@@ -1,0 +1,26 @@
+"""Distil large language models into small ones, in JAX.
+
+Dimension key, used in variable suffixes, einsum strings, tests and docs:
+
+  B  batch                      L  layers
+  T  student tokens             N  query heads
+  R  teacher tokens             K  key-value heads
+  S  cache slots                G  query heads per key-value head, N / K
+  D  student width              H  head size
+  E  teacher width              V  student vocabulary
+  F  feed-forward width         U  teacher vocabulary
+                                C  critic width
+
+Where both models meet, `s_` is the student and `t_` the teacher; `log_p` is
+the teacher's log-probability and `log_q` the student's, as in the papers.
+"""
+
+__version__ = '0.1.0'
+
+
+class UserError(Exception):
+  """Bad input: one line that says what, where, and what to do about it.
+
+  The binaries print the line and exit with status 2; anything else that is
+  raised is a bug and keeps its traceback.
+  """
