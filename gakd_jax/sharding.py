@@ -1,0 +1,107 @@
+"""The device mesh, where parameters lie on it, and global batches.
+
+Axes: `data` replicates parameters and splits the batch, `fsdp` splits both,
+`tensor` splits heads, feed-forward and vocabulary. Everything else is left to
+the compiler (`AxisType.Auto`), but for the vocabulary head
+(`objectives/head.py`).
+"""
+
+import math
+import re
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import numpy as np
+
+from gakd_jax import UserError
+
+BATCH_AXES = ('data', 'fsdp')
+
+# The first pattern found in a parameter's path says how its last dimensions
+# are split (a leading L of stacked layers is never split). Optimizer moments
+# have the path of their parameter, so the table places them too.
+RULES = (
+  (r'(embedding|head_weight)$', ('tensor', 'fsdp')),
+  (r'(query|key|value|gate|up)/kernel$', ('fsdp', 'tensor')),
+  (r'(out|down)/kernel$', ('tensor', 'fsdp')),
+)
+
+
+def make_mesh(data=-1, fsdp=1, tensor=1):
+  """A mesh over all devices; one size may be -1, 'whatever is left'."""
+  sizes = [data, fsdp, tensor]
+  n = jax.device_count()
+  if sizes.count(-1) == 1:
+    sizes[sizes.index(-1)] = n // math.prod(s for s in sizes if s != -1)
+  if min(sizes) < 1 or math.prod(sizes) != n:
+    raise UserError(
+      f'config.mesh: data={data}, fsdp={fsdp}, tensor={tensor} does not make '
+      f'{n} devices; the product must be {n} (one of them may be -1)'
+    )
+  return jax.make_mesh(
+    tuple(sizes), ('data', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 3
+  )
+
+
+def path_name(path):
+  """'blocks/mlp/up/kernel' for a key path of `jax.tree_util`."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def _spec(name, shape, mesh):
+  """The table's answer, without the axes that do not divide a dimension."""
+  for pattern, axes in RULES:
+    if re.search(pattern, name):
+      axes = (None,) * (len(shape) - len(axes)) + axes
+      return P(
+        *(
+          axis if axis and size % mesh.shape[axis] == 0 else None
+          for axis, size in zip(axes, shape, strict=True)
+        )
+      )
+  return P()
+
+
+def shardings(tree, mesh):
+  """A `NamedSharding` for each leaf (array or abstract shape) of a tree."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: NamedSharding(mesh, _spec(path_name(path), x.shape, mesh)),
+    tree,
+  )
+
+
+def replicated(mesh):
+  return NamedSharding(mesh, P())
+
+
+def check_batch_size(batch_size, microbatch_size, mesh):
+  """Refuses a batch that does not divide over microbatches and the mesh."""
+  ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
+  if batch_size % microbatch_size:
+    raise UserError(
+      f'config.train.batch_size={batch_size} is not a multiple of '
+      f'microbatch_size={microbatch_size}; change one of them'
+    )
+  if microbatch_size % ways:
+    raise UserError(
+      f'config.train: {microbatch_size} rows a (micro)batch do not divide over '
+      f'{ways} devices (data x fsdp); use a multiple of {ways} or another mesh'
+    )
+
+
+def put_batch(batch, mesh):
+  """Host rows -> global arrays split over the batch axes.
+
+  Every process passes its own rows; the global batch is their concatenation
+  in process order. An array that occurs twice in the batch is sent once.
+  """
+  sharding = NamedSharding(mesh, P(BATCH_AXES))
+  sent = {}
+
+  def put(x):
+    x = np.asarray(x)
+    if id(x) not in sent:
+      sent[id(x)] = jax.make_array_from_process_local_data(sharding, x)
+    return sent[id(x)]
+
+  return jax.tree.map(put, batch)
