@@ -10,8 +10,9 @@ import math
 import re
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gakd_jax import UserError
 
@@ -31,7 +32,7 @@ def make_mesh(data=-1, fsdp=1, tensor=1):
   """A mesh over all devices; one size may be -1, 'whatever is left'."""
   sizes = [data, fsdp, tensor]
   n = jax.device_count()
-  if sizes.count(-1) == 1:
+  if sizes.count(-1) == 1 and 0 not in sizes:
     sizes[sizes.index(-1)] = n // math.prod(s for s in sizes if s != -1)
   if min(sizes) < 1 or math.prod(sizes) != n:
     raise UserError(
@@ -74,9 +75,14 @@ def replicated(mesh):
   return NamedSharding(mesh, P())
 
 
+def batch_ways(mesh):
+  """Into how many parts a mesh splits a batch."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch_size(batch_size, microbatch_size, mesh):
   """Refuses a batch that does not divide over microbatches and the mesh."""
-  ways = math.prod(mesh.shape[a] for a in BATCH_AXES)
+  ways = batch_ways(mesh)
   if batch_size % microbatch_size:
     raise UserError(
       f'config.train.batch_size={batch_size} is not a multiple of '
@@ -99,9 +105,11 @@ def put_batch(batch, mesh):
   sent = {}
 
   def put(x):
-    x = np.asarray(x)
+    # The id of the leaf, which lives as long as the batch.
     if id(x) not in sent:
-      sent[id(x)] = jax.make_array_from_process_local_data(sharding, x)
+      sent[id(x)] = jax.make_array_from_process_local_data(
+        sharding, np.asarray(x)
+      )
     return sent[id(x)]
 
   return jax.tree.map(put, batch)

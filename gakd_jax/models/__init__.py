@@ -3,17 +3,19 @@
   model = models.load('Qwen/Qwen3-0.6B', dtype='bfloat16')
   logits_BTV = model.logits(ids_BT)
   models.save(model, 'out')
+
+`abstract` makes a model without weights, `init` one with random weights.
 """
 
 import dataclasses
 import fnmatch
 import json
-from pathlib import Path
 import shutil
+from pathlib import Path
 
-from flax import nnx
 import huggingface_hub
 import jax
+from flax import nnx
 
 from gakd_jax import UserError, sharding
 from gakd_jax.models import convert, families, transformer
@@ -111,6 +113,13 @@ def init(path, seed, dtype=None, mesh=None, **shape) -> Decoder:
   return nnx.merge(definition, jax.jit(make, out_shardings=places)())
 
 
+def copy_companions(source, path):
+  """Copies what a model needs beside weights and config.json: its tokenizer."""
+  for file in Path(source).iterdir():
+    if any(fnmatch.fnmatch(file.name, p) for p in _COMPANIONS):
+      shutil.copyfile(file, Path(path) / file.name)
+
+
 def save(model, path, max_shard_bytes=5 * 10**9, report=None):
   """Writes a directory that transformers and vLLM load unchanged.
 
@@ -118,7 +127,10 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None):
   The directory appears whole or not at all: an earlier one stays until the
   new one is complete.
   """
-  path = Path(path)
+  path = Path(path).resolve()
+  is_model = path.is_dir() and any(path.glob('*.safetensors'))
+  if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_model):
+    raise UserError(f'{path}: is not a model that could be replaced')
   config = model.config
   params = transformer.split(model)[1]
   dtype = convert.flatten(params)['embedding'].dtype.name
@@ -129,14 +141,15 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None):
     hf = convert.read_json(source / 'config.json') | hf
   hf |= {'dtype': dtype, 'torch_dtype': dtype}
 
-  new = path.with_name(path.name + '.tmp')
-  shutil.rmtree(new, ignore_errors=True)
+  new, old = (path.with_name(path.name + end) for end in ('.tmp', '.old'))
+  for left_over in (new, old):
+    shutil.rmtree(left_over, ignore_errors=True)
   new.mkdir(parents=True)
   convert.save_params(params, config, new, max_shard_bytes, report)
   (new / 'config.json').write_text(json.dumps(hf, indent=2) + '\n')
-  for file in sorted(source.iterdir()) if source else ():
-    if any(fnmatch.fnmatch(file.name, p) for p in _COMPANIONS):
-      shutil.copyfile(file, new / file.name)
+  if source:
+    copy_companions(source, new)
   if path.exists():
-    shutil.rmtree(path)
+    path.rename(old)
   new.rename(path)
+  shutil.rmtree(old, ignore_errors=True)

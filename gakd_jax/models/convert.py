@@ -5,7 +5,6 @@ of this process holds, straight to its dtype and its shard: host memory never
 has a second copy of the model.
 """
 
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -14,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from gakd_jax import UserError, sharding
 from gakd_jax.models import families
 
 INDEX = 'model.safetensors.index.json'
+_DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
+_STORED = {name: stored for stored, name in _DTYPES.items()}
 # Buffers that old checkpoints saved though they are computed.
 IGNORED = ('rotary_emb.inv_freq',)
 
@@ -54,7 +54,7 @@ def _tensors(name, shape, hf_name):
 
 def _weight_files(path):
   if (path / INDEX).exists():
-    index = json.loads((path / INDEX).read_text())
+    index = read_json(path / INDEX)
     files = [path / f for f in sorted(set(index['weight_map'].values()))]
   else:
     files = sorted(path.glob('*.safetensors'))
@@ -69,8 +69,8 @@ def _weight_files(path):
   return files
 
 
-def _check(expected, found, optional, path):
-  """One error that lists every missing, extra and wrongly shaped tensor."""
+def _check(expected, found, stored, optional, path):
+  """One error that lists all that is missing, extra, misshapen or quantized."""
   problems = [f'{n} is missing' for n in expected if n not in found]
   problems += [
     f'{n} is not expected'
@@ -82,24 +82,38 @@ def _check(expected, found, optional, path):
     for n, shape in expected.items()
     if n in found and found[n] != shape
   ]
+  problems += [
+    f'{n} is stored as {stored[n]}, not as one of {", ".join(_DTYPES)}'
+    for n in expected
+    if n in stored and stored[n] not in _DTYPES
+  ]
   if problems:
     raise UserError(
       f'{path}: tensors do not match config.json: ' + '; '.join(problems)
     )
 
 
-def _reader(handles, where, name, shape, hf_name, dtype):
+def _open(file):
+  try:
+    return safetensors.safe_open(file, framework='numpy')
+  except (safetensors.SafetensorError, OSError) as e:
+    raise UserError(f'{file}: not a readable safetensors file ({e})') from e
+
+
+def _reader(files, name, shape, hf_name, dtype):
   """A callback for `jax.make_array_from_callback`: index -> that part."""
 
   def read_one(tensor, index):
-    view = handles[where[tensor]].get_slice(tensor)
-    if name.endswith('kernel'):
-      return view[index[::-1]].T
-    return view[tuple(index)]
+    # Opened each time: a file that stays mapped stays in memory.
+    with _open(files[tensor]) as file:
+      view = file.get_slice(tensor)
+      if name.endswith('kernel'):
+        return view[index[::-1]].T
+      return view[tuple(index)]
 
   def read(index):
     if '{}' not in hf_name:
-      return read_one(hf_name, index).astype(dtype)
+      return np.asarray(read_one(hf_name, index), dtype)
     layers = range(*index[0].indices(shape[0]))
     inner = index[1:]
     sizes = [
@@ -129,60 +143,53 @@ def load_params(path, config, abstract, dtype=None, mesh=None, report=None):
   """
   names = families.FAMILIES[config.family].names
   shapes = {name: x.shape for name, x in flatten(abstract).items()}
-  with contextlib.ExitStack() as stack:
-    handles, where = [], {}
-    for file in _weight_files(path):
-      try:
-        handle = safetensors.safe_open(file, framework='numpy')
-      except (safetensors.SafetensorError, OSError) as e:
-        raise UserError(f'{file}: not a readable safetensors file ({e})') from e
-      handles.append(stack.enter_context(handle))
-      where |= dict.fromkeys(handle.keys(), len(handles) - 1)
-    slices = {t: handles[i].get_slice(t) for t, i in where.items()}
-    found = {t: tuple(s.get_shape()) for t, s in slices.items()}
-    expected = dict(
-      tensor
-      for name, shape in shapes.items()
-      for tensor in _tensors(name, shape, names[name])
-    )
-    # A tied model may carry its head all the same.
-    _check(expected, found, {names['head_weight']}, path)
-    flat = {}
-    for name, shape in shapes.items():
-      first = _tensors(name, shape, names[name])[0][0]
-      stored = slices[first][(slice(0, 1),) * len(found[first])].dtype
-      leaf_dtype = jnp.dtype(dtype or stored)
-      abstract_leaf = jax.ShapeDtypeStruct(shape, leaf_dtype)
-      if mesh is None:
-        place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-      else:
-        place = sharding.shardings({name: abstract_leaf}, mesh)[name]
-      flat[name] = jax.make_array_from_callback(
-        shape,
-        place,
-        _reader(handles, where, name, shape, names[name], leaf_dtype),
-      )
-      if report:
-        report(flat[name].nbytes)
+  files, found, stored = {}, {}, {}
+  for file in _weight_files(path):
+    with _open(file) as tensors:
+      for tensor in sorted(tensors.keys()):
+        view = tensors.get_slice(tensor)
+        files[tensor], found[tensor] = file, tuple(view.get_shape())
+        stored[tensor] = view.get_dtype()
+  expected = dict(
+    tensor
+    for name, shape in shapes.items()
+    for tensor in _tensors(name, shape, names[name])
+  )
+  # A tied model may carry its head all the same.
+  _check(expected, found, stored, {names['head_weight']}, path)
+  flat = {}
+  for name, shape in shapes.items():
+    first = _tensors(name, shape, names[name])[0][0]
+    leaf_dtype = jnp.dtype(dtype or _DTYPES[stored[first]])
+    abstract_leaf = jax.ShapeDtypeStruct(shape, leaf_dtype)
+    if mesh is None:
+      place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    else:
+      place = sharding.shardings({name: abstract_leaf}, mesh)[name]
+    read = _reader(files, name, shape, names[name], leaf_dtype)
+    flat[name] = jax.make_array_from_callback(shape, place, read)
+    if report:
+      report(flat[name].nbytes)
   return unflatten(flat)
 
 
 def save_params(params, config, path, max_shard_bytes=5 * 10**9, report=None):
   """Writes a parameter tree as safetensors, in files like transformers'.
 
-  One file up to `max_shard_bytes`, else several with an index. The tensors of
-  one file at a time are copied.
+  One file up to `max_shard_bytes`, else several with an index. One tensor at
+  a time is copied.
   """
   names = families.FAMILIES[config.family].names
-  shards, size = [[]], 0
+  shards, size = [{}], 0
   for name, leaf in flatten(params).items():
-    tensors = _tensors(name, leaf.shape, names[name])
-    for l, (tensor, shape) in enumerate(tensors):
+    for l, (tensor, shape) in enumerate(
+      _tensors(name, leaf.shape, names[name])
+    ):
       n_bytes = math.prod(shape) * leaf.dtype.itemsize
       if shards[-1] and size + n_bytes > max_shard_bytes:
-        shards.append([])
+        shards.append({})
         size = 0
-      shards[-1].append((tensor, name, leaf, l))
+      shards[-1][tensor] = (name, leaf, l, shape, n_bytes)
       size += n_bytes
 
   def value(name, leaf, l):
@@ -194,16 +201,33 @@ def save_params(params, config, path, max_shard_bytes=5 * 10**9, report=None):
     file = 'model.safetensors'
     if len(shards) > 1:
       file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
-    data = {tensor: value(name, leaf, l) for tensor, name, leaf, l in shard}
-    safetensors.numpy.save_file(data, path / file, metadata={'format': 'pt'})
-    weight_map |= dict.fromkeys(data, file)
-    n_bytes = sum(x.nbytes for x in data.values())
-    total += n_bytes
-    if report:
-      report(n_bytes)
+    with (path / file).open('wb') as f:
+      f.write(_safetensors_header(shard))
+      for name, leaf, l, _, n_bytes in shard.values():
+        # As bytes: numpy's buffers do not know bfloat16.
+        f.write(value(name, leaf, l).reshape(-1).view(np.uint8))
+        total += n_bytes
+        if report:
+          report(n_bytes)
+    weight_map |= dict.fromkeys(shard, file)
   if len(shards) > 1:
     index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
     (path / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _safetensors_header(shard):
+  """What comes before the data; the library itself wants all data at once."""
+  header, end = {'__metadata__': {'format': 'pt'}}, 0
+  for tensor, (_, leaf, _, shape, n_bytes) in shard.items():
+    header[tensor] = {
+      'dtype': _STORED[leaf.dtype.name],
+      'shape': shape,
+      'data_offsets': [end, end + n_bytes],
+    }
+    end += n_bytes
+  text = json.dumps(header).encode()
+  text += b' ' * (-len(text) % 8)  # keeps the data aligned
+  return len(text).to_bytes(8, 'little') + text
 
 
 def read_json(file):

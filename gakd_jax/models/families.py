@@ -6,8 +6,8 @@ the layer; a path that ends in `kernel` is transposed, since Hugging Face keeps
 linear layers as [out, in].
 """
 
-from collections.abc import Callable
 import dataclasses
+from collections.abc import Callable
 
 from gakd_jax import UserError
 from gakd_jax.models.transformer import DecoderConfig
@@ -43,16 +43,14 @@ def _refuse(hf, **expected):
 
 
 def _qwen3(hf):
-  _refuse(
-    hf, attention_bias=False, hidden_act='silu', use_sliding_window=False
-  )
+  _refuse(hf, attention_bias=False, hidden_act='silu', use_sliding_window=False)
   heads = hf['num_attention_heads']
   return DecoderConfig(
     vocab_size=hf['vocab_size'],
     width=hf['hidden_size'],
     layers=hf['num_hidden_layers'],
     heads=heads,
-    kv_heads=hf.get('num_key_value_heads', heads),
+    kv_heads=hf.get('num_key_value_heads') or heads,
     head_dim=hf.get('head_dim', 128),
     ff_width=hf['intermediate_size'],
     tied_head=hf.get('tie_word_embeddings', False),
@@ -103,9 +101,10 @@ _LLAMA_NAMES = {
   'final_norm/scale': 'model.norm.weight',
   'head_weight': 'lm_head.weight',
 }
+_ATTENTION = 'model.layers.{}.self_attn.'
 _QWEN3_NAMES = _LLAMA_NAMES | {
-  'blocks/attention/query_norm/scale': 'model.layers.{}.self_attn.q_norm.weight',
-  'blocks/attention/key_norm/scale': 'model.layers.{}.self_attn.k_norm.weight',
+  'blocks/attention/query_norm/scale': _ATTENTION + 'q_norm.weight',
+  'blocks/attention/key_norm/scale': _ATTENTION + 'k_norm.weight',
 }
 
 FAMILIES = {'qwen3': Family(_qwen3, _qwen3_to_hf, _QWEN3_NAMES)}

@@ -11,9 +11,9 @@ token.
 
 import dataclasses
 
-from flax import nnx, struct
 import jax
 import jax.numpy as jnp
+from flax import nnx, struct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Attention(nnx.Module):
     self.key_norm = RMSNorm(c.head_dim, c.norm_eps)
 
   def __call__(self, x_BTD, rope, mask_BTS, cache=None, slots_BT=None):
-    """With a cache, keys and values are written to `slots_BT` and read whole."""
+    """With a cache, keys and values go to `slots_BT` and all are read."""
     c = self.config
     B, T, _ = x_BTD.shape
     q_BTNH = self.query(x_BTD).reshape(B, T, c.heads, c.head_dim)
@@ -240,7 +240,7 @@ class Decoder(nnx.Module):
     return Outputs(self.final_norm(x_BTD), self.head)
 
   def init_cache(self, batch, slots):
-    """An empty key-value cache: for each layer, keys and values [B, S, K, H]."""
+    """An empty key-value cache: keys and values [B, S, K, H] of each layer."""
     c = self.config
     zeros = jnp.zeros(
       (batch, slots, c.kv_heads, c.head_dim), self.embedding[...].dtype
@@ -300,3 +300,13 @@ def split(model):
   """
   definition, state = nnx.split(model)
   return definition, nnx.to_pure_dict(state)
+
+
+def apply(definition, params, tokens, dtype, remat=False):
+  """`Outputs` of a split model on `data.pipeline.Tokens`, computed in `dtype`.
+
+  Master weights stay as they are: their gradient passes through the cast.
+  """
+  params = jax.tree.map(lambda x: x.astype(dtype), params)
+  model = nnx.merge(definition, params)
+  return model(tokens.ids_BT, tokens.segments_BT, remat=remat)

@@ -1,0 +1,141 @@
+"""Every setting and its default. An experiment overrides a few of these.
+
+`--config.a.b=value` on the command line overrides them again; a key that is
+not here is refused, before any weight is loaded.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def get_config():
+  c = ml_collections.ConfigDict()
+  c.seed = 0  # of initialisation, data order, dropout and sampling
+  # A run of several stages: (name, config) pairs, each in its own directory
+  # <workdir>/<name>; finished stages are skipped on restart. A later stage
+  # names an earlier one as 'stage:<name>': its best/ model as a `path`, its
+  # answers as `data.train`. Everything below is then that of each stage.
+  c.stages = ()
+
+  c.student = ml_collections.ConfigDict()
+  c.student.path = config_dict.placeholder(str)  # HF directory or hub id
+  # None loads the weights. A dict makes random ones: the architecture of
+  # `path` with these fields of DecoderConfig replaced, such as width.
+  c.student.shape = config_dict.placeholder(object)
+  c.student.dtype = 'bfloat16'  # of the exported weights; training is fp32
+  c.student.remat = True  # recompute blocks: less memory, a third more time
+
+  c.teacher = ml_collections.ConfigDict()
+  c.teacher.path = config_dict.placeholder(str)  # HF directory or hub id
+  c.teacher.dtype = 'bfloat16'  # in memory; it is never trained
+
+  c.data = ml_collections.ConfigDict()
+  # A file (.jsonl, .json, .parquet, .gz), a directory, a hub id
+  # (org/name:split), synthetic:<split>:<rows>, or a tuple of these.
+  c.data.train = config_dict.placeholder(object)
+  c.data.validation = config_dict.placeholder(object)
+  c.data.template = 'qwen3'  # qwen3, gakd, alpaca, chat, raw
+  c.data.max_length = 512  # tokens, prompt and response with EOS
+  c.data.max_prompt_length = 256  # longer ones: dropped, shortened in evals
+  c.data.buckets = config_dict.placeholder(tuple)  # lengths; None: halvings
+  c.data.packing = False  # several documents a row, attention kept apart
+  c.data.on_bad_row = 'skip'  # skip: count and report; fail: stop at it
+  c.data.workers = 0  # processes that build batches; 0: a thread
+
+  # Who writes the responses: 'dataset' trains on those of data.train;
+  # 'teacher' has the teacher answer its prompts first (sequence-level KD,
+  # arXiv 1606.07947) and keeps them in <workdir>/answers.jsonl.
+  c.rollout = ml_collections.ConfigDict({'writer': 'dataset'})
+
+  # A method and its settings: see gakd_jax/objectives.
+  c.objective = ml_collections.ConfigDict({'name': 'sft'})
+
+  c.optimizer = ml_collections.ConfigDict()
+  c.optimizer.name = 'adamw'
+  c.optimizer.learning_rate = 1e-5
+  c.optimizer.schedule = 'cosine'  # constant, cosine, linear
+  c.optimizer.end = 1e-7  # learning rate at the last step
+  c.optimizer.warmup_steps = 0
+  c.optimizer.b1 = 0.9
+  c.optimizer.b2 = 0.999
+  c.optimizer.eps = 1e-8
+  c.optimizer.weight_decay = 0.01
+  c.optimizer.no_decay = r'(scale|bias)$'  # regex of parameter paths
+  c.optimizer.clip_norm = 1.0  # global gradient norm; None: no clipping
+
+  c.train = ml_collections.ConfigDict()
+  c.train.steps = config_dict.placeholder(int)  # optimizer steps, or
+  c.train.epochs = config_dict.placeholder(float)  # passes over the data
+  c.train.batch_size = 32  # rows an optimizer step, over all devices
+  c.train.microbatch_size = config_dict.placeholder(int)  # None: all at once
+  c.train.precision = 'bfloat16'  # compute dtype; master weights are fp32
+  c.train.head_chunk = 512  # tokens a device whose logits exist at a time
+
+  # name: settings, see gakd_jax/evals; `kind` if the name is your own.
+  c.evals = ml_collections.ConfigDict({'loss': {}})
+  c.eval_every = 500  # steps; 0: at the end only
+
+  c.checkpoint = ml_collections.ConfigDict()
+  c.checkpoint.every = 500  # steps; 0: at the end and when interrupted only
+  c.checkpoint.keep = 1  # newest checkpoints that stay on disk
+  # best/ is the model with the best of this metric; None: the last one.
+  c.checkpoint.best_metric = config_dict.placeholder(str)
+  c.checkpoint.best_mode = 'max'  # max or min
+
+  c.mesh = ml_collections.ConfigDict()  # devices an axis; -1: what is left
+  c.mesh.data = -1  # copies of the model
+  c.mesh.fsdp = 1  # parameters and batch split
+  c.mesh.tensor = 1  # heads, feed-forward and vocabulary split
+
+  c.report = ml_collections.ConfigDict()
+  c.report.tensorboard = True
+  c.report.answers = 6  # sample answers in report.html
+  c.lock()
+  return c
+
+
+def shrink(config, *, model, data, steps=2):
+  """A tiny version of any experiment, for tests: same parts, small sizes.
+
+  Args:
+    config: a config of this folder.
+    model: a small HF directory, for student and teacher alike.
+    data: a data file with a few rows.
+    steps: optimizer steps of each stage.
+  """
+  config = config.copy_and_resolve_references()
+  config.stages = tuple(
+    (name, shrink(stage, model=model, data=data, steps=steps))
+    for name, stage in config.stages
+  )
+  for part in (config.student, config.teacher):
+    if part.path and not part.path.startswith('stage:'):
+      part.path = model
+  if config.student.shape is not None:
+    config.student.shape = {'width': 16, 'layers': 1}
+  for split in ('train', 'validation'):
+    spec = config.data[split]
+    if spec and not str(spec).startswith('stage:'):
+      config.data[split] = data
+  config.data.max_length = 96
+  config.data.max_prompt_length = 64
+  config.data.buckets = None
+  config.train.epochs = None
+  config.train.steps = min(steps, config.train.steps or steps)
+  config.train.batch_size = 8
+  config.train.microbatch_size = None
+  config.train.head_chunk = 32
+  config.evals = {
+    name: dict(settings) | _small(name, settings, data)
+    for name, settings in config.evals.items()
+  }
+  return config
+
+
+def _small(name, settings, data):
+  small = {'limit': 4}
+  if settings.get('kind', name) == 'generation':
+    small |= {'max_new_tokens': 4, 'batch_size': 4}
+  if settings.get('data'):
+    small['data'] = data
+  return small

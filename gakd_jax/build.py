@@ -1,0 +1,217 @@
+"""From a config to the parts of a run: data, models, objective, optimizer.
+
+Everything that can be wrong is checked before any weight is loaded.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gakd_jax import (
+  UserError,
+  evals,
+  models,
+  objectives,
+  optim,
+  rollout,
+  sharding,
+  step,
+)
+from gakd_jax.data import pipeline, sources
+from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.models import transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What a run is made of: all that does not change from step to step."""
+
+  config: Any
+  workdir: Path
+  mesh: jax.sharding.Mesh
+  tokenizer: Any
+  objective: objectives.base.Objective
+  student: Any  # model definition
+  teacher: Any  # model definition, or None
+  frozen: dict  # {'teacher': parameters}, or {}
+  evaluators: dict
+
+  @property
+  def subject(self):
+    """The run as its evaluators see it."""
+    c = self.config
+    return evals.Subject(
+      student=self.student,
+      teacher=self.teacher,
+      frozen=self.frozen,
+      tokenizer=self.tokenizer,
+      template=c.data.template,
+      max_length=c.data.max_length,
+      max_prompt_length=c.data.max_prompt_length,
+      dtype=jnp.dtype(c.train.precision),
+      head_chunk=c.train.head_chunk,
+      mesh=self.mesh,
+      workdir=self.workdir,
+    )
+
+
+def build(config, workdir, mesh):
+  """A `Run` and the student's first parameters, in fp32."""
+  settings = config.objective.to_dict()
+  objective = objectives.make(
+    settings.pop('name'), head_chunk=config.train.head_chunk, **settings
+  )
+  rollout.check(**config.rollout)
+  microbatch = config.train.microbatch_size or config.train.batch_size
+  sharding.check_batch_size(config.train.batch_size, microbatch, mesh)
+  uses_teacher = objective.needs_teacher or config.rollout.writer == 'teacher'
+  if uses_teacher and config.teacher.path is None:
+    raise UserError(
+      'config.teacher.path is not set, and this config needs a teacher'
+    )
+  tokenizer = tokenizer_lib.load(models.resolve(config.student.path))
+  _check_vocabulary(config.student.path, tokenizer, config.student.shape)
+  if config.teacher.path:
+    tokenizer_lib.check_same(
+      tokenizer,
+      tokenizer_lib.load(models.resolve(config.teacher.path)),
+      config.student.path,
+      config.teacher.path,
+    )
+    _check_vocabulary(config.teacher.path, tokenizer, None)
+  evaluators = {
+    name: evals.make(name, kind, config.data.validation)
+    for name, kind in config.evals.items()
+  }
+
+  student = _load(config.student, 'float32', mesh, config.seed)
+  teacher = None
+  if config.teacher.path:
+    teacher = _load(config.teacher, config.teacher.dtype, mesh, config.seed)
+  student, student_params = transformer.split(student)
+  frozen = {}
+  if teacher is not None:
+    teacher, frozen['teacher'] = transformer.split(teacher)
+  this = Run(
+    config=config,
+    workdir=workdir,
+    mesh=mesh,
+    tokenizer=tokenizer,
+    objective=objective,
+    student=student,
+    teacher=teacher,
+    frozen=frozen,
+    evaluators=evaluators,
+  )
+  return this, student_params
+
+
+def _load(part, dtype, mesh, seed):
+  shape = part.get('shape')
+  if shape is not None:
+    return models.init(part.path, seed, dtype=dtype, mesh=mesh, **shape)
+  return models.load(part.path, dtype=dtype, mesh=mesh)
+
+
+def _check_vocabulary(path, tokenizer, shape):
+  rows = (shape or {}).get('vocab_size') or models.read_config(path).vocab_size
+  if len(tokenizer) > rows:
+    raise UserError(
+      f'{path}: the tokenizer has {len(tokenizer)} tokens but the model only '
+      f'{rows} embedding rows; use the tokenizer that belongs to the model'
+    )
+
+
+def training_batches(this):
+  """The data iterator, and how many steps the run takes."""
+  c = this.config
+  if c.data.train is None:
+    raise UserError('config.data.train is not set: name a data file')
+  spec = c.data.train
+  if c.rollout.writer == 'teacher':
+    spec = teacher_answers(this)
+  rows, bad = sources.load(spec, on_bad_row=c.data.on_bad_row)
+  examples, bad_too = pipeline.encode_rows(
+    rows,
+    this.tokenizer,
+    template=c.data.template,
+    max_length=c.data.max_length,
+    max_prompt_length=c.data.max_prompt_length,
+    on_bad_row=c.data.on_bad_row,
+  )
+  batches = pipeline.batches(
+    examples,
+    batch_size=c.train.batch_size,
+    max_length=c.data.max_length,
+    pad_id=tokenizer_lib.pad_id(this.tokenizer),
+    buckets=c.data.buckets,
+    packing=c.data.packing,
+    seed=c.seed,
+    workers=c.data.workers,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  facts = [f'{len(examples)} rows, {batches.padding:.0%} padding']
+  facts += [f'{n} skipped: {why}' for why, n in sorted((bad + bad_too).items())]
+  print(f'data: {"; ".join(facts)}', flush=True)
+  if c.train.steps is not None:
+    return batches, c.train.steps
+  if c.train.epochs is None:
+    raise UserError('config.train: set steps or epochs')
+  return batches, math.ceil(c.train.epochs * batches.steps_per_epoch)
+
+
+def teacher_answers(this):
+  """The data file that the teacher wrote; it is written if it is not there."""
+  c = this.config
+  path = this.workdir / 'answers.jsonl'
+  if not path.exists():
+    rows, _ = sources.load(
+      c.data.train, on_bad_row=c.data.on_bad_row, need_response=False
+    )
+    settings = c.rollout.to_dict()
+    settings.pop('writer')
+    left_out = rollout.answer(
+      nnx.merge(this.teacher, this.frozen['teacher']),
+      this.tokenizer,
+      rows,
+      path,
+      template=c.data.template,
+      max_prompt_length=c.data.max_prompt_length,
+      seed=c.seed,
+      **settings,
+    )
+    print(f'answers: {len(rows)} prompts, {left_out} left out', flush=True)
+  return path
+
+
+def optimizer(config, total_steps):
+  """The optax chain of `config.optimizer`, and its schedule."""
+  settings = config.to_dict()
+  schedule = optim.make_schedule(
+    settings.pop('learning_rate'),
+    total_steps,
+    schedule=settings.pop('schedule'),
+    warmup_steps=settings.pop('warmup_steps'),
+    end=settings.pop('end'),
+  )
+  return optim.make(schedule, **settings), schedule
+
+
+def first_state(this, student_params, optimizer):
+  """The state at step 0, on the mesh. Consumes the student's parameters."""
+  extra = this.objective.init(
+    jax.random.key(this.config.seed), this.student, this.teacher
+  )
+
+  def make(params):
+    return step.init_state(params, extra, optimizer)
+
+  abstract = jax.eval_shape(make, student_params)
+  places, _ = step.state_shardings(abstract, this.mesh)
+  return jax.jit(make, out_shardings=places, donate_argnums=0)(student_params)

@@ -1,0 +1,135 @@
+"""Instructions in plain English, made up by twelve small grammars.
+
+A teacher of two million parameters learns this data set in minutes, and a
+smaller student does not learn it from a few hundred rows: what the quickstart
+and the tests distil. What an answer says follows from the prompt; how it says
+it is drawn, sentence by sentence, with odds 6 : 3 : 1. So a teacher's
+distribution holds more than any one answer shows.
+
+Every content belongs to one split, by a hash: what a held-out row asks about
+(this person with this job in this city, these numbers) is in no other split,
+in any wording.
+"""
+
+import itertools
+import json
+import pathlib
+import random
+import zlib
+from collections.abc import Iterator
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from gakd_jax.data.synthetic import knowing, reading
+from gakd_jax.data.synthetic.task import Task, ask, say
+
+FAMILIES = (
+  knowing.biography,
+  knowing.animal_facts,
+  reading.addition,
+  knowing.comparison,
+  knowing.thank_you_note,
+  reading.word_list,
+  knowing.recipe,
+  reading.sentence,
+  knowing.weather_advice,
+  reading.extraction,
+  knowing.story,
+  reading.review,
+)
+
+SPLITS = ('train', 'prompts', 'validation', 'test')
+_SHARES = 13 * ('train',) + 5 * ('prompts',) + ('validation', 'test')
+REFERENCES = 4  # answers in a row of validation or test
+
+
+def split_of(task: Task) -> str:
+  """The one split that the task's content belongs to."""
+  return _SHARES[zlib.crc32(repr(task.key).encode()) % len(_SHARES)]
+
+
+def tasks(split: str, seed: int = 0) -> Iterator[tuple[Task, random.Random]]:
+  """Endless (task, generator) of a split, the families taking turns.
+
+  Row i depends on (split, seed, i) alone, so that n rows begin any m > n.
+  """
+  if split not in SPLITS:
+    raise ValueError(f'split {split!r}: choose from {", ".join(SPLITS)}')
+  for i in itertools.count():
+    rng = random.Random(f'{split} {seed} {i}')
+    family = FAMILIES[i % len(FAMILIES)]
+    task = family(rng)
+    while split_of(task) != split:
+      task = family(rng)
+    yield task, rng
+
+
+def rows(split: str, n: int, seed: int = 0) -> list[dict]:
+  """The first n rows: instruction, input and output of a split.
+
+  `output` is one answer for 'train' and 'prompts' (whose prompts are for a
+  teacher to answer), and a list of different ones for 'validation' and 'test'.
+  """
+  result = []
+  for task, rng in itertools.islice(tasks(split, seed), n):
+    row = {'instruction': ask(rng, task), 'input': task.input}
+    if split in ('train', 'prompts'):
+      row['output'] = say(rng, task)
+    else:
+      answers = {}  # a dict, to keep the order in which they were drawn
+      while len(answers) < REFERENCES:
+        answers[say(rng, task)] = None
+      row['output'] = list(answers)
+    result.append(row)
+  return result
+
+
+PAD, START, END = '<|endoftext|>', '<|im_start|>', '<|im_end|>'
+CHAT_TEMPLATE = (
+  '{% for message in messages %}'
+  "{{ '<|im_start|>' + message['role'] + '\\n'"
+  " + message['content'] + '<|im_end|>' + '\\n' }}"
+  '{% endfor %}'
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(path, vocab_size: int = 768, n: int = 6000) -> None:
+  """Trains a byte-level BPE on n training rows; writes it into directory path.
+
+  Qwen's special tokens and chat template; `AutoTokenizer` loads it. The same
+  arguments write the same bytes.
+  """
+  tokenizer = Tokenizer(models.BPE())
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Digits(individual_digits=True),
+      pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+  )
+  tokenizer.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=[PAD, START, END],
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  # With the roles that the template names, so that each becomes one token.
+  texts = (
+    f'user\n{row["instruction"]}\n\n{row["input"]}\nassistant\n{row["output"]}'
+    for row in rows('train', n)
+  )
+  tokenizer.train_from_iterator(texts, trainer)
+  path = pathlib.Path(path)
+  path.mkdir(parents=True, exist_ok=True)
+  tokenizer.save(str(path / 'tokenizer.json'))
+  config = {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'eos_token': END,
+    'pad_token': PAD,
+    'additional_special_tokens': [START],
+    'clean_up_tokenization_spaces': False,
+    'chat_template': CHAT_TEMPLATE,
+  }
+  text = json.dumps(config, indent=2) + '\n'
+  (path / 'tokenizer_config.json').write_text(text, encoding='utf-8')

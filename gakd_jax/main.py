@@ -1,0 +1,95 @@
+"""The training binary.
+
+  python -m gakd_jax.main --config=configs/quickstart.py --workdir=runs/first
+
+`--config.a.b=value` overrides a setting. The same command on every host is a
+multi-host run (see launch/); run again, it continues where it stopped.
+"""
+
+import errno
+import os
+import re
+import sys
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from gakd_jax import UserError, train
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Where it all goes; default: runs/<name of the config>.'
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+  'distributed', False, 'One process of several, found through the cluster.'
+)
+
+
+def _main(argv):
+  if len(argv) > 1:
+    raise UserError(f'unknown argument {argv[1]!r}; flags look like --name=x')
+  if _CONFIG.value is None:
+    raise UserError('--config is missing; try --config=configs/quickstart.py')
+  _use_compilation_cache()
+  if _DISTRIBUTED.value:
+    jax.distributed.initialize()
+  config = _CONFIG.value
+  workdir = _WORKDIR.value or default_workdir()
+  if config.stages:
+    train.run_stages(config, workdir)
+  else:
+    train.run(config, workdir)
+
+
+def default_workdir():
+  """runs/rkl_0p6b for --config=configs/rkl_0p6b.py."""
+  file = config_flags.get_config_filename(flags.FLAGS['config'])
+  return os.path.join('runs', os.path.splitext(os.path.basename(file))[0])
+
+
+def _use_compilation_cache():
+  """A restarted run compiles nothing; JAX_COMPILATION_CACHE_DIR overrides."""
+  if jax.config.jax_compilation_cache_dir is None:
+    cache = os.path.expanduser('~/.cache/gakd_jax/compiled')
+    jax.config.update('jax_compilation_cache_dir', cache)
+
+
+def one_line(error):
+  """What to tell the user about an error of theirs; None for a bug."""
+  text = str(error)
+  if isinstance(error, UserError):
+    return text
+  if isinstance(error, flags.Error):
+    return text.splitlines()[0]
+  unknown = re.search(r'Key "(\w+)" does not exist', text)
+  if isinstance(error, AttributeError | KeyError) and unknown:
+    near = re.search(r'Did you mean "(\w+)"', text)
+    hint = f'; did you mean {near[1]!r}?' if near else ', see configs/base.py'
+    return f'config has no key {unknown[1]!r}{hint}'
+  full = getattr(error, 'errno', None) == errno.ENOSPC
+  if full or 'No space left on device' in text:
+    return (
+      'the disk is full: free some space and run the same command again, '
+      'which continues from the last complete checkpoint'
+    )
+  return None
+
+
+def guarded(main, argv):
+  """Runs a binary's main: user errors are one line and exit status 2."""
+  try:
+    main(flags.FLAGS(argv))
+  except train.Interrupted as e:
+    print(e, file=sys.stderr)
+    sys.exit(130)
+  except Exception as e:
+    text = one_line(e)
+    if text is None:
+      raise
+    print(f'error: {text}', file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == '__main__':
+  guarded(_main, sys.argv)

@@ -1,0 +1,114 @@
+"""How far one next-token distribution is from another, token by token.
+
+`log_p` is the teacher's and `log_q` the student's log-probabilities, [N, V] in
+fp32; every function returns [N], in nats where it is a KL divergence, unreduced
+and zero where the two agree. Gradients flow to whatever is differentiated;
+stop them at the teacher outside.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def cross_entropy(log_q_NV, targets_N):
+  """-log q(y): what SFT descends."""
+  # A comparison instead of a gather: it fuses with the pass over the logits,
+  # forward and backward, and needs no communication when V is sharded.
+  vocab_1V = jnp.arange(log_q_NV.shape[-1])[None, :]
+  hit_NV = vocab_1V == targets_N[:, None]
+  return -jnp.sum(jnp.where(hit_NV, log_q_NV, 0.0), axis=-1)
+
+
+def forward_kl(log_p_NV, log_q_NV):
+  """KL(teacher || student) = sum p (log p - log q)."""
+  return jnp.sum(jnp.exp(log_p_NV) * (log_p_NV - log_q_NV), axis=-1)
+
+
+def reverse_kl(log_p_NV, log_q_NV):
+  """KL(student || teacher) = sum q (log q - log p)."""
+  return forward_kl(log_q_NV, log_p_NV)
+
+
+def jsd(log_p_NV, log_q_NV, beta=0.5):
+  """Generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649, eq. 1).
+
+  beta KL(p || M) + (1 - beta) KL(q || M), M = beta p + (1 - beta) q. It tends
+  to zero at both ends; beta 0 is therefore *defined* as forward KL and beta 1
+  as reverse KL, the limits of its direction, as the authors do.
+  """
+  if beta == 0:
+    return forward_kl(log_p_NV, log_q_NV)
+  if beta == 1:
+    return reverse_kl(log_p_NV, log_q_NV)
+  log_m_NV = _log_mixture(log_p_NV, log_q_NV, beta)
+  return beta * forward_kl(log_p_NV, log_m_NV) + (1 - beta) * forward_kl(
+    log_q_NV, log_m_NV
+  )
+
+
+def skew_forward(log_p_NV, log_q_NV, alpha=0.1):
+  """KL(p || a p + (1 - a) q), DistiLLM (arXiv 2402.03898)."""
+  return forward_kl(log_p_NV, _log_mixture(log_p_NV, log_q_NV, alpha))
+
+
+def skew_reverse(log_p_NV, log_q_NV, alpha=0.1):
+  """KL(q || (1 - a) p + a q), DistiLLM (arXiv 2402.03898)."""
+  return forward_kl(log_q_NV, _log_mixture(log_q_NV, log_p_NV, alpha))
+
+
+def total_variation(log_p_NV, log_q_NV):
+  """0.5 sum |p - q|, between 0 and 1."""
+  return 0.5 * jnp.sum(jnp.abs(jnp.exp(log_p_NV) - jnp.exp(log_q_NV)), axis=-1)
+
+
+def adaptive_kl(log_p_NV, log_q_NV, tail_mass=0.5):
+  """Forward and reverse KL mixed by where the student is wrong.
+
+  AKL (arXiv 2404.02657, eq. 11): the least probable tokens of the teacher,
+  `tail_mass` of its mass, are the tail, the others the head; each KL has the
+  share of sum |p - q| on its side, forward the head's and reverse the tail's.
+  The shares are weights: no gradient flows through them.
+  """
+  p_NV, q_NV = jnp.exp(log_p_NV), jnp.exp(log_q_NV)
+  gap_NV = jnp.abs(p_NV - q_NV)
+  tail_NV = log_p_NV <= _tail_threshold(log_p_NV, tail_mass)
+  tail_N = jnp.sum(jnp.where(tail_NV, gap_NV, 0.0), axis=-1)
+  all_N = jnp.sum(gap_NV, axis=-1)
+  tail_share_N = jax.lax.stop_gradient(
+    tail_N / jnp.maximum(all_N, jnp.finfo(jnp.float32).tiny)
+  )
+  return (1 - tail_share_N) * forward_kl(
+    log_p_NV, log_q_NV
+  ) + tail_share_N * reverse_kl(log_p_NV, log_q_NV)
+
+
+def _log_mixture(log_a_NV, log_b_NV, weight):
+  """log(weight a + (1 - weight) b), in log space."""
+  return jnp.logaddexp(
+    log_a_NV + jnp.log(weight), log_b_NV + jnp.log1p(-weight)
+  )
+
+
+def _tail_threshold(log_p_NV, tail_mass):
+  """The largest log p such that all tokens up to it hold less than the mass.
+
+  By bisection, since sorting the vocabulary would cost more than the loss
+  itself; 40 halvings of [-50, 0] are finer than fp32.
+  """
+  log_p_NV = jax.lax.stop_gradient(log_p_NV)
+  p_NV = jnp.exp(log_p_NV)
+
+  def halve(_, bounds):
+    low_N1, high_N1 = bounds
+    middle_N1 = (low_N1 + high_N1) / 2
+    mass_N1 = jnp.sum(
+      jnp.where(log_p_NV <= middle_N1, p_NV, 0.0), axis=-1, keepdims=True
+    )
+    small_N1 = mass_N1 < tail_mass
+    return (
+      jnp.where(small_N1, middle_N1, low_N1),
+      jnp.where(small_N1, high_N1, middle_N1),
+    )
+
+  zero_N1 = jnp.zeros_like(log_p_NV[:, :1])
+  return jax.lax.fori_loop(0, 40, halve, (zero_N1 - 50.0, zero_N1))[0]

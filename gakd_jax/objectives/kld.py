@@ -1,0 +1,87 @@
+"""Distillation by a divergence between next-token distributions.
+
+(1 - kd) CE + kd D(teacher, student), averaged over response tokens, D a row of
+`DIVERGENCES` (Hinton et al. 2015, arXiv 1503.02531; MiniLLM's and GAKD's
+recipes: kd 0.5). Logits of both models are divided by the temperature in D,
+and D is multiplied by its square if `scale_by_t2`, which keeps the size of its
+gradient; CE is of the untempered student.
+
+Distributions are compared over the token ids that both vocabularies have.
+"""
+
+import dataclasses
+import difflib
+import functools
+
+import jax
+
+from gakd_jax import UserError
+from gakd_jax.objectives import base, divergences, head
+
+DIVERGENCES = {
+  'forward_kl': divergences.forward_kl,
+  'reverse_kl': divergences.reverse_kl,
+  'jsd': divergences.jsd,
+  'skew_forward': divergences.skew_forward,
+  'skew_reverse': divergences.skew_reverse,
+  'tvd': divergences.total_variation,
+  'adaptive': divergences.adaptive_kl,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class KLD(base.Objective):
+  divergence: str = 'reverse_kl'
+  kd: float = 0.5  # weight of the divergence, 0 to 1
+  temperature: float = 1.0
+  scale_by_t2: bool = True
+  beta: float = 0.5  # of jsd; 0 is forward KL, 1 reverse KL
+  alpha: float = 0.1  # of skew_forward and skew_reverse
+
+  def __post_init__(self):
+    if self.divergence not in DIVERGENCES:
+      near = difflib.get_close_matches(self.divergence, DIVERGENCES, 1, 0)
+      raise UserError(
+        f'config.objective: no divergence {self.divergence!r}; did you mean '
+        f'{near[0]!r}? known are {", ".join(DIVERGENCES)}'
+      )
+    for name, low, high in [('kd', 0, 1), ('beta', 0, 1), ('alpha', 0, 1)]:
+      if not low <= getattr(self, name) <= high:
+        raise UserError(
+          f'config.objective: {name}={getattr(self, name)} is not within '
+          f'{low} and {high}'
+        )
+    if self.temperature <= 0:
+      raise UserError(
+        f'config.objective: temperature={self.temperature} must be positive'
+      )
+
+  def loss(self, student, teacher, batch, extra, rng, step):
+    del extra, rng, step
+    return head.token_mean(
+      self._token_loss,
+      (student, teacher),
+      batch.student,
+      batch.num_tokens,
+      chunk=self.head_chunk,
+    )
+
+  def _token_loss(self, logits, targets_N):
+    z_q_NV, z_p_NV = logits
+    T = self.temperature
+    divergence_N = self._divergence()(
+      jax.nn.log_softmax(z_p_NV / T), jax.nn.log_softmax(z_q_NV / T)
+    )
+    if self.scale_by_t2:
+      divergence_N *= T**2
+    ce_N = divergences.cross_entropy(jax.nn.log_softmax(z_q_NV), targets_N)
+    loss_N = (1 - self.kd) * ce_N + self.kd * divergence_N
+    return loss_N, {'ce': ce_N, self.divergence: divergence_N}
+
+  def _divergence(self):
+    function = DIVERGENCES[self.divergence]
+    if self.divergence == 'jsd':
+      return functools.partial(function, beta=self.beta)
+    if self.divergence.startswith('skew'):
+      return functools.partial(function, alpha=self.alpha)
+    return function

@@ -1,0 +1,28 @@
+"""Supervised fine-tuning: the cross-entropy of the response, -log q(y)."""
+
+import dataclasses
+
+import jax
+
+from gakd_jax.objectives import base, divergences, head
+
+
+@dataclasses.dataclass(frozen=True)
+class SFT(base.Objective):
+  needs_teacher = False
+
+  def loss(self, student, teacher, batch, extra, rng, step):
+    del teacher, extra, rng, step
+    return head.token_mean(
+      _token_loss,
+      (student,),
+      batch.student,
+      batch.num_tokens,
+      chunk=self.head_chunk,
+    )
+
+
+def _token_loss(logits, targets_N):
+  log_q_NV = jax.nn.log_softmax(logits[0])
+  ce_N = divergences.cross_entropy(log_q_NV, targets_N)
+  return ce_N, {'ce': ce_N}

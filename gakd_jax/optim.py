@@ -1,0 +1,69 @@
+"""Learning-rate schedules and optimizers from explicit arguments."""
+
+import re
+
+import jax
+import optax
+
+from gakd_jax import UserError, sharding
+
+
+def make_schedule(
+  learning_rate, total_steps, *, schedule='constant', warmup_steps=0, end=0.0
+):
+  """Linear warm-up from 0, then constant, or cosine or linear down to `end`.
+
+  The decay ends at `total_steps`; step 0 without warm-up has the full rate.
+  """
+  steps = max(total_steps - warmup_steps, 1)
+  if schedule == 'constant':
+    main = optax.constant_schedule(learning_rate)
+  elif schedule == 'cosine':
+    main = optax.cosine_decay_schedule(
+      learning_rate, steps, alpha=end / learning_rate
+    )
+  elif schedule == 'linear':
+    main = optax.linear_schedule(learning_rate, end, steps)
+  else:
+    raise UserError(
+      f'config.optimizer: no schedule {schedule!r}; known are constant, '
+      'cosine, linear'
+    )
+  if not warmup_steps:
+    return main
+  # The first step already moves: a rate of 0 would waste it.
+  warmup = optax.linear_schedule(
+    learning_rate / (warmup_steps + 1), learning_rate, warmup_steps
+  )
+  return optax.join_schedules([warmup, main], [warmup_steps])
+
+
+def make(
+  schedule,
+  *,
+  name='adamw',
+  b1=0.9,
+  b2=0.999,
+  eps=1e-8,
+  weight_decay=0.0,
+  no_decay=r'(scale|bias)$',
+  clip_norm=None,
+):
+  """An optax chain: clip by global norm, then the optimizer.
+
+  `no_decay` is a regex of parameter paths that weight decay leaves alone.
+  """
+  if name != 'adamw':
+    raise UserError(f'config.optimizer: no optimizer {name!r}; known is adamw')
+
+  def decays(params):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: not re.search(no_decay, sharding.path_name(path)), params
+    )
+
+  optimizer = optax.adamw(
+    schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays
+  )
+  if clip_norm is None:
+    return optimizer
+  return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)

@@ -1,0 +1,227 @@
+"""What a run tells its user: metrics on disk, progress and tables on screen.
+
+`metrics.jsonl` is the record; TensorBoard, the terminal and the HTML page of
+`report_html` are views of it. On several hosts, only one process may write.
+"""
+
+import datetime
+import json
+import math
+import numbers
+import os
+import pathlib
+import time
+
+import rich.box
+import rich.console
+import rich.progress
+import rich.table
+import rich.text
+
+from gakd_jax import UserError
+
+_PLAIN_INTERVAL_S = 10.0  # Between two lines of progress in a log file.
+
+
+class Metrics:
+  """Writes scalars by step to <workdir>/metrics.jsonl and to TensorBoard.
+
+  A run that continues from `resume_step` writes the later steps again, so
+  what an earlier attempt wrote about them is dropped; 0 starts afresh.
+  """
+
+  def __init__(self, workdir, *, tensorboard=True, resume_step=0):
+    path = _metrics_path(workdir)
+    kept = read_metrics(workdir) if resume_step else []
+    kept = [row for row in kept if row['step'] <= resume_step]
+    write_atomically(path, ''.join(map(_to_line, kept)))
+    self._file = path.open('a', encoding='utf-8')
+    self._tensorboard = None
+    if tensorboard:
+      import tensorboardX
+
+      self._tensorboard = tensorboardX.SummaryWriter(
+        str(path.parent / 'tensorboard'),
+        purge_step=resume_step + 1 if resume_step else 0,
+        flush_secs=30,
+      )
+
+  def write(self, step, values):
+    """Appends one line; `values` maps names like 'train/loss' to scalars."""
+    values = {name: float(value) for name, value in values.items()}
+    self._file.write(_to_line({'step': int(step)} | values))
+    self._file.flush()
+    if self._tensorboard:
+      for name, value in values.items():
+        self._tensorboard.add_scalar(name, value, int(step))
+
+  def close(self):
+    self._file.close()
+    if self._tensorboard:
+      self._tensorboard.close()
+
+
+def read_metrics(workdir):
+  """The rows of <workdir>/metrics.jsonl; [] if there is none yet.
+
+  A last line that a killed process left unfinished is ignored. What was not
+  finite when it was written reads as NaN.
+  """
+  path = _metrics_path(workdir)
+  lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
+  rows = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      row = json.loads(line)
+    except json.JSONDecodeError as error:
+      if number == len(lines):
+        break
+      message = (
+        f'{path}:{number}: not JSON ({error}); repair or delete the line'
+      )
+      raise UserError(message) from error
+    rows.append({k: math.nan if v is None else v for k, v in row.items()})
+  return rows
+
+
+def write_atomically(path, text):
+  """Replaces a file as a whole: a reader never sees half of it."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(path.name + '.partial')
+  partial.write_text(text, encoding='utf-8')
+  os.replace(partial, path)
+
+
+def _metrics_path(workdir):
+  return pathlib.Path(workdir) / 'metrics.jsonl'
+
+
+def _to_line(row):
+  # NaN and infinity are no JSON: a strict reader refuses the whole line.
+  row = {k: v if math.isfinite(v) else None for k, v in row.items()}
+  return json.dumps(row, allow_nan=False) + '\n'
+
+
+class Progress:
+  """A progress bar on a terminal; elsewhere a plain line now and then.
+
+  with Progress(total_steps, start_step, 'distillation') as progress:
+    progress.update(step, loss=1.25, tokens_per_second=1e4)
+  """
+
+  def __init__(self, total_steps, start_step=0, description='training'):
+    self._total = total_steps
+    self._description = description
+    self._console = rich.console.Console()
+    self._start_time = time.monotonic()
+    self._first = None  # (time, step) of the first update: after compilation.
+    self._printed_time = -math.inf
+    self._unprinted = None
+    self._bar = None
+    if self._console.is_interactive:
+      self._bar = rich.progress.Progress(
+        rich.progress.TextColumn('{task.description}', markup=False),
+        rich.progress.BarColumn(bar_width=None),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TextColumn('{task.fields[status]}', markup=False),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=self._console,
+        expand=True,
+        refresh_per_second=4,
+        speed_estimate_period=600,  # A step may take minutes.
+      )
+      self._task = self._bar.add_task(
+        description, completed=start_step, total=total_steps, status=''
+      )
+
+  def __enter__(self):
+    if self._bar:
+      self._bar.start()
+    return self
+
+  def __exit__(self, *exception):
+    if self._bar:
+      self._bar.stop()
+    elif self._unprinted:
+      self.say(self._unprinted)
+
+  def update(self, step, *, loss=None, tokens_per_second=None):
+    status = [] if loss is None else [f'loss {loss:.4f}']
+    if tokens_per_second is not None:
+      status.append(f'{tokens_per_second:,.0f} tokens/s')
+    if self._bar:
+      text = '  '.join(status)
+      self._bar.update(self._task, completed=step, status=text)
+      return
+    now = time.monotonic()
+    self._first = self._first or (now, step)
+    parts = [f'{self._description}  {step}/{self._total}', *status]
+    parts.append(f'elapsed {_duration(now - self._start_time)}')
+    first_time, first_step = self._first
+    if first_step < step < self._total:
+      seconds_per_step = (now - first_time) / (step - first_step)
+      eta = seconds_per_step * (self._total - step)
+      parts.append(f'ETA {_duration(eta)}')
+    self._unprinted = '  '.join(parts)
+    if now - self._printed_time >= _PLAIN_INTERVAL_S:
+      self.say(self._unprinted)
+      self._printed_time, self._unprinted = now, None
+
+  def say(self, text):
+    """Prints a line above the bar."""
+    self._console.out(text, highlight=False)
+
+
+def _duration(seconds):
+  return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def print_table(columns, rows, title):
+  """Prints a table; where no terminal bounds the width, as Markdown."""
+  terminal = rich.console.Console().is_terminal
+  table = rich.table.Table(
+    title=rich.text.Text(title),
+    title_justify='left',
+    box=rich.box.SIMPLE_HEAD if terminal else rich.box.MARKDOWN,
+  )
+  rows = format_rows(rows)
+  for i, name in enumerate(columns):
+    table.add_column(
+      rich.text.Text(name),
+      justify='right' if is_numeric([row[i] for row in rows]) else 'left',
+      overflow='fold',  # A narrow terminal breaks cells, and drops nothing.
+    )
+  for row in rows:
+    table.add_row(*map(rich.text.Text, row))
+  rich.console.Console(width=None if terminal else 10_000).print(table)
+
+
+def format_rows(rows):
+  """Cells as text; the floats of one column get the same decimals."""
+  columns = [_format_column(column) for column in zip(*rows, strict=True)]
+  return [list(row) for row in zip(*columns, strict=True)]
+
+
+def is_numeric(column):
+  """Whether the texts of a column are numbers ('24.1 ± 0.3' is one)."""
+  texts = [text.lstrip('+-') for text in column]
+  return any(texts) and all(
+    text[:1].isdigit() or text in ('', 'nan', 'inf') for text in texts
+  )
+
+
+def _format_column(cells):
+  sizes = [abs(cell) for cell in cells if _is_float(cell)]
+  largest = max(filter(math.isfinite, sizes), default=0)
+  spec = '.2f' if largest >= 10 else '.2e' if 0 < largest < 0.01 else '.3f'
+  texts = ['-' if cell is None else str(cell) for cell in cells]
+  for i, cell in enumerate(cells):
+    if _is_float(cell):
+      texts[i] = format(cell, spec)
+  return texts
+
+
+def _is_float(x):
+  return isinstance(x, numbers.Real) and not isinstance(x, numbers.Integral)

@@ -1,0 +1,119 @@
+"""A run's directory: what ran there, and what other stages may take from it.
+
+config.json (resolved, with versions and commit), metrics.jsonl, checkpoints/,
+best/ (a Hugging Face directory), answers/, results.json once it has finished,
+report.html.
+"""
+
+import importlib.metadata
+import json
+import subprocess
+from pathlib import Path
+
+from gakd_jax import UserError, __version__, report
+
+STAGE = 'stage:'
+# What may change between two starts of one run: nothing that it computes.
+_FREE = ('report', 'checkpoint.every', 'checkpoint.keep', 'mesh', 'stages')
+
+
+def resolve_stages(config, root):
+  """A copy, with 'stage:<name>' replaced by what that stage of `root` wrote."""
+  config = config.copy_and_resolve_references()
+  for part in (config.student, config.teacher):
+    if str(part.path).startswith(STAGE):
+      part.path = _finished(root, part.path) + '/best'
+  if str(config.data.train).startswith(STAGE):
+    config.data.train = _finished(root, config.data.train) + '/answers.jsonl'
+  elif isinstance(config.data.train, (tuple, list)):
+    config.data.train = tuple(
+      _finished(root, spec) + '/answers.jsonl'
+      if spec.startswith(STAGE)
+      else spec
+      for spec in config.data.train
+    )
+  return config
+
+
+def _finished(root, spec):
+  directory = Path(root) / spec.removeprefix(STAGE)
+  if not is_finished(directory):
+    raise UserError(
+      f'{spec}: stage {directory.name} has not finished in {root}; put it '
+      'before this one in config.stages'
+    )
+  return str(directory)
+
+
+def is_finished(workdir):
+  return (Path(workdir) / 'results.json').exists()
+
+
+def finish(workdir, results):
+  """Records a run's final numbers; with them, it is finished."""
+  report.write_atomically(
+    Path(workdir) / 'results.json', json.dumps(results, indent=2) + '\n'
+  )
+
+
+def read_results(workdir):
+  return json.loads((Path(workdir) / 'results.json').read_text())
+
+
+def record(config, workdir):
+  """Writes config.json, or refuses a directory of another config.
+
+  Raises:
+    UserError: naming the keys that differ from the run that `workdir` has.
+  """
+  path = Path(workdir) / 'config.json'
+  ours = json.loads(config.to_json_best_effort())
+  if path.exists():
+    theirs = json.loads(path.read_text())['config']
+    changed = _differences(theirs, ours)
+    if changed:
+      raise UserError(
+        f'{workdir} has a run with another config: {"; ".join(changed)}; '
+        'use another --workdir, or the config it was started with'
+      )
+    return
+  content = {'config': ours, 'versions': _versions(), 'commit': _commit()}
+  report.write_atomically(path, json.dumps(content, indent=2) + '\n')
+
+
+def flatten(config, prefix=''):
+  """Nested dicts -> {'train.batch_size': 32}."""
+  flat = {}
+  for key, value in config.items():
+    name = f'{prefix}{key}'
+    if isinstance(value, dict):
+      flat |= flatten(value, name + '.')
+    else:
+      flat[name] = value
+  return flat
+
+
+def _differences(theirs, ours):
+  theirs, ours = flatten(theirs), flatten(ours)
+  return [
+    f'{key} was {theirs.get(key)!r} and is {ours.get(key)!r}'
+    for key in sorted(theirs.keys() | ours.keys())
+    if theirs.get(key) != ours.get(key)
+    and not any(key == free or key.startswith(free + '.') for free in _FREE)
+  ]
+
+
+def _versions():
+  packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
+  versions = {name: importlib.metadata.version(name) for name in packages}
+  return {'gakd_jax': __version__} | versions
+
+
+def _commit():
+  """The commit of the source, if it is a checkout; None otherwise."""
+  git = ['git', '-C', str(Path(__file__).parent), 'rev-parse', 'HEAD']
+  try:
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+  except FileNotFoundError:
+    return None
+  return done.stdout.strip() or None

@@ -1,0 +1,345 @@
+"""Sampling: prompts in, responses out, through a key-value cache.
+
+`generate` is what evaluation and the command line call; `decode_batch` is the
+same decoding as a function under `jax.jit`, for rollouts; `Sampler` and the
+filters below it turn logits into tokens, for speculative decoding too.
+
+A row's slot in the cache is its position, so rows of different length share a
+batch without a common index, and no row waits for another. What a row draws
+depends on the seed and on its place in `prompts` alone: not on the batch size,
+on the other rows, or on padding. (The logits of another batch shape may differ
+in their last bits, and so, rarely, a token that was a near tie.)
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gakd_jax import UserError, sharding
+from gakd_jax.models import transformer
+
+# Prompts are padded to a power of two, at least this: less padding would cost
+# more compilations than it saves time.
+_SHORTEST_PROMPT = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """How the next token is chosen; hashable, so a static argument of a jit.
+
+  The steps are those of transformers, in its order. Nothing is read from a
+  model's generation_config.json: what is not asked for is off.
+  """
+
+  temperature: float = 1.0  # 0 is greedy
+  top_k: int = 0  # draw from the k most likely tokens; 0 is off
+  top_p: float = 1.0  # draw from the most likely mass p; 1 is off
+  no_repeat_ngram: int = 0  # no n tokens in a row occur twice; 0 is off
+  valid_vocab: int | None = None  # ids from here on are never drawn
+
+  def __post_init__(self):
+    wrong = [
+      f'{name}={getattr(self, name)} (expected {expected})'
+      for name, good, expected in (
+        ('temperature', self.temperature >= 0, '0 for greedy, or more'),
+        ('top_k', self.top_k >= 0, '0 for off, or more'),
+        ('top_p', 0 <= self.top_p <= 1, '0 to 1; 1 is off'),
+        ('no_repeat_ngram', self.no_repeat_ngram >= 0, '0 for off, or more'),
+        ('valid_vocab', self.valid_vocab != 0, 'None, or at least 1'),
+      )
+      if not good
+    ]
+    if wrong:
+      raise UserError(f'sampling: {"; ".join(wrong)}')
+
+  def filter(self, logits_BV, ids_BS, length_B):
+    """The logits that the next token is drawn from; fp32 [B, V].
+
+    Row b has the tokens `ids_BS[b, :length_B[b]]` so far. The softmax of the
+    result is the sampling distribution (for temperature 0: its argmax).
+    """
+    logits_BV = logits_BV.astype(jnp.float32)
+    if self.valid_vocab is not None:
+      valid_V = jnp.arange(logits_BV.shape[1]) < self.valid_vocab
+      logits_BV = jnp.where(valid_V[None, :], logits_BV, -jnp.inf)
+    if self.no_repeat_ngram:
+      logits_BV = block_repeated_ngrams(
+        logits_BV, ids_BS, length_B, self.no_repeat_ngram
+      )
+    if self.temperature == 0:  # The filters below never change the argmax.
+      return logits_BV
+    logits_BV = logits_BV / self.temperature
+    if self.top_k:
+      logits_BV = top_k_filter(logits_BV, self.top_k)
+    if self.top_p < 1:
+      logits_BV = top_p_filter(logits_BV, self.top_p)
+    return logits_BV
+
+  def draw(self, logits_BV, key_B):
+    """One token for each row of `filter`'s result, with its own key; [B]."""
+    if self.temperature > 0:
+      V = logits_BV.shape[1]
+      noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(key_B)
+      logits_BV = logits_BV + noise_BV
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+
+def top_k_filter(logits_BV, k):
+  """Keeps each row's k highest logits and what ties with the last of them."""
+  return _keep_highest(logits_BV, jnp.ones_like(logits_BV), k)
+
+
+def top_p_filter(logits_BV, p):
+  """Keeps each row's smallest set of tokens whose probabilities reach p.
+
+  Nucleus sampling (arXiv 1904.09751). The most likely token always stays;
+  tokens as likely as the last one of the set stay with it.
+  """
+  return _keep_highest(logits_BV, jax.nn.softmax(logits_BV, axis=-1), p)
+
+
+def _keep_highest(logits_BV, weight_BV, target):
+  """Keeps the fewest of the highest logits whose weights reach `target`.
+
+  Without a sort, which takes seconds for a large vocabulary: with fp32 logits
+  seen as integers of the same order, the highest threshold above which the
+  weights still reach the target is found exactly, bit by bit, in 32 sums.
+  """
+  bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
+  top_bit = jnp.uint32(1 << 31)  # the sign; negative floats order backwards
+  order_BV = jnp.where(bits_BV < top_bit, bits_BV | top_bit, ~bits_BV)
+
+  def set_bit(i, threshold_B1):
+    higher_B1 = threshold_B1 | (top_bit >> i.astype(jnp.uint32))
+    sum_B1 = jnp.sum(
+      weight_BV, axis=1, keepdims=True, where=order_BV >= higher_B1
+    )
+    return jnp.where(sum_B1 >= target, higher_B1, threshold_B1)
+
+  highest_B1 = jnp.max(order_BV, axis=1, keepdims=True)
+  threshold_B1 = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros_like(highest_B1))
+  # A target of 0 is reached by nothing at all; the highest stays even so.
+  threshold_B1 = jnp.minimum(threshold_B1, highest_B1)
+  return jnp.where(order_BV >= threshold_B1, logits_BV, -jnp.inf)
+
+
+def block_repeated_ngrams(logits_BV, ids_BS, length_B, n):
+  """Forbids each token that would end an n-gram that its row already has.
+
+  Row b's tokens are `ids_BS[b, :length_B[b]]`, prompt and response alike, as
+  for `no_repeat_ngram_size` of transformers.
+  """
+  B, S = ids_BS.shape
+  if n > S:
+    return logits_BV
+  # Earlier n-grams start at slots 0 ... S - n; their first n - 1 tokens are
+  # compared with the last n - 1 of the row.
+  end_BW = jnp.broadcast_to(jnp.arange(n - 1, S), (B, S - n + 1))
+  repeated_BW = end_BW < length_B[:, None]
+  for i in range(n - 1):
+    last_B1 = jnp.take_along_axis(
+      ids_BS, jnp.maximum(length_B[:, None] - (n - 1) + i, 0), axis=1
+    )
+    repeated_BW &= ids_BS[:, i : i + S - n + 1] == last_B1
+  return logits_BV.at[jnp.arange(B)[:, None], ids_BS[:, n - 1 :]].min(
+    jnp.where(repeated_BW, -jnp.inf, jnp.inf)
+  )
+
+
+def prefill(model, blocks, prompt_BT, length_B, slots):
+  """Reads right-padded prompts.
+
+  Args:
+    model, blocks: the decoder and its `unstacked()` blocks.
+    prompt_BT, length_B: row b's prompt is `prompt_BT[b, :length_B[b]]`.
+    slots: S, the size of the cache to make; at least T.
+
+  Returns:
+    The hidden states [B, D] of each row's last prompt token, and the cache.
+  """
+  B, T = prompt_BT.shape
+  position_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+  # Attend over the T slots in use, and make room for the response only then.
+  outputs, cache = model.decode(
+    blocks, prompt_BT, position_BT, model.init_cache(B, T)
+  )
+  cache = jax.tree.map(
+    lambda x: jnp.pad(x, ((0, 0), (0, slots - T), (0, 0), (0, 0))), cache
+  )
+  last_B = jnp.maximum(length_B - 1, 0)
+  return outputs.hidden_BTD[jnp.arange(B), last_B], cache
+
+
+def decode_batch(
+  model, prompt_BT, length_B, key_B, sampler, max_new_tokens, eos_ids=()
+):
+  """Writes a response to each prompt of a batch; to be called under a jit.
+
+  Args:
+    model: the `Decoder`.
+    prompt_BT, length_B: right-padded prompts, as for `prefill`. A row of
+      length 0 fills up the batch: it is never waited for and stays empty.
+    key_B: each row's key; response token i is drawn with fold_in(key, i).
+    sampler: a `Sampler`.
+    max_new_tokens: of each response, the EOS included. S = T + this.
+    eos_ids: tuple of ids that end a response.
+
+  Returns:
+    ids_BS and end_B: row b's prompt and response are `ids_BS[b, :end_B[b]]`,
+    the EOS included where there was one.
+  """
+  B, T = prompt_BT.shape
+  S = T + max_new_tokens
+  blocks = model.unstacked()
+  hidden_BD, cache = prefill(model, blocks, prompt_BT, length_B, S)
+  eos_ids = jnp.array(eos_ids, jnp.int32)
+
+  def unfinished(state):
+    step, _, _, done_B, _, _ = state
+    return (step < max_new_tokens) & ~jnp.all(done_B)
+
+  def write_token(state):
+    step, ids_BS, end_B, done_B, hidden_BD, cache = state
+    logits_BV = sampler.filter(model.head(hidden_BD), ids_BS, end_B)
+    step_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, step)
+    token_B = sampler.draw(logits_BV, step_key_B)
+    # Slot S does not exist: what finished rows write there is dropped.
+    slot_B = jnp.where(done_B, S, end_B)
+    ids_BS = ids_BS.at[jnp.arange(B), slot_B].set(token_B, mode='drop')
+    outputs, cache = model.decode(
+      blocks, token_B[:, None], slot_B[:, None], cache
+    )
+    end_B = jnp.where(done_B, end_B, end_B + 1)
+    done_B |= jnp.isin(token_B, eos_ids)
+    return step + 1, ids_BS, end_B, done_B, outputs.hidden_BTD[:, 0], cache
+
+  ids_BS = jnp.pad(prompt_BT, ((0, 0), (0, max_new_tokens)))
+  state = (0, ids_BS, length_B, length_B == 0, hidden_BD, cache)
+  _, ids_BS, end_B, *_ = jax.lax.while_loop(unfinished, write_token, state)
+  return ids_BS, end_B
+
+
+def generate(
+  model,
+  prompts,
+  *,
+  max_new_tokens,
+  temperature=1.0,
+  top_k=0,
+  top_p=1.0,
+  no_repeat_ngram=0,
+  eos_ids=(),
+  seed=0,
+  batch_size=32,
+  valid_vocab=None,
+  report=None,
+):
+  """Responses to prompts, in their order.
+
+  Args:
+    model: the `Decoder`. One on a mesh decodes on the whole mesh; every
+      process then passes the same prompts and gets all the responses.
+    prompts: non-empty lists of token ids.
+    max_new_tokens: of each response, the EOS included.
+    temperature, top_k, top_p, no_repeat_ngram, valid_vocab: see `Sampler`.
+    eos_ids: ids that end a response.
+    seed: the same seed gives the same responses.
+    batch_size: rows decoded together; it does not change the result.
+    report: called with the rows and tokens that each batch adds.
+
+  Returns:
+    Lists of token ids, without prompt and EOS. One of `max_new_tokens` tokens
+    was cut off there; a shorter one ended in an EOS.
+
+  Raises:
+    UserError: for settings that make no sense, an empty prompt, or ids that
+      the model does not have.
+  """
+  sampler = Sampler(temperature, top_k, top_p, no_repeat_ngram, valid_vocab)
+  _check(prompts, model.config.vocab_size, max_new_tokens, batch_size)
+  definition, params = transformer.split(model)
+  mesh, batch_size = _fit_batch(params, min(batch_size, len(prompts) or 1))
+  eos_ids = tuple(int(i) for i in eos_ids)
+  key = jax.random.key(seed)
+  # Longest first: what does not fit in memory fails at once.
+  order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+  responses = [[] for _ in prompts]
+  for start in range(0, len(order), batch_size):
+    rows = order[start : start + batch_size]
+    batch = _pad(prompts, rows, batch_size)
+    length_B = batch[1]
+    if mesh:
+      split = NamedSharding(mesh, P(sharding.BATCH_AXES))
+      batch = jax.device_put(batch, split)
+    written = _decode(
+      definition, params, batch, key, sampler, max_new_tokens, eos_ids
+    )
+    if mesh:  # A process can read only what it has whole.
+      written = jax.device_put(written, sharding.replicated(mesh))
+    ids_BS, end_B = jax.device_get(written)
+    for b, i in enumerate(rows):
+      response = ids_BS[b, length_B[b] : end_B[b]].tolist()
+      ended = response and response[-1] in eos_ids
+      responses[i] = response[:-1] if ended else response
+    if report:
+      report(len(rows), int(np.sum(end_B - length_B)))
+  return responses
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=('definition', 'sampler', 'max_new_tokens', 'eos_ids'),
+)
+def _decode(definition, params, batch, key, sampler, max_new_tokens, eos_ids):
+  """`decode_batch`; parameters are an argument: new ones do not recompile."""
+  prompt_BT, length_B, row_B = batch
+  key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
+  model = nnx.merge(definition, params)
+  return decode_batch(
+    model, prompt_BT, length_B, key_B, sampler, max_new_tokens, eos_ids
+  )
+
+
+def _check(prompts, vocab_size, max_new_tokens, batch_size):
+  if max_new_tokens < 1 or batch_size < 1:
+    raise UserError(
+      f'generation: max_new_tokens={max_new_tokens} and '
+      f'batch_size={batch_size}; both must be at least 1'
+    )
+  for i, prompt in enumerate(prompts):
+    if not len(prompt):
+      raise UserError(f'prompt {i} (counted from 0) is empty; give it a token')
+    if max(prompt) >= vocab_size:
+      raise UserError(
+        f'prompt {i} (counted from 0) has token id {max(prompt)}, but the '
+        f'model has ids below {vocab_size}; use the tokenizer of this model'
+      )
+
+
+def _fit_batch(params, batch_size):
+  """The parameters' mesh, if any, and a batch size that divides over it."""
+  place = jax.tree.leaves(params)[0].sharding
+  if not isinstance(place, NamedSharding):
+    return None, batch_size
+  ways = math.prod(place.mesh.shape[axis] for axis in sharding.BATCH_AXES)
+  return place.mesh, -(-batch_size // ways) * ways
+
+
+def _pad(prompts, rows, batch_size):
+  """Prompts of `rows` on a grid [B, T]; missing rows have length 0."""
+  longest = max(len(prompts[i]) for i in rows)
+  T = max(_SHORTEST_PROMPT, 1 << (longest - 1).bit_length())
+  prompt_BT = np.zeros((batch_size, T), np.int32)
+  length_B = np.zeros(batch_size, np.int32)
+  row_B = np.zeros(batch_size, np.int32)
+  for b, i in enumerate(rows):
+    prompt_BT[b, : len(prompts[i])] = prompts[i]
+    length_B[b], row_B[b] = len(prompts[i]), i
+  return prompt_BT, length_B, row_B

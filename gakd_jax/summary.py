@@ -1,0 +1,106 @@
+"""Runs side by side: one table, their curves, and what they answered."""
+
+import json
+import statistics
+from pathlib import Path
+
+from gakd_jax import report, report_html, rundir
+
+_SEED = '-seed'  # 'sft-seed2' is one of several runs of 'sft'
+
+
+def write(path, runs, answers=6):
+  """Prints the comparison of finished runs and writes it as an HTML page.
+
+  Runs named <name>-seed<n> share a row: mean and standard deviation.
+
+  Args:
+    path: of the page.
+    runs: {name: run directory}.
+    answers: how many prompts to show with everybody's answer.
+  """
+  columns, rows = table(runs)
+  report.print_table(columns, rows, 'Results')
+  report_html.write_report(
+    path,
+    title=Path(path).absolute().parent.name,
+    summary=_settings(runs),
+    tables=[('Results', columns, rows)],
+    curves=_curves(runs),
+    answers=_answers(runs, answers),
+  )
+  print(f'report: {path}', flush=True)
+
+
+def table(runs):
+  """Columns and rows of the final results, in the order of the runs."""
+  groups = {}
+  for name, directory in runs.items():
+    results = rundir.read_results(directory)
+    groups.setdefault(name.partition(_SEED)[0], []).append(results)
+  metrics = list(
+    dict.fromkeys(m for group in groups.values() for r in group for m in r)
+  )
+  rows = [
+    [name.replace('_', ' ')] + [_cell(group, m) for m in metrics]
+    for name, group in groups.items()
+  ]
+  return ['run', *metrics], rows
+
+
+def _cell(results, metric):
+  values = [r[metric] for r in results if metric in r]
+  if len(values) < 2:
+    return values[0] if values else None
+  mean, std = statistics.fmean(values), statistics.stdev(values)
+  digits = 2 if abs(mean) >= 10 else 3
+  return f'{mean:.{digits}f} ± {std:.{digits}f}'
+
+
+def _curves(runs):
+  curves = {}
+  for name, directory in runs.items():
+    for row in report.read_metrics(directory):
+      for metric, value in row.items():
+        if metric != 'step':
+          xs, ys = curves.setdefault(metric, {}).setdefault(name, ([], []))
+          xs.append(row['step'])
+          ys.append(value)
+  return [
+    (metric, metric.rpartition('/')[2], series)
+    for metric, series in curves.items()
+    if any(len(xs) > 1 for xs, _ in series.values())
+  ]
+
+
+def _answers(runs, count):
+  """The first prompts, with the answers of each run's first answers file."""
+  shown = {}
+  for name, directory in runs.items():
+    files = sorted((Path(directory) / 'answers').glob('*.jsonl'))
+    for line in files[0].read_text().splitlines()[:count] if files else ():
+      row = json.loads(line)
+      prompt = '\n'.join(filter(None, [row['instruction'], row['input']]))
+      first = {'prompt': prompt, 'references': row['references']}
+      shown.setdefault(prompt, first)[name] = row['answer']
+  return list(shown.values())
+
+
+def _settings(runs):
+  """Every setting that was used, by run where runs differ."""
+  configs = {
+    name: rundir.flatten(
+      json.loads((Path(directory) / 'config.json').read_text())['config']
+    )
+    for name, directory in runs.items()
+  }
+  keys = dict.fromkeys(key for config in configs.values() for key in config)
+  pairs = []
+  for key in keys:
+    values = {name: config.get(key) for name, config in configs.items()}
+    if len(set(map(str, values.values()))) == 1:
+      pairs.append((key, str(next(iter(values.values())))))
+    else:
+      text = ', '.join(f'{name}: {value}' for name, value in values.items())
+      pairs.append((key, text))
+  return pairs

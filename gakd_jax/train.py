@@ -1,0 +1,262 @@
+"""Training: restore, loop, log, evaluate, save.
+
+`run` is one run in one directory; called again after an interruption, it
+continues from the last checkpoint, bit for bit. `run_stages` is a sequence of
+runs that build on each other.
+"""
+
+import contextlib
+import resource
+import signal
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gakd_jax import (
+  UserError,
+  build,
+  models,
+  report,
+  rundir,
+  sharding,
+  step,
+  summary,
+)
+from gakd_jax import checkpoint as checkpoint_lib
+
+
+class Interrupted(Exception):
+  """The run was asked to stop; it has saved and can be continued."""
+
+
+def run_stages(config, workdir):
+  """Runs `config.stages` in order, then compares them in report.html."""
+  workdir = Path(workdir)
+  for name, stage in config.stages:
+    print(f'== {name}', flush=True)
+    run(stage, workdir / name, root=workdir)
+  runs = {name: workdir / name for name, _ in config.stages}
+  summary.write(workdir / 'report.html', runs, answers=config.report.answers)
+
+
+def run(config, workdir, root=None):
+  """One run: trains, evaluates and exports; returns its final results.
+
+  Args:
+    config: see configs/base.py.
+    workdir: the run's directory.
+    root: where the stages lie that the config names; None: it names none.
+
+  Raises:
+    UserError: for anything wrong with config, data or models, in one line.
+    Interrupted: after SIGINT or SIGTERM, when the state is saved.
+  """
+  workdir = Path(workdir)
+  if config.student.path is None:
+    raise UserError('config.student.path is not set: name a model directory')
+  rundir.record(config, workdir)
+  if rundir.is_finished(workdir):
+    print(f'{workdir} has finished; its report is {workdir}/report.html')
+    return rundir.read_results(workdir)
+  config = rundir.resolve_stages(config, root or workdir)
+  mesh = sharding.make_mesh(**config.mesh)
+  with jax.set_mesh(mesh):
+    this, student_params = build.build(config, workdir, mesh)
+    if config.train.steps == 0:
+      results = _evaluate_only(this, student_params)
+    else:
+      results = _train(this, student_params)
+  rundir.finish(workdir, results)
+  summary.write(
+    workdir / 'report.html',
+    {workdir.name: workdir},
+    answers=config.report.answers,
+  )
+  return results
+
+
+def _evaluate_only(this, params):
+  """A run of no steps: the student as it is, and the teacher's answers."""
+  if this.config.rollout.writer == 'teacher':
+    build.teacher_answers(this)
+  results = _evaluate(this, params, 0)
+  _export(this, params)
+  return results
+
+
+def _train(this, student_params):
+  c = this.config
+  batches, total = build.training_batches(this)
+  optimizer, schedule = build.optimizer(c.optimizer, total)
+  state = build.first_state(this, student_params, optimizer)
+  loss_fn = step.make_loss(
+    this.student,
+    this.teacher,
+    this.objective,
+    jnp.dtype(c.train.precision),
+    c.student.remat,
+  )
+  microbatch_size = c.train.microbatch_size or c.train.batch_size
+  train_step = step.make_train_step(
+    loss_fn,
+    optimizer,
+    schedule,
+    seed=c.seed,
+    microbatches=c.train.batch_size // microbatch_size,
+    out_shardings=step.state_shardings(state, this.mesh),
+  )
+  checkpoints = checkpoint_lib.Checkpoints(
+    this.workdir / 'checkpoints', c.checkpoint.keep
+  )
+  host = {'best': None, 'results': {}}
+  with contextlib.closing(checkpoints), contextlib.closing(batches):
+    if checkpoints.latest_step() is not None:
+      state, host = checkpoints.restore(state)
+      batches.set_state(host['data'])
+      print(f'continuing from step {int(state.step)}', flush=True)
+    return _loop(this, state, host, train_step, batches, total, checkpoints)
+
+
+def _loop(this, state, host, train_step, batches, total, checkpoints):
+  """Steps to `total`; returns the results of the last evaluation."""
+  c = this.config
+  start = int(state.step)
+
+  def due(every, now):
+    return now == total or (every > 0 and now % every == 0)
+
+  with (
+    _stop_requests() as stop,
+    _Log(this, start, total) as log,
+  ):
+    for now in range(start + 1, total + 1):
+      batch = next(batches)
+      size = np.count_nonzero(batch.student.segments_BT)
+      batch = sharding.put_batch(batch, this.mesh)
+      state, metrics = train_step(state, this.frozen, batch)
+      log.step(now, metrics, size * jax.process_count())
+      if due(c.eval_every, now):
+        log.flush()
+        params = state.params['student']
+        host['results'] = _evaluate(this, params, now)
+        log.write(now, host['results'])
+        if _is_better(c.checkpoint, host['results'], host['best']):
+          host['best'] = host['results'].get(c.checkpoint.best_metric)
+          _export(this, params)
+      if due(c.checkpoint.every, now) or stop.requested:
+        host['data'] = batches.get_state()
+        checkpoints.save(now, state, host)
+      if stop.requested and now < total:
+        checkpoints.wait()
+        raise Interrupted(
+          f'stopped and saved at step {now} of {total}; the same command '
+          'continues from there'
+        )
+    checkpoints.wait()
+  return host['results'] | {'peak_memory_gb': _peak_memory_gb()}
+
+
+class _Log:
+  """Metrics to disk and screen, each fetched while the next step runs."""
+
+  def __init__(self, this, start, total):
+    self._metrics = report.Metrics(
+      this.workdir,
+      tensorboard=this.config.report.tensorboard,
+      resume_step=start,
+    )
+    self._progress = report.Progress(total, start, this.workdir.name)
+    self._late = None
+    self._time = None  # when the last step ended; None: no step to time from
+
+  def __enter__(self):
+    self._progress.__enter__()
+    return self
+
+  def __exit__(self, *exception):
+    self.flush()
+    self._progress.__exit__(*exception)
+    self._metrics.close()
+
+  def step(self, now, metrics, tokens):
+    """Takes the step that was just started, writes the one before."""
+    late, self._late = self._late, (now, metrics, tokens)
+    if late:
+      self._write_step(*late)
+
+  def flush(self):
+    """Writes what is still to come; the next step is not timed."""
+    if self._late:
+      self._write_step(*self._late)
+    self._late = self._time = None
+
+  def write(self, now, results):
+    self._metrics.write(now, results)
+
+  def _write_step(self, now, metrics, tokens):
+    metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    before, self._time = self._time, time.perf_counter()
+    speed = None
+    if before is not None:
+      seconds = self._time - before
+      speed = tokens / seconds
+      metrics |= {'seconds': seconds, 'tokens_per_second': speed}
+    named = {f'train/{name}': value for name, value in metrics.items()}
+    self._metrics.write(now, named)
+    self._progress.update(now, loss=metrics['loss'], tokens_per_second=speed)
+
+
+@contextlib.contextmanager
+def _stop_requests():
+  """SIGINT and SIGTERM ask the loop to save and stop; a second one kills."""
+
+  class Stop:
+    requested = False
+
+  def handle(number, frame):
+    del frame
+    Stop.requested = True
+    signal.signal(number, previous[number])
+
+  numbers = (signal.SIGINT, signal.SIGTERM)
+  previous = {n: signal.signal(n, handle) for n in numbers}
+  try:
+    yield Stop
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def _evaluate(this, params, now):
+  """{'generation/rouge_l': ...} of all evaluators."""
+  results = {}
+  for name, evaluator in this.evaluators.items():
+    values = evaluator.run(this.subject, params, now)
+    results |= {f'{name}/{key}': value for key, value in values.items()}
+  return results
+
+
+def _is_better(config, results, best):
+  if config.best_metric is None or best is None:
+    return True
+  new = results[config.best_metric]
+  return new > best if config.best_mode == 'max' else new < best
+
+
+def _export(this, params):
+  """The student as a Hugging Face directory, best/."""
+  dtype = this.config.student.dtype
+  params = jax.tree.map(lambda x: x.astype(dtype), params)
+  models.save(nnx.merge(this.student, params), this.workdir / 'best')
+
+
+def _peak_memory_gb():
+  """Of the first device; of the process where the backend does not tell."""
+  stats = jax.local_devices()[0].memory_stats()
+  if stats and 'peak_bytes_in_use' in stats:
+    return stats['peak_bytes_in_use'] / 1e9
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,123 @@
+"""Eight host devices, no network, and small things on disk to test with."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+# Before anything initialises a backend or opens a hub client.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ['HF_HUB_OFFLINE'] = '1'
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from gakd_jax import models
+from gakd_jax.models.transformer import split
+from gakd_jax.sharding import path_name
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Tiny models compile for longer than they run: this halves it.
+jax.config.update('jax_disable_most_optimizations', True)
+
+# Grouped heads, and a head size that is not width / heads.
+TINY = {
+  'vocab_size': 304,  # the tokenizer has 300: real models pad theirs too
+  'width': 32,
+  'layers': 2,
+  'heads': 4,
+  'kv_heads': 2,
+  'head_dim': 16,
+  'ff_width': 48,
+  'tied_head': True,
+  'rope_theta': 1e6,
+  'norm_eps': 1e-6,
+  'max_length': 512,
+}
+
+CHAT_TEMPLATE = (
+  '{% for m in messages %}'
+  "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+  '{% endfor %}'
+  '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
+)
+
+
+def pytest_configure(config):
+  config.addinivalue_line(
+    'markers', 'torch: live comparison with torch and transformers'
+  )
+
+
+def pytest_runtest_setup(item):
+  has_torch = importlib.util.find_spec('torch') is not None
+  if item.get_closest_marker('torch') and not has_torch:
+    pytest.skip('torch is not installed (the `parity` extra)')
+
+
+@pytest.fixture(scope='session')
+def shared_dir():
+  """Data and tokenizers that are too large for the repository."""
+  path = Path(__file__).parents[2] / 'shared'
+  if not path.is_dir():
+    pytest.skip(f'{path} is not there')
+  return path
+
+
+@pytest.fixture(scope='session')
+def tiny_tokenizer_dir(tmp_path_factory):
+  """A byte-level BPE tokenizer of 300 tokens with Qwen's specials."""
+  import tokenizers
+  import transformers
+
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False
+  )
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=300,
+    special_tokens=['<|endoftext|>', '<|im_start|>', '<|im_end|>'],
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  text = ['The teacher shows the student the answer. system user assistant'] * 4
+  tokenizer.train_from_iterator(text, trainer)
+  path = tmp_path_factory.mktemp('tokenizer')
+  transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer,
+    eos_token='<|im_end|>',
+    pad_token='<|endoftext|>',
+    chat_template=CHAT_TEMPLATE,
+  ).save_pretrained(path)
+  return path
+
+
+@pytest.fixture(scope='session')
+def tiny_model_dir(tmp_path_factory, tiny_tokenizer_dir):
+  """`tiny_model_dir(seed=0, dtype='float32', **shape)` -> a new Qwen3 directory.
+
+  Random weights, `TINY`'s shape but for the `DecoderConfig` fields given, and
+  the tiny tokenizer.
+  """
+
+  def make(seed=0, dtype='float32', **shape):
+    config = models.DecoderConfig(**TINY | shape)
+    rng = np.random.default_rng(seed)
+
+    def random(path, x):  # The scale of a usual initialisation.
+      name = path_name(path)
+      if name.endswith('scale'):
+        return np.ones(x.shape, dtype)
+      fan_in = 2500 if name in ('embedding', 'head_weight') else x.shape[-2]
+      return (rng.standard_normal(x.shape) / fan_in**0.5).astype(dtype)
+
+    definition, shapes = split(models.abstract(config, tiny_tokenizer_dir))
+    params = jax.tree_util.tree_map_with_path(random, shapes)
+    path = tmp_path_factory.mktemp('model') / 'model'
+    models.save(nnx.merge(definition, params), path)
+    return path
+
+  return make

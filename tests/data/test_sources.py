@@ -1,0 +1,262 @@
+import dataclasses
+import gzip
+import json
+
+import pytest
+
+from gakd_jax import UserError
+from gakd_jax.data import sources
+
+PAIR = {'instruction': 'Add.', 'input': '1 2', 'output': '3'}
+
+
+def write(path, *rows):
+  path.write_text('\n'.join(json.dumps(row) for row in rows))
+  return path
+
+
+def load_one(tmp_path, record, **options):
+  (row,), bad = sources.load(write(tmp_path / 'one.jsonl', record), **options)
+  assert not bad
+  return row
+
+
+@pytest.mark.parametrize(
+  ('record', 'expected'),
+  [
+    (PAIR, ('Add.', '1 2', ('3',))),
+    ({'instruction': 'Hi', 'output': 'Ho'}, ('Hi', '', ('Ho',))),
+    ({'instruction': 'Hi', 'input': ' ', 'output': 'a'}, ('Hi', '', ('a',))),
+    ({'question': '1+1?', 'answer': '#### 2'}, ('1+1?', '', ('#### 2',))),
+    ({'prompt': 'Hi', 'response': ['a', ' ', 'b']}, ('Hi', '', ('a', 'b'))),
+    # Data sets keep the rendered prompt, or Parquet's nulls, beside the fields.
+    ({'prompt': 'x', 'response': 'y', **PAIR}, ('Add.', '1 2', ('3',))),
+    ({'messages': None, 'question': None, **PAIR}, ('Add.', '1 2', ('3',))),
+    ({'prompt': 'x', 'question': 'q', 'answer': 'a'}, ('q', '', ('a',))),
+    ({'question': 'q', 'answer': 'a', 'input': 'other'}, ('q', '', ('a',))),
+    (
+      {
+        'messages': [
+          {'role': 'user', 'content': 'Hi'},
+          {'role': 'assistant', 'content': 'Ho'},
+        ],
+        **PAIR,
+      },
+      ('Hi', '', ('Ho',)),
+    ),
+  ],
+)
+def test_row_schemas(tmp_path, record, expected):
+  row = load_one(tmp_path, record)
+  assert (row.instruction, row.input, row.references) == expected
+  assert row.messages is None
+  assert row.where == f'{tmp_path}/one.jsonl:1'
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    row.input = ''
+
+
+def test_messages_with_turns_keep_all_but_the_answer(tmp_path):
+  turns = [
+    {'role': 'system', 'content': 'Be brief.'},
+    {'role': 'user', 'content': 'Hi'},
+  ]
+  answer = {'role': 'assistant', 'content': 'Ho', 'name': 'x'}
+  row = load_one(tmp_path, {'messages': [*turns, answer]})
+  assert row.messages == tuple(turns)
+  assert (row.instruction, row.references) == ('Hi', ('Ho',))
+  prompt = load_one(tmp_path, {'messages': turns}, need_response=False)
+  assert (prompt.messages, prompt.references) == (tuple(turns), ())
+
+
+BAD = {
+  'not JSON': b'{"instruction": ',
+  'not UTF-8': b'{"instruction": "caf\xe9", "output": "x"}',
+  'not an object': b'[1]',
+  'missing output': b'{"instruction": "x"}',
+  'missing answer': b'{"question": "x", "output": "y"}',
+  'missing instruction, question or prompt': b'{"text": "x"}',
+  'empty response': b'{"instruction": "x", "output": [" ", ""]}',
+  'empty prompt': b'{"instruction": " ", "output": "x"}',
+  'output is not text': b'{"instruction": "x", "output": ["y", 3]}',
+  'input is not text': b'{"instruction": "x", "input": {}, "output": "y"}',
+  'messages is not a list': b'{"messages": "x"}',
+  'messages need a role and text as content': b'{"messages": [{"role": "x"}]}',
+  'messages without a last user turn': (
+    b'{"messages": [{"role": "assistant", "content": "x"}]}'
+  ),
+}
+
+
+def test_bad_rows_are_counted_by_reason(tmp_path):
+  good = json.dumps(PAIR).encode()
+  surrogate = b'{"instruction": "x", "output": "\\ud800"}'
+  path = tmp_path / 'mixed.jsonl'
+  path.write_bytes(b'\n'.join([good, *BAD.values(), b'', surrogate, good]))
+  rows, bad = sources.load(path)
+  assert bad == {**dict.fromkeys(BAD, 1), 'not UTF-8': 2}
+  last = len(BAD) + 4
+  assert [row.where for row in rows] == [f'{path}:1', f'{path}:{last}']
+
+
+@pytest.mark.parametrize('reason', BAD)
+def test_fail_names_file_line_and_reason(tmp_path, reason):
+  path = tmp_path / 'mixed.jsonl'
+  path.write_bytes(json.dumps(PAIR).encode() + b'\n' + BAD[reason])
+  with pytest.raises(UserError) as error:
+    sources.load(path, on_bad_row='fail')
+  assert str(error.value).startswith(f'{path}:2: {reason};')
+  assert '\n' not in str(error.value)
+
+
+def test_an_array_in_a_line_is_a_bad_row_wherever_it_is(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_text(f'[1]\n{json.dumps(PAIR)}\n')
+  rows, bad = sources.load(path)
+  assert (len(rows), bad) == (1, {'not an object': 1})
+
+
+def test_prompts_without_response_only_when_asked(tmp_path):
+  path = write(tmp_path / 'a.jsonl', {'instruction': 'x', 'output': ''}, PAIR)
+  rows, bad = sources.load(path)
+  assert (len(rows), bad) == (1, {'empty response': 1})
+  rows, bad = sources.load(path, need_response=False)
+  assert ([r.references for r in rows], bad) == ([(), ('3',)], {})
+
+
+def test_a_line_separator_inside_text_is_not_a_line(tmp_path):
+  record = {'instruction': 'a\u2028b\u0085c', 'output': 'd'}
+  path = tmp_path / 'a.jsonl'
+  path.write_bytes(
+    b'\xef\xbb\xbf' + json.dumps(record, ensure_ascii=False).encode() + b'\r\n'
+  )
+  rows, bad = sources.load(path, on_bad_row='fail')
+  assert (rows[0].instruction, bad) == ('a\u2028b\u0085c', {})
+
+
+def test_all_kinds_of_files_give_the_same_rows(tmp_path):
+  import pyarrow
+  import pyarrow.parquet
+
+  records = [{**PAIR, 'output': [f'{n}', 'or this']} for n in 'abc']
+  lines = '\n'.join(map(json.dumps, records))
+  array = json.dumps(records, indent=2)
+  (tmp_path / 'a.jsonl').write_text(lines)
+  (tmp_path / 'b.json').write_text(f'\n {array}')
+  (tmp_path / 'c.json').write_text(lines)
+  (tmp_path / 'd.jsonl.gz').write_bytes(gzip.compress(lines.encode()))
+  (tmp_path / 'e.json.gz').write_bytes(gzip.compress(array.encode()))
+  pyarrow.parquet.write_table(
+    pyarrow.Table.from_pylist(records), tmp_path / 'f.parquet'
+  )
+  (tmp_path / 'README.md').write_text('not data')
+  (tmp_path / '.hidden.json').write_text('not data')
+
+  def texts(rows):
+    return [(r.instruction, r.input, r.references) for r in rows]
+
+  expected = [('Add.', '1 2', (n, 'or this')) for n in 'abc']
+  files = sorted(tmp_path.glob('[a-f].*'))
+  assert len(files) == 6
+  for file in files:
+    rows, bad = sources.load(file, on_bad_row='fail')
+    assert (texts(rows), bad) == (expected, {}), file
+  assert rows[2].where == f'{tmp_path}/f.parquet[2]'
+  rows, bad = sources.load(tmp_path)
+  assert (texts(rows), bad) == (expected * 6, {})
+  assert texts(sources.load([files[0], files[1]])[0]) == expected * 2
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'expected'),
+  [
+    ('none.jsonl', None, 'no such file'),
+    ('empty.jsonl', b'', 'no usable row (it is empty)'),
+    ('empty.json', b'[]', 'no usable row (it is empty)'),
+    ('bad.jsonl', b'x\ny', 'no usable row (2 not JSON)'),
+    ('bad.json', b'[{"instruction": ', 'not a JSON array'),
+    ('bad.jsonl.gz', b'not gzip', 'cannot read it'),
+    ('cut.jsonl.gz', gzip.compress(b'x' * 999)[:-9], 'cannot read it'),
+    ('bad.parquet', b'not Parquet', 'cannot read it'),
+    ('bad.csv', b'a,b', 'unknown kind of file'),
+  ],
+)
+def test_unusable_files_fail_in_one_line(tmp_path, name, content, expected):
+  path = tmp_path / name
+  if content is not None:
+    path.write_bytes(content)
+  with pytest.raises(UserError) as error:
+    sources.load(path)
+  message = str(error.value)
+  assert message.startswith(f'{path}: ')
+  assert expected in message
+  assert '\n' not in message
+
+
+def test_unusable_specs_fail(tmp_path):
+  with pytest.raises(UserError, match='no data file here'):
+    sources.load(tmp_path)
+  with pytest.raises(UserError, match='at least one'):
+    sources.load([])
+  with pytest.raises(UserError, match="use 'skip' or 'fail'"):
+    sources.load(tmp_path, on_bad_row='drop')
+
+
+def test_hub_id_loads_its_split(monkeypatch):
+  datasets = pytest.importorskip('datasets')
+  asked = []
+
+  def load_dataset(name, split):
+    asked.append((name, split))
+    return datasets.Dataset.from_list([PAIR, {**PAIR, 'input': None}])
+
+  monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+  rows, _ = sources.load('org/some-data')
+  assert [row.input for row in rows] == ['1 2', '']
+  assert rows[1].where == 'org/some-data[1]'
+  sources.load('org/some-data:test')
+  assert asked == [('org/some-data', 'train'), ('org/some-data', 'test')]
+
+
+def test_hub_failure_is_one_line(monkeypatch):
+  datasets = pytest.importorskip('datasets')
+
+  def load_dataset(name, split):
+    raise ConnectionError('offline\nand more')
+
+  monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+  with pytest.raises(UserError) as error:
+    sources.load('org/name')
+  assert 'ConnectionError: offline)' in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def test_synthetic():
+  rows, bad = sources.load('synthetic:train:3:7')
+  assert (len(rows), bad) == (3, {})
+  assert rows == sources.load('synthetic:train:3:7')[0]
+  assert rows[0].where == 'synthetic:train:3:7[0]'
+  zero, _ = sources.load('synthetic:train:3')
+  assert [r.instruction for r in zero] == [
+    r.instruction for r in sources.load('synthetic:train:3:0')[0]
+  ]
+  with pytest.raises(UserError, match='expected synthetic:<split>:<n>'):
+    sources.load('synthetic:train')
+
+
+@pytest.mark.parametrize(
+  ('path', 'count', 'references'),
+  [
+    ('dolly/dev.jsonl', 1000, 1),
+    ('dolly/test.jsonl', 500, 1),
+    ('vicuna', 80, 1),
+    ('sinst_11/test.jsonl', 1694, 20),
+    ('gsm8k/test.jsonl', 1319, 1),
+    ('llm_adapters/dataset/AQuA/test.json', 254, 1),
+  ],
+)
+def test_real_files(shared_dir, path, count, references):
+  rows, bad = sources.load(shared_dir / 'data' / path, on_bad_row='fail')
+  assert (len(rows), bad) == (count, {})
+  assert max(len(row.references) for row in rows) == references
+  # The rendered prompt that some of these files hold is never the instruction.
+  assert not any('### Response:' in row.instruction for row in rows)

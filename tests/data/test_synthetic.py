@@ -1,0 +1,250 @@
+import collections
+import hashlib
+import itertools
+import json
+import random
+import re
+
+import pytest
+import transformers
+
+from gakd_jax.data import synthetic
+from gakd_jax.data.synthetic import knowing, reading, words
+
+ONE_ANSWER = ('train', 'prompts')
+HELD_OUT = ('validation', 'test')
+
+
+def texts(row):
+  output = row['output']
+  answers = [output] if isinstance(output, str) else output
+  return [row['instruction'], row['input'], *answers]
+
+
+@pytest.fixture(scope='module')
+def train():
+  return synthetic.rows('train', 4800)
+
+
+@pytest.fixture(scope='module')
+def directory(tmp_path_factory):
+  path = tmp_path_factory.mktemp('tokenizer')
+  synthetic.train_tokenizer(path)
+  return path
+
+
+@pytest.fixture(scope='module')
+def tokenizer(directory):
+  return transformers.AutoTokenizer.from_pretrained(directory)
+
+
+def draws(family, n, seed=0):
+  rng = random.Random(seed)
+  return [family(rng) for _ in range(n)]
+
+
+@pytest.mark.parametrize('split', synthetic.SPLITS)
+def test_rows_depend_on_split_seed_and_index_alone(split):
+  rows = synthetic.rows(split, 120)
+  assert rows == synthetic.rows(split, 120)
+  assert rows[:50] == synthetic.rows(split, 50)
+  assert rows != synthetic.rows(split, 120, seed=1)
+  others = set(synthetic.SPLITS) - {split}
+  assert all(rows != synthetic.rows(other, 120) for other in others)
+
+
+def test_rows_are_the_same_on_every_machine():
+  """A new digest means a new data set: the shipped teacher has to follow."""
+  rows = [synthetic.rows(split, 120) for split in synthetic.SPLITS]
+  digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+  assert digest[:16] == '5a842526b52787f0'
+
+
+def test_unknown_split_names_the_known_ones():
+  with pytest.raises(ValueError, match='train, prompts, validation, test'):
+    synthetic.rows('dev', 1)
+
+
+@pytest.mark.parametrize('split', synthetic.SPLITS)
+def test_outputs_are_one_answer_or_different_references(split):
+  for row in synthetic.rows(split, 240):
+    assert list(row) == ['instruction', 'input', 'output']
+    if split in ONE_ANSWER:
+      assert isinstance(row['output'], str)
+    else:
+      assert len(set(row['output'])) == len(row['output']) == 4
+
+
+def test_splits_share_no_content():
+  keys = {
+    split: {
+      task.key for task, _ in itertools.islice(synthetic.tasks(split), 1200)
+    }
+    for split in synthetic.SPLITS
+  }
+  for one, other in itertools.combinations(synthetic.SPLITS, 2):
+    assert not keys[one] & keys[other]
+
+
+@pytest.mark.parametrize(
+  ('family', 'pattern'),
+  [(reading.addition, r'\d+'), (knowing.comparison, r'\ban? (\w+)')],
+)
+def test_split_is_a_function_of_what_a_prompt_asks_about(family, pattern):
+  """Whatever the order and the wording: read back from the text itself."""
+  splits = collections.defaultdict(set)
+  for task in draws(family, 20_000):
+    prompt = task.prompts.strip().splitlines()[0]
+    content = tuple(sorted(re.findall(pattern, prompt)))
+    splits[content].add(synthetic.split_of(task))
+  assert max(map(len, splits.values())) == 1
+
+
+@pytest.mark.parametrize('family', synthetic.FAMILIES)
+def test_families_are_large(family):
+  """2000 contents for the prompts; the training split has more."""
+  rng = random.Random(0)
+  keys = collections.defaultdict(set)
+  for _ in range(30_000):
+    task = family(rng)
+    keys[synthetic.split_of(task)].add(task.key)
+    if len(keys['prompts']) >= 2000:
+      break
+  assert len(keys['prompts']) >= 2000
+  assert len(keys['train']) > len(keys['prompts'])
+  assert min(len(keys[split]) for split in HELD_OUT) > 200
+
+
+@pytest.mark.parametrize('family', synthetic.FAMILIES)
+def test_answers_have_a_mode_and_alternatives(family):
+  rng = random.Random(0)
+  for task in draws(family, 20):
+    answers = collections.Counter(synthetic.say(rng, task) for _ in range(200))
+    (_, most), *_, (_, least) = answers.most_common()
+    assert len(answers) >= synthetic.REFERENCES
+    assert most > 3 * least
+    prompts = {synthetic.ask(rng, task) for _ in range(40)}
+    assert 2 <= len(prompts) <= 4
+
+
+def test_phrasings_follow_their_odds():
+  task = synthetic.Task((), 'Hello?', 'Yes.\nAye.\nSure.\n  \n  It is.\n')
+  rng = random.Random(0)
+  said = collections.Counter(synthetic.say(rng, task) for _ in range(10_000))
+  odds = {'Yes. It is.': 0.6, 'Aye. It is.': 0.3, 'Sure. It is.': 0.1}
+  assert {text: said[text] / 10_000 for text in odds} == pytest.approx(
+    odds, abs=0.015
+  )
+
+
+# What none of the texts may hold.
+FAULTS = {
+  'a before a vowel': r'\b[Aa] ([aeiou]|hon|hour)',
+  'an before a consonant': r'\b[Aa]n (?!hour)[^aeiou]',
+  'a before a plural': r'\b[Aa]n? (mice|nuts|boots|pliers)\b',
+  'doubled word': r'\b(\w+) \1\b',
+  'space before punctuation': r' [.,:?!]',
+  'doubled space or punctuation': r'  |[.,:?!]{2}',
+  'sentence without a capital': r'[.?!] [a-z]',
+  'wrong plural': r'\b(mouses|wolfs|foxs|sheeps|mooses|ostrichs|butterflys)\b',
+  'verb form after does': r'\b[Dd]oes (not )?(\w+ )?\w*[^s]s \b(bread|tea|a)\b',
+  'unfilled template': r'[{}]|None|\\n|\n',
+}
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_no_text_has_a_fault(train, fault):
+  for row in train + synthetic.rows('test', 600):
+    for text in texts(row):
+      assert not re.search(FAULTS[fault], text), text
+
+
+def test_texts_are_sentences(train):
+  for row in train:
+    assert re.match(r'[A-Z]', row['instruction'])
+    assert re.search(r'[.?]$', row['instruction'])
+    assert re.match(r'[A-Z0-9]', row['output'])
+    signed = re.search(r'(Love|Best wishes|Yours), [A-Z]\w+$', row['output'])
+    assert signed or re.search(r'[.?"]$', row['output'])
+
+
+def test_sums_are_right(train):
+  sums = [row for row in train if re.match(r'.*\d', row['instruction'])]
+  assert len(sums) == len(train) // len(synthetic.FAMILIES)
+  for row in sums:
+    terms = map(int, re.findall(r'\d+', row['instruction']))
+    answer = int(re.search(r'(\d+)\.$', row['output'])[1])
+    assert sum(terms) == answer
+
+
+def test_facts_are_functions_of_the_animal(train):
+  """Of each animal the data says one thing only, whatever the wording."""
+  eaten = collections.defaultdict(set)
+  for row in train:
+    for many, food in re.findall(
+      r'([A-Z]\w+) (?:eat|feed on) ([\w ]+)\.', row['output']
+    ):
+      eaten[many.lower()].add(food)
+  facts = {animal.plural: {animal.food} for animal in words.ANIMALS}
+  assert len(eaten) > 30
+  assert eaten == {many: facts[many] for many in eaten}
+
+
+def test_word_groups_are_disjoint():
+  listed = [word for group in words.GROUPS.values() for word in group]
+  assert len(listed) == len(set(listed))
+
+
+def test_tokenizer_has_the_size_and_specials_asked_for(tokenizer):
+  assert len(tokenizer) == 768
+  assert sorted(tokenizer.get_vocab().values()) == list(range(768))
+  assert tokenizer.eos_token == '<|im_end|>'
+  assert tokenizer.pad_token == '<|endoftext|>'
+  for token in (synthetic.PAD, synthetic.START, synthetic.END):
+    assert len(tokenizer.encode(token)) == 1
+
+
+def test_tokenizer_round_trips(tokenizer, train):
+  odd = [' two  spaces ', 'tab\tand\nnewline', 'naïve “quotes” 🙂', "it's 1234"]
+  for text in odd + [text for row in train[:600] for text in texts(row)]:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_tokenizer_is_deterministic(directory, tmp_path):
+  synthetic.train_tokenizer(tmp_path)
+  for name in ('tokenizer.json', 'tokenizer_config.json'):
+    assert (tmp_path / name).read_bytes() == (directory / name).read_bytes()
+
+
+def test_larger_vocabulary_still_splits_numbers(tmp_path):
+  synthetic.train_tokenizer(tmp_path, vocab_size=1200, n=1200)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  assert len(tokenizer) == 1200
+  assert all(len(tokenizer.encode(f'{n:02}')) == 2 for n in range(100))
+
+
+def chat(tokenizer, row, **kwargs):
+  content = '\n\n'.join(filter(None, (row['instruction'], row['input'])))
+  messages = [{'role': 'user', 'content': content}]
+  return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+
+
+def test_chat_template_is_the_qwen_form(tokenizer):
+  row = {'instruction': 'Hi', 'input': ''}
+  start, answer = '<|im_start|>user\nHi<|im_end|>\n', '<|im_start|>assistant\n'
+  assert chat(tokenizer, row) == start
+  assert chat(tokenizer, row, add_generation_prompt=True) == start + answer
+
+
+def test_rows_fit_the_quickstart(tokenizer, train):
+  """At most 112 tokens with template and end; about half fit 64."""
+  chats = [
+    chat(tokenizer, row, add_generation_prompt=True)
+    + row['output']
+    + tokenizer.eos_token
+    for row in train
+  ]
+  lengths = [len(ids) for ids in tokenizer(chats).input_ids]
+  assert max(lengths) <= 112
+  assert 0.45 < sum(n <= 64 for n in lengths) / len(lengths) < 0.7
+  assert sorted(lengths)[len(lengths) // 20] >= 30

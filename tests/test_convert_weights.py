@@ -1,0 +1,94 @@
+"""tools/convert_weights.py: there and back, bit for bit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+
+from tools import convert_weights
+
+
+def weights(path):
+  return safetensors.numpy.load_file(path / 'model.safetensors')
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_round_trip_keeps_every_bit(tiny_model_dir, tmp_path, dtype):
+  source = tiny_model_dir(dtype=dtype, tied_head=dtype == 'float32')
+  flax, back = tmp_path / 'flax', tmp_path / 'back'
+  assert convert_weights.main(['to_flax', str(source), str(flax)]) == 0
+  companions = {f.name for f in source.iterdir()} - {'model.safetensors'}
+  assert {f.name for f in flax.iterdir()} == companions | {'params'}
+  assert convert_weights.main(['to_hf', str(flax), str(back)]) == 0
+  assert {f.name for f in back.iterdir()} == {f.name for f in source.iterdir()}
+  before, after = weights(source), weights(back)
+  assert before.keys() == after.keys()
+  for name, x in before.items():
+    assert str(x.dtype) == dtype
+    assert x.dtype == after[name].dtype
+    assert x.tobytes() == after[name].tobytes(), name
+  assert sorted(f.name for f in tmp_path.iterdir()) == ['back', 'flax']
+
+
+def test_the_checkpoint_is_a_plain_tree_in_the_dtype_asked_for(
+  tiny_model_dir, tmp_path
+):
+  source, flax = tiny_model_dir(), tmp_path / 'flax'
+  argv = ['to_flax', str(source), str(flax), '--dtype', 'bfloat16']
+  assert convert_weights.main(argv) == 0
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    tree = checkpointer.metadata(flax / 'params').item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), tree)
+    params = checkpointer.restore(flax / 'params', restore_args=as_numpy)
+  kernel = params['blocks']['mlp']['up']['kernel'][1]
+  stored = weights(source)['model.layers.1.mlp.up_proj.weight']
+  assert kernel.dtype == 'bfloat16'
+  np.testing.assert_array_equal(kernel.T, stored.astype('bfloat16'))
+
+
+def test_a_checkpoint_of_another_shape_is_refused(
+  tiny_model_dir, tmp_path, capsys
+):
+  flax = tmp_path / 'flax'
+  convert_weights.to_flax(tiny_model_dir(), flax)
+  config = tiny_model_dir(ff_width=40) / 'config.json'
+  (flax / 'config.json').write_text(config.read_text())
+  assert convert_weights.main(['to_hf', str(flax), str(tmp_path / 'x')]) == 2
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert 'does not match config.json in blocks/mlp/down/kernel, ' in error
+  assert 'attention' not in error
+  assert not (tmp_path / 'x').exists()
+
+
+def test_mistakes_are_one_line_and_status_2(tiny_model_dir, tmp_path, capsys):
+  source = str(tiny_model_dir())
+  for argv, message in (
+    (['to_flax', str(tmp_path / 'no'), str(tmp_path / 'x')], 'no such'),
+    (['to_flax', source, str(tmp_path)], 'exists already'),
+    (['to_hf', source, str(tmp_path / 'x')], 'params: not found'),
+  ):
+    assert convert_weights.main(argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith('error: ')
+    assert message in error
+
+
+def test_the_command_runs_as_documented(tmp_path):
+  root = Path(__file__).parents[1]
+  run = subprocess.run(
+    [sys.executable, 'tools/convert_weights.py', 'to_hf', 'no', 'x'],
+    cwd=root,
+    env=os.environ | {'PYTHONPATH': str(root)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert run.returncode == 2
+  assert run.stderr.startswith('error: ')
+  assert run.stderr.count('\n') == 1

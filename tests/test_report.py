@@ -1,0 +1,285 @@
+"""Metrics survive kills and resumption; terminal and page show the numbers."""
+
+import html.parser
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from gakd_jax import UserError, report, report_html
+
+
+def _write(workdir, steps, **kwargs):
+  metrics = report.Metrics(workdir, tensorboard=False, **kwargs)
+  for step in steps:
+    metrics.write(step, {'train/loss': step})
+  metrics.close()
+
+
+def _steps(workdir):
+  return [row['step'] for row in report.read_metrics(workdir)]
+
+
+def test_metrics_are_on_disk_as_soon_as_they_are_written(tmp_path):
+  assert report.read_metrics(tmp_path / 'new') == []
+  metrics = report.Metrics(tmp_path / 'new', tensorboard=False)
+  metrics.write(np.int32(3), {'train/loss': np.float32(0.5)})
+  metrics.write(3, {'eval/ce': 2})
+  got = report.read_metrics(tmp_path / 'new')
+  metrics.close()
+  assert got == [{'step': 3, 'train/loss': 0.5}, {'step': 3, 'eval/ce': 2.0}]
+
+
+def test_what_is_not_finite_is_strict_json(tmp_path):
+  metrics = report.Metrics(tmp_path, tensorboard=False)
+  metrics.write(1, {'a': math.nan, 'b': -math.inf, 'c': 1})
+  metrics.close()
+  line = (tmp_path / 'metrics.jsonl').read_text()
+  strict = json.loads(line, parse_constant=pytest.fail)
+  assert strict == {'step': 1, 'a': None, 'b': None, 'c': 1.0}
+  (row,) = report.read_metrics(tmp_path)
+  assert math.isnan(row['a'])
+  assert math.isnan(row['b'])
+  _write(tmp_path, [2], resume_step=1)  # NaN is copied as null again
+  assert (tmp_path / 'metrics.jsonl').read_text().startswith(line)
+
+
+def test_a_resumed_run_overwrites_the_later_steps(tmp_path):
+  _write(tmp_path, [1, 2, 3, 4])
+  _write(tmp_path, [3, 4, 5], resume_step=2)
+  assert _steps(tmp_path) == [1, 2, 3, 4, 5]
+  _write(tmp_path, [0, 1])
+  _write(tmp_path, [0, 1])  # killed before its first checkpoint
+  assert _steps(tmp_path) == [0, 1]
+
+
+def test_a_line_cut_by_a_kill_is_dropped(tmp_path):
+  _write(tmp_path, [1, 2])
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text(path.read_text()[:-5])
+  assert _steps(tmp_path) == [1]
+  _write(tmp_path, [2, 3], resume_step=2)
+  assert _steps(tmp_path) == [1, 2, 3]
+
+
+def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+  with pytest.raises(UserError, match=r'metrics\.jsonl:2: not JSON'):
+    report.read_metrics(tmp_path)
+
+
+def test_tensorboard_gets_the_same_names(tmp_path):
+  metrics = report.Metrics(tmp_path)
+  metrics.write(1, {'train/loss': 0.5})
+  metrics.close()
+  (events,) = (tmp_path / 'tensorboard').iterdir()
+  assert b'train/loss' in events.read_bytes()
+
+
+def test_progress_prints_a_line_now_and_then_to_a_file(capsys, monkeypatch):
+  now = 0.0
+  monkeypatch.setattr(report.time, 'monotonic', lambda: now)
+  with report.Progress(140, 100, 'distil [a]') as progress:
+    for step in range(101, 141):
+      now += 1
+      progress.update(step, loss=2 / 3, tokens_per_second=12345.6)
+      if step == 105:
+        progress.say('saved [red]' + 100 * 'x')
+  assert capsys.readouterr().out.splitlines() == [
+    'distil [a]  101/140  loss 0.6667  12,346 tokens/s  elapsed 0:00:01',
+    'saved [red]' + 100 * 'x',
+    *(
+      f'distil [a]  {step}/140  loss 0.6667  12,346 tokens/s'
+      f'  elapsed 0:00:{step - 100}  ETA 0:00:{140 - step:02}'
+      for step in (111, 121, 131)
+    ),
+    'distil [a]  140/140  loss 0.6667  12,346 tokens/s  elapsed 0:00:40',
+  ]
+
+
+def test_progress_leaves_its_last_line_when_the_run_dies(capsys):
+  def run():
+    with report.Progress(10) as progress:
+      progress.update(1)
+      progress.update(2)
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt):
+    run()
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split()[1] for line in lines] == ['1/10', '2/10']
+
+
+def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
+  monkeypatch.setenv('TTY_COMPATIBLE', '1')
+  monkeypatch.setenv('TERM', 'xterm')
+  monkeypatch.setenv('COLUMNS', '90')
+  with report.Progress(140, 100, 'distil [a]') as progress:
+    progress.update(140, loss=0.5, tokens_per_second=12345.6)
+    progress.say('saved [red]')
+  out = re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', capsys.readouterr().out)
+  assert 'saved [red]\n' in out
+  last = out.splitlines()[-1]
+  for text in ('distil [a] ━', '140/140', 'loss 0.5000  12,346 tokens/s'):
+    assert text in last
+
+
+COLUMNS = ['model', 'ROUGE-L', 'CE', 'note']
+ROWS = [
+  ['teacher [b]', '27.1 ± 0.2', 10.5, 'a < b'],
+  ['GAKD', '9.9 ± 0.1', 9.25, None],
+]
+
+
+def test_tables_in_a_file_are_markdown_of_any_width(capsys):
+  report.print_table(COLUMNS, [*ROWS, ['x' * 200, 'y', 1, '']], 'Dolly [c]')
+  title, *lines = capsys.readouterr().out.splitlines()
+  assert title.strip() == 'Dolly [c]'
+  rows = [re.split(r'\s*\|\s*', line.strip(' |')) for line in lines]
+  assert ['teacher [b]', '27.1 ± 0.2', '10.50', 'a < b'] in rows
+  assert ['GAKD', '9.9 ± 0.1', '9.25', '-'] in rows
+  assert ['x' * 200, 'y', '1'] in rows
+  report.print_table(COLUMNS, [], 'nothing yet')
+
+
+def test_tables_on_a_narrow_terminal_lose_nothing(capsys, monkeypatch):
+  monkeypatch.setenv('TTY_COMPATIBLE', '1')
+  monkeypatch.setenv('COLUMNS', '30')
+  report.print_table(['a', 'b'], [['x' * 40, 'y' * 40]], 'T')
+  out = re.sub(r'\x1b\[[0-9;]*m', '', capsys.readouterr().out)
+  assert max(map(len, out.splitlines())) <= 30
+  assert (out.count('x'), out.count('y')) == (40, 40)
+
+
+def test_the_floats_of_a_column_share_their_decimals():
+  columns = {
+    '.2f': [12.345, 9.0, math.nan],
+    '.3f': [np.float32(9.5), 0.001, 0.0],
+    '.2e': [5e-6, 0.0],
+  }
+  for spec, cells in columns.items():
+    rows = report.format_rows([[cell] for cell in cells])
+    assert rows == [[format(cell, spec)] for cell in cells]
+  assert report.format_rows([[1, None, 'x']]) == [['1', '-', 'x']]
+
+
+class _Page(html.parser.HTMLParser):
+  """Collects what a page shows, and fails on tags that do not match."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.open, self.texts, self.tags, self.attributes = [], [], [], []
+    self.feed(text)
+    assert not self.open
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.attributes += [(name, value or '') for name, value in attrs]
+    if tag not in ('meta', 'br'):
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.tags.append(tag)
+    self.attributes += [(name, value or '') for name, value in attrs]
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if data.strip() and self.open[-1] not in ('style', 'script'):
+      self.texts.append(data.strip('\n'))
+
+
+EVIL = '</p><script>alert("$x")</script>&amp;'
+
+
+def _page(path, **kwargs):
+  report_html.write_report(path, **kwargs)
+  return _Page(path.read_text(encoding='utf-8'))
+
+
+def test_the_page_shows_everything_in_order(tmp_path):
+  xs = range(300)
+  page = _page(
+    tmp_path / 'new' / 'report.html',
+    title='Run',
+    summary=[('seed', 10)],
+    tables=[('Dolly', COLUMNS, ROWS)],
+    curves=[('Loss', 'nats', {'GAKD': (xs, np.cos(xs)), 'SFT': ([1], [0.5])})],
+    answers=[
+      {'prompt': 'Why?', 'reference': 'So.', 'SFT': ' \n', 'GAKD': '\n b\n  c'},
+      {'prompt': 'How?', 'references': ['Thus.', 'So.'], 'SFT': 'd'},
+    ],
+  )
+  want = 'Run Results Dolly model ROUGE-L CE note GAKD 9.9 ± 0.1 9.25 Training'
+  want += ' Loss nats GAKD SFT step Why? Reference So. SFT (empty) GAKD b\n'
+  want += ' How? References Thus. So. SFT d Configuration seed 10'
+  text = ' '.join(page.texts)
+  position = 0
+  for word in want.split(' '):
+    position = text.index(word, position) + len(word)
+  assert ' b\n  c' in page.texts  # as code, answers keep their indentation
+  assert page.tags.count('svg') == 1
+  assert page.tags.count('details') == 1
+  assert ('open', '') not in page.attributes
+
+
+def test_an_empty_page_has_no_empty_sections(tmp_path):
+  assert _page(tmp_path / 'x.html', title='Run').texts == ['Run', 'Run']
+
+
+def test_text_of_users_is_escaped_everywhere(tmp_path):
+  page = _page(
+    tmp_path / 'x.html',
+    title=EVIL,
+    summary=[(EVIL, EVIL)],
+    tables=[(EVIL, [EVIL, EVIL], [[EVIL, EVIL]])],
+    curves=[(EVIL, EVIL, {EVIL: ([1], [1])})],
+    answers=[{'prompt': EVIL, 'reference': EVIL, EVIL: EVIL}],
+  )
+  assert page.tags.count('script') == 1
+  assert page.texts.count(EVIL) == 2 + 2 + 5 + 3 + 4
+
+
+def test_the_page_refers_to_nothing_outside(tmp_path):
+  page = _page(
+    tmp_path / 'x.html',
+    title='Run',
+    curves=[('a', 'b', {'c': ([1, 2], [3, 4])})],
+  )
+  assert not {'link', 'img', 'iframe', 'object'} & set(page.tags)
+  for name, value in page.attributes:
+    assert name != 'src'
+    assert not name.endswith('href') or value.startswith('#')
+    assert '//' not in value or name.startswith('xmlns')
+  policy = dict(page.attributes)['content']
+  assert "default-src 'none'" in policy
+
+
+def test_curves_with_gaps_have_one_colour_per_label(tmp_path):
+  nan = [math.nan] * 3
+  curves = [
+    ('a', '', {'x': ([1, 2, 3], [1, math.nan, 2]), 'y': ([1, 2, 3], nan)}),
+    ('b', '', {'y': ([1, 2, 3], [1, 2, 3]), 'z': ([], [])}),
+    ('c', '', {str(i): ([1, 2], [i, i]) for i in range(9)}),
+  ]
+  page = _page(tmp_path / 'x.html', title='Run', curves=curves)
+  keys = [v for name, v in page.attributes if name == 'style' and '--key' in v]
+  x, y, also_y, z, *many = keys
+  assert y == also_y
+  assert len({x, y, z}) == 3
+  assert len(set(many)) == 9
+  _page(tmp_path / 'y.html', title='Run', curves=curves)
+  assert (tmp_path / 'x.html').read_bytes() == (
+    tmp_path / 'y.html'
+  ).read_bytes()
+
+
+def test_a_long_run_stays_a_small_page(tmp_path):
+  xs = np.arange(100_000)
+  ys = np.random.default_rng(0).normal(size=xs.size)
+  _page(tmp_path / 'x.html', title='Run', curves=[('a', '', {'x': (xs, ys)})])
+  assert (tmp_path / 'x.html').stat().st_size < 300_000

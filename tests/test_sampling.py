@@ -1,0 +1,343 @@
+import collections
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from flax import nnx
+
+from gakd_jax import UserError, sampling, sharding
+from gakd_jax.models import transformer
+
+V = 32
+CONFIG = transformer.DecoderConfig(
+  vocab_size=V,
+  width=32,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  head_dim=8,
+  ff_width=48,
+  tied_head=True,
+  rope_theta=1e4,
+  norm_eps=1e-6,
+  max_length=256,
+)
+# Two buckets of padded length, and more rows than a batch.
+LENGTHS = (5, 1, 70, 3, 17)
+PROMPTS = [np.random.default_rng(n).integers(0, V, n).tolist() for n in LENGTHS]
+
+
+def make_model(seed):
+  definition, params = transformer.split(
+    transformer.Decoder(CONFIG, nnx.Rngs(seed))
+  )
+  params['final_norm']['scale'] *= 20.0  # Logits that spread over some nats.
+  return nnx.merge(definition, params)
+
+
+@pytest.fixture(scope='module')
+def model():
+  return make_model(0)
+
+
+def generate(model, prompts=PROMPTS, **kwargs):
+  return sampling.generate(
+    model, prompts, **{'max_new_tokens': 9, 'batch_size': 3} | kwargs
+  )
+
+
+# Filters.
+
+
+def softmax(logits):
+  p = np.exp(logits - logits.max(axis=-1, keepdims=True))
+  return p / p.sum(axis=-1, keepdims=True)
+
+
+def top_k_reference(logits, k):
+  lowest = np.sort(logits)[::-1][: min(k, len(logits))][-1]
+  return np.where(logits >= lowest, logits, -np.inf)
+
+
+def top_p_reference(logits, p):
+  p_sorted = np.sort(softmax(logits.astype(np.float64)))[::-1]
+  n = 1 + np.searchsorted(np.cumsum(p_sorted), p)
+  return top_k_reference(logits, n)
+
+
+def random_logits():
+  """From nearly uniform to one-hot."""
+  scale = np.array([[0.01], [1.0], [3.0], [1e4]])
+  x = np.random.default_rng(0).normal(size=(4, 500)) * scale
+  return x.astype(np.float32)
+
+
+@pytest.mark.parametrize('k', [1, 2, 25, 499, 500, 1000])
+def test_top_k_keeps_what_a_sort_keeps(k):
+  x = random_logits()
+  np.testing.assert_array_equal(
+    sampling.top_k_filter(x, k), [top_k_reference(row, k) for row in x]
+  )
+
+
+@pytest.mark.parametrize('p', [0.0, 1e-6, 0.1, 0.5, 0.95, 0.999])
+def test_top_p_keeps_what_a_sort_keeps(p):
+  x = random_logits()
+  np.testing.assert_array_equal(
+    sampling.top_p_filter(x, p), [top_p_reference(row, p) for row in x]
+  )
+
+
+@pytest.mark.parametrize(
+  ('filtered', 'row', 'kept'),
+  [
+    (lambda x: sampling.top_k_filter(x, 2), [1, 3, 1, 0], [0, 1, 2]),
+    (lambda x: sampling.top_k_filter(x, 3), [-1, -3, -2, -4], [0, 1, 2]),
+    (lambda x: sampling.top_k_filter(x, 3), [0, -np.inf, 1, 2], [0, 2, 3]),
+    (lambda x: sampling.top_p_filter(x, 0.0), [1, 3, 2, 0], [1]),
+    (lambda x: sampling.top_p_filter(x, 0.0), [3, 3, 2, 0], [0, 1]),
+    (lambda x: sampling.top_p_filter(x, 0.4), [2, 2, 2, 2], [0, 1, 2, 3]),
+    (lambda x: sampling.top_p_filter(x, 0.25), [0, -9, 0, 0], [0, 2, 3]),
+    (lambda x: sampling.top_p_filter(x, 0.9), [9, -np.inf, 9, 0], [0, 2]),
+    # exp(-200) is 0 in fp32: order does not come from probabilities.
+    (lambda x: sampling.top_k_filter(x, 2), [0, -300, -200, -400], [0, 2]),
+  ],
+)
+def test_filters_at_ties_and_edges(filtered, row, kept):
+  x = np.array([row], np.float32)
+  expected = np.where(np.isin(np.arange(4), kept), x, -np.inf)
+  np.testing.assert_array_equal(filtered(x), expected)
+
+
+def filter_logits(x, **settings):
+  ids = np.zeros((len(x), 1), np.int32)
+  sampler = sampling.Sampler(**settings)
+  return np.asarray(sampler.filter(x, ids, np.zeros(len(x), np.int32)))
+
+
+def test_temperature_then_top_k_then_top_p():
+  x = random_logits()
+  expected = [top_p_reference(top_k_reference(r / 4.0, 20), 0.7) for r in x]
+  result = filter_logits(x, temperature=4.0, top_k=20, top_p=0.7)
+  np.testing.assert_array_equal(result, expected)
+  swapped = [top_k_reference(top_p_reference(r / 4.0, 0.7), 20) for r in x]
+  assert not np.array_equal(expected, swapped), 'the order must matter here'
+
+
+def test_what_is_not_asked_for_is_off():
+  x = random_logits()
+  np.testing.assert_array_equal(filter_logits(x), x)
+  np.testing.assert_array_equal(
+    filter_logits(x.astype(jnp.bfloat16)).dtype, x.dtype
+  )
+
+
+@pytest.mark.parametrize('n', [1, 2, 3, 4, 12])
+def test_repeated_ngrams_are_blocked_as_by_brute_force(n):
+  rng = np.random.default_rng(n)
+  B, S, V = 40, 11, 5
+  ids = rng.integers(0, V, (B, S)).astype(np.int32)
+  length = rng.integers(0, S + 1, B).astype(np.int32)
+  x = rng.normal(size=(B, V)).astype(np.float32)
+  expected = x.copy()
+  for b in range(B):
+    tokens = ids[b, : length[b]].tolist()
+    seen = {tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)}
+    for v in range(V):
+      if tuple([*tokens, v][-n:]) in seen:
+        expected[b, v] = -np.inf
+  if n < 4:
+    assert np.isinf(expected).any()
+  np.testing.assert_array_equal(
+    sampling.block_repeated_ngrams(jnp.array(x), ids, length, n), expected
+  )
+
+
+@pytest.mark.parametrize(
+  'settings',
+  [
+    {},
+    {'temperature': 0.5, 'top_k': 6},
+    {'top_p': 0.8, 'valid_vocab': 9},
+  ],
+)
+def test_draws_follow_the_filtered_distribution(settings):
+  n = 20000
+  x = np.random.default_rng(1).normal(0, 1, (1, 12)).astype(np.float32)
+  filtered = filter_logits(x, **settings)
+  keys = jax.random.split(jax.random.key(3), n)
+  tokens = sampling.Sampler(**settings).draw(
+    jnp.broadcast_to(filtered, (n, 12)), keys
+  )
+  counts = np.bincount(tokens, minlength=12)
+  # The distribution, written again without the code under test.
+  x = x[0].astype(np.float64) / settings.get('temperature', 1.0)
+  x[settings.get('valid_vocab', 12) :] = -np.inf
+  if 'top_k' in settings:
+    x = top_k_reference(x, settings['top_k'])
+  if 'top_p' in settings:
+    x = top_p_reference(x, settings['top_p'])
+  p = softmax(x)
+  assert counts[p == 0].sum() == 0
+  assert scipy.stats.chisquare(counts[p > 0], n * p[p > 0]).pvalue > 0.01
+
+
+# Decoding.
+
+
+@pytest.mark.parametrize('temperature', [0.0, 0.7])
+def test_tokens_are_those_of_the_full_forward(model, temperature):
+  """Through the cache, token by token, for rows of different length."""
+  seed = 5
+  responses = generate(model, temperature=temperature, seed=seed)
+  assert [len(r) for r in responses] == [9] * len(PROMPTS)
+  full = jax.jit(model.logits)
+  for i, (prompt, response) in enumerate(zip(PROMPTS, responses, strict=True)):
+    ids = prompt + response
+    padded = np.zeros((1, 80), np.int32)  # Causal: what follows is not seen.
+    padded[0, : len(ids)] = ids
+    logits_TV = np.asarray(full(padded))[0]
+    row_key = jax.random.fold_in(jax.random.key(seed), i)
+    for step, token in enumerate(response):
+      score_V = logits_TV[len(prompt) + step - 1]
+      if temperature:
+        key = jax.random.fold_in(row_key, step)
+        score_V = score_V / temperature + jax.random.gumbel(key, (V,))
+      # Equal up to rounding: a near tie may go either way.
+      assert score_V[token] > np.max(score_V) - 1e-4, (i, step)
+
+
+def test_a_sample_depends_on_its_index_and_seed_alone(model):
+  """Not on batch size, padding, or what the other prompts are.
+
+  Exact, though rounding may differ with the shape: a tie near enough to notice
+  has odds of about one in a million per token here.
+  """
+  expected = generate(model)
+  assert generate(model, batch_size=2) == expected
+  assert generate(model, batch_size=99) == expected
+  others = [p[:2] if i != 1 else p for i, p in enumerate(PROMPTS)]
+  assert generate(model, others)[1] == expected[1]
+  assert generate(model, seed=1) != expected
+  same = generate(model, [PROMPTS[0]] * 3)
+  assert len({tuple(r) for r in same}) == 3, 'each index draws its own'
+
+
+def test_each_row_ends_at_its_eos(model):
+  plain = generate(model)
+  counts = collections.Counter(i for r in plain for i in set(r))
+  eos_ids = [i for i, n in counts.most_common(2)]
+
+  def cut(response):
+    return next(
+      (response[:n] for n, i in enumerate(response) if i in eos_ids), response
+    )
+
+  expected = [cut(r) for r in plain]
+  assert len({len(r) for r in expected}) > 2, 'rows must end apart'
+  assert any(len(r) == 9 for r in expected), 'one row must not end'
+  reports = []
+  result = generate(
+    model, eos_ids=eos_ids, report=lambda *counts: reports.append(counts)
+  )
+  assert result == expected
+  with_eos = sum(len(r) + (len(r) < 9) for r in expected)
+  assert [rows for rows, _ in reports] == [3, 2]
+  assert sum(tokens for _, tokens in reports) == with_eos
+
+
+def test_decoding_stops_with_the_last_row(model):
+  """Rows that fill up the batch are not waited for, and stay empty."""
+  steps = []
+
+  @dataclasses.dataclass(frozen=True)
+  class Counting(sampling.Sampler):
+    def draw(self, logits_BV, key_B):
+      jax.debug.callback(lambda: steps.append(1))
+      # Row 0 says 1, 2, 3 ...; row 1 says 3 at once; row 2 is not there.
+      return jnp.array([1, 3, 1]) + jnp.array([1, 0, 0]) * self.said(logits_BV)
+
+    def filter(self, logits_BV, ids_BS, length_B):
+      return length_B
+
+    def said(self, length_B):
+      return length_B - 2
+
+  prompt_BT = np.zeros((3, 4), np.int32)
+  length_B = np.array([2, 4, 0], np.int32)
+  keys = jax.random.split(jax.random.key(0), 3)
+  ids_BS, end_B = jax.jit(
+    lambda: sampling.decode_batch(
+      model, prompt_BT, length_B, keys, Counting(), 50, eos_ids=(3,)
+    )
+  )()
+  jax.effects_barrier()
+  assert len(steps) == 3
+  np.testing.assert_array_equal(end_B, [5, 5, 0])
+  np.testing.assert_array_equal(ids_BS[0, :6], [0, 0, 1, 2, 3, 0])
+  np.testing.assert_array_equal(ids_BS[1, :6], [0, 0, 0, 0, 3, 0])
+  assert not ids_BS[2].any()
+
+
+def test_padded_vocabulary_is_never_drawn(model):
+  assert max(map(max, generate(model))) >= 7
+  assert max(map(max, generate(model, valid_vocab=7))) < 7
+
+
+def test_no_ngram_is_repeated_over_prompt_and_response(model):
+  def repeats(response, prompt):
+    pairs = list(zip(prompt + response, (prompt + response)[1:], strict=False))
+    return any(p in pairs[:n] for n, p in enumerate(pairs) if n >= len(prompt))
+
+  settings = {'temperature': 0.3, 'max_new_tokens': 24}
+  prompts = [[1, 2, 3, 1], [7]]
+  pairs = zip(generate(model, prompts, **settings), prompts, strict=True)
+  assert any(repeats(*pair) for pair in pairs)
+  blocked = generate(model, prompts, no_repeat_ngram=2, **settings)
+  assert not any(repeats(*pair) for pair in zip(blocked, prompts, strict=True))
+
+
+def test_new_parameters_do_not_recompile(model, caplog):
+  other = make_model(1)
+  settings = {'temperature': 0.9, 'eos_ids': [3]}  # Of this test alone.
+  with jax.log_compiles():
+    first = generate(model, **settings)
+    assert 'jit(_decode)' in caplog.text
+    caplog.clear()
+    assert generate(other, seed=4, **settings) != first
+    assert 'jit(_decode)' not in caplog.text
+
+
+def test_a_sharded_model_says_the_same(model):
+  definition, params = transformer.split(model)
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  params = jax.device_put(params, sharding.shardings(params, mesh))
+  sharded = nnx.merge(definition, params)
+  assert generate(sharded, PROMPTS[:2]) == generate(model, PROMPTS[:2])
+
+
+def test_nothing_to_do(model):
+  assert generate(model, []) == []
+
+
+@pytest.mark.parametrize(
+  ('prompts', 'settings', 'message'),
+  [
+    ([[1], []], {}, 'prompt 1 .*is empty'),
+    ([[1], [2, V]], {}, f'prompt 1 .*token id {V}'),
+    ([[1]], {'temperature': -1.0}, 'temperature=-1.0'),
+    ([[1]], {'temperature': float('nan')}, 'temperature=nan'),
+    ([[1]], {'top_p': 1.5, 'top_k': -1}, 'top_k=-1.*top_p=1.5'),
+    ([[1]], {'no_repeat_ngram': -1}, 'no_repeat_ngram=-1'),
+    ([[1]], {'valid_vocab': 0}, 'valid_vocab=0'),
+    ([[1]], {'max_new_tokens': 0}, 'max_new_tokens=0'),
+    ([[1]], {'batch_size': 0}, 'batch_size=0'),
+  ],
+)
+def test_bad_input_is_one_line(model, prompts, settings, message):
+  with pytest.raises(UserError, match=message) as error:
+    generate(model, prompts, **settings)
+  assert '\n' not in str(error.value)

@@ -1,0 +1,94 @@
+"""Meshes, global batches, and the table that places parameters."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from gakd_jax import UserError, sharding
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'shape'),
+  [
+    ({}, (8, 1, 1)),
+    ({'fsdp': 2, 'tensor': 2}, (2, 2, 2)),
+    ({'data': 1, 'fsdp': -1, 'tensor': 4}, (1, 2, 4)),
+    ({'data': 4, 'fsdp': 1, 'tensor': 2}, (4, 1, 2)),
+  ],
+)
+def test_a_mesh_has_all_devices(sizes, shape):
+  mesh = sharding.make_mesh(**sizes)
+  assert tuple(mesh.shape.items()) == tuple(
+    zip(('data', 'fsdp', 'tensor'), shape, strict=True)
+  )
+  assert set(mesh.axis_types) == {AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+  'sizes',
+  [
+    {'data': 3},
+    {'data': 16},
+    {'data': -1, 'fsdp': 3},
+    {'data': -1, 'fsdp': 16},
+    {'data': -1, 'fsdp': -1},
+    {'data': 0, 'fsdp': 8},
+    {'data': -1, 'fsdp': 0},
+    {'data': -2, 'fsdp': -4},
+    {'data': -1, 'fsdp': -8},
+  ],
+  ids=str,
+)
+def test_a_mesh_that_does_not_fit_says_how_many_devices_there_are(sizes):
+  with pytest.raises(UserError, match=r'config\.mesh: .* 8 devices'):
+    sharding.make_mesh(**sizes)
+
+
+def test_the_table_also_places_optimizer_moments():
+  shape = jax.ShapeDtypeStruct((2, 16, 32), np.float32)
+  tree = {'mu': {'blocks': {'mlp': {'up': {'kernel': shape}}}}, 'other': shape}
+  placed = sharding.shardings(tree, sharding.make_mesh(2, 2, 2))
+  kernel = placed['mu']['blocks']['mlp']['up']['kernel']
+  assert kernel.spec == P(None, 'fsdp', 'tensor')
+  assert placed['other'].spec == P()
+
+
+def test_a_batch_is_split_over_data_and_fsdp_and_repeats_are_sent_once():
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  ids_BT = np.arange(24, dtype=np.int32).reshape(8, 3)
+  batch = {'student': {'ids': ids_BT}, 'teacher': {'ids': ids_BT}}
+  batch['other'] = ids_BT.copy()
+  put = sharding.put_batch(batch, mesh)
+  assert put['student']['ids'] is put['teacher']['ids']
+  assert put['student']['ids'] is not put['other']
+  global_BT = put['student']['ids']
+  np.testing.assert_array_equal(global_BT, ids_BT)
+  assert global_BT.sharding.spec == P(('data', 'fsdp'))
+  rows = {s.index[0].start for s in global_BT.addressable_shards}
+  assert rows == {0, 2, 4, 6}
+
+
+class Rows:
+  """A leaf that becomes a new numpy array each time it is asked."""
+
+  def __init__(self, value):
+    self.value = value
+
+  def __array__(self, dtype=None, copy=None):
+    return np.full(8, self.value)
+
+
+def test_leaves_whose_arrays_are_temporary_are_kept_apart():
+  put = sharding.put_batch([Rows(i) for i in range(30)], sharding.make_mesh())
+  assert [x[0].item() for x in put] == list(range(30))
+
+
+def test_batch_sizes_must_divide():
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  sharding.check_batch_size(16, 8, mesh)
+  with pytest.raises(UserError, match=r'batch_size=12 is not a multiple of'):
+    sharding.check_batch_size(12, 8, mesh)
+  with pytest.raises(UserError, match=r'6 rows .* 4 devices'):
+    sharding.check_batch_size(12, 6, mesh)

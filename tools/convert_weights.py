@@ -1,0 +1,154 @@
+"""Weights between a Hugging Face directory and a Flax one.
+
+  python tools/convert_weights.py to_flax SRC DST [--dtype bfloat16]
+  python tools/convert_weights.py to_hf SRC DST
+
+A Flax directory has `params/`, an Orbax checkpoint of the parameter tree
+(nested dicts; kernels [in, out]; layers stacked along a leading axis), beside
+the config.json and the tokenizer of the Hugging Face directory. Weights keep
+every bit unless a dtype is asked for, and memory never holds them twice.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+import rich.console
+import rich.progress
+from flax import nnx
+
+from gakd_jax import UserError, models
+from gakd_jax.models import convert, transformer
+
+DTYPES = ('float32', 'bfloat16', 'float16')
+
+
+def to_flax(source, destination, dtype=None):
+  """Writes the Flax directory of a Hugging Face directory or hub id."""
+  source, destination = models.resolve(source), Path(destination).resolve()
+  new = destination.with_name(destination.name + '.tmp')
+  shutil.rmtree(new, ignore_errors=True)
+  with _progress() as progress:
+    report = _task(progress, 'reading', _loaded_bytes(source, dtype))
+    params = transformer.split(models.load(source, dtype, report=report))[1]
+    size = _bytes(params)
+    report = _task(progress, 'writing', size)
+    with _checkpointer(params) as checkpointer:
+      checkpointer.save(new / 'params', args=ocp.args.PyTreeSave(params))
+    report(size)
+  shutil.copyfile(source / 'config.json', new / 'config.json')
+  models.copy_companions(source, new)
+  new.rename(destination)
+
+
+def to_hf(source, destination):
+  """Writes the Hugging Face directory of a Flax directory."""
+  source = Path(source).resolve()
+  model = models.abstract(models.read_config(source), source)
+  definition, shapes = transformer.split(model)
+  with _progress() as progress:
+    report = _task(progress, 'reading', None)
+    params = _restore(source / 'params', shapes)
+    report(_bytes(params))
+    report = _task(progress, 'writing', _bytes(params))
+    models.save(nnx.merge(definition, params), destination, report=report)
+
+
+def _restore(path, shapes):
+  """Reads an Orbax checkpoint whose shapes are known, in its own dtypes."""
+  if not path.is_dir():
+    raise UserError(f'{path}: not found; `to_flax` writes such a directory')
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    stored = convert.flatten(checkpointer.metadata(path).item_metadata.tree)
+  expected = {k: x.shape for k, x in convert.flatten(shapes).items()}
+  found = {k: tuple(x.shape) for k, x in stored.items()}
+  if found != expected:
+    wrong = sorted(k for k, _ in found.items() ^ expected.items())
+    raise UserError(
+      f'{path}: does not match config.json in {", ".join(dict.fromkeys(wrong))}'
+    )
+  place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  abstract = convert.unflatten(
+    {
+      k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+      for k, x in stored.items()
+    }
+  )
+  restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+  with _checkpointer(abstract) as checkpointer:
+    return checkpointer.restore(
+      path, args=ocp.args.PyTreeRestore(abstract, restore_args)
+    )
+
+
+def _checkpointer(params):
+  """Orbax, with one parameter in flight: it would copy all at once."""
+  largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+  gigabytes = 1.01 * largest / 10**9
+  return ocp.Checkpointer(
+    ocp.PyTreeCheckpointHandler(
+      save_concurrent_gb=gigabytes, restore_concurrent_gb=gigabytes
+    )
+  )
+
+
+def _bytes(params):
+  return sum(x.nbytes for x in jax.tree.leaves(params))
+
+
+def _loaded_bytes(path, dtype):
+  """What `models.load` will report, but for the headers of files."""
+  if dtype is None:
+    return sum(file.stat().st_size for file in path.glob('*.safetensors'))
+  shapes = transformer.split(models.abstract(models.read_config(path)))[1]
+  n = sum(x.size for x in jax.tree.leaves(shapes))
+  return n * jax.numpy.dtype(dtype).itemsize
+
+
+def _progress():
+  return rich.progress.Progress(
+    rich.progress.TextColumn('{task.description}'),
+    rich.progress.BarColumn(),
+    rich.progress.DownloadColumn(),
+    rich.progress.TimeElapsedColumn(),
+    console=rich.console.Console(stderr=True),
+  )
+
+
+def _task(progress, description, size):
+  """A bar; what is returned advances it by a number of bytes."""
+  task = progress.add_task(description, total=size)
+  return lambda n: progress.advance(task, n)
+
+
+def main(argv=None):
+  """Returns the exit status: 2 if the user can put it right."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('direction', choices=('to_flax', 'to_hf'))
+  parser.add_argument('source', help='directory, or hub id for to_flax')
+  parser.add_argument('destination', help='a directory that is not there yet')
+  parser.add_argument('--dtype', choices=DTYPES, help='cast, for to_flax')
+  args = parser.parse_args(argv)
+  if args.direction == 'to_hf' and args.dtype:
+    parser.error('--dtype goes with to_flax')
+  try:
+    if Path(args.destination).exists():
+      raise UserError(f'{args.destination}: exists already; name a new one')
+    if args.direction == 'to_flax':
+      to_flax(args.source, args.destination, args.dtype)
+    else:
+      to_hf(args.source, args.destination)
+  except UserError as e:
+    print(f'error: {e}', file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == '__main__':
+  jax.config.update('jax_platforms', 'cpu')  # copying needs no accelerator
+  sys.exit(main())
