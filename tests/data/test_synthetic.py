@@ -224,7 +224,7 @@ def test_larger_vocabulary_still_splits_numbers(tmp_path):
 
 
 def chat(tokenizer, row, **kwargs):
-  content = '\n\n'.join(filter(None, (row['instruction'], row['input'])))
+  content = '\n'.join(filter(None, (row['instruction'], row['input'])))
   messages = [{'role': 'user', 'content': content}]
   return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
 

@@ -116,7 +116,7 @@ def train_tokenizer(path, vocab_size: int = 768, n: int = 6000) -> None:
   )
   # With the roles that the template names, so that each becomes one token.
   texts = (
-    f'user\n{row["instruction"]}\n\n{row["input"]}\nassistant\n{row["output"]}'
+    f'user\n{row["instruction"]}\n{row["input"]}\nassistant\n{row["output"]}'
     for row in rows('train', n)
   )
   tokenizer.train_from_iterator(texts, trainer)

@@ -1,0 +1,23 @@
+"""Reverse KL from an SFT Qwen3-8B to an SFT Qwen3-1.7B, on Dolly.
+
+  python -m gakd_jax.main --config=configs/sft_8b.py
+  python -m gakd_jax.main --config=configs/sft_1p7b.py
+  python -m gakd_jax.main --config=configs/rkl_1p7b.py
+
+Loss 0.5 CE + 0.5 reverse KL, all weights trained. Hardware: one 80 GB GPU;
+the teacher takes 16 GB of it. The checkpoint is chosen by validation ROUGE-L.
+Not yet run at full size.
+"""
+
+from configs import dolly
+
+
+def get_config():
+  c = dolly.get_config()
+  c.student.path = 'runs/sft_1p7b/best'
+  c.teacher.path = 'runs/sft_8b/best'
+  c.objective = {'name': 'kld', 'divergence': 'reverse_kl', 'kd': 0.5}
+  c.optimizer.learning_rate = 5e-6
+  c.train.epochs = 10
+  c.train.microbatch_size = 8
+  return c

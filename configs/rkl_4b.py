@@ -1,0 +1,24 @@
+"""Reverse KL from an SFT Qwen3-8B to an SFT Qwen3-4B, on Dolly.
+
+  python -m gakd_jax.main --config=configs/sft_8b.py
+  python -m gakd_jax.main --config=configs/sft_4b.py
+  python -m gakd_jax.main --config=configs/rkl_4b.py
+
+Loss 0.5 CE + 0.5 reverse KL, all weights trained. Hardware: four 80 GB GPUs (fsdp);
+the teacher takes 16 GB of it. The checkpoint is chosen by validation ROUGE-L.
+Not yet run at full size.
+"""
+
+from configs import dolly
+
+
+def get_config():
+  c = dolly.get_config()
+  c.student.path = 'runs/sft_4b/best'
+  c.teacher.path = 'runs/sft_8b/best'
+  c.objective = {'name': 'kld', 'divergence': 'reverse_kl', 'kd': 0.5}
+  c.optimizer.learning_rate = 1e-5
+  c.train.epochs = 10
+  c.train.microbatch_size = 32
+  c.mesh.data, c.mesh.fsdp = 1, -1
+  return c
