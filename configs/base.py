@@ -108,15 +108,19 @@ def shrink(config, *, model, data, steps=2):
     (name, shrink(stage, model=model, data=data, steps=steps))
     for name, stage in config.stages
   )
-  for part in (config.student, config.teacher):
-    if part.path and not part.path.startswith('stage:'):
-      part.path = model
+
+  def tiny(spec, replacement):
+    if isinstance(spec, tuple):
+      return tuple(tiny(s, replacement) for s in spec)
+    return spec if not spec or spec.startswith('stage:') else replacement
+
+  with config.ignore_type():
+    config.student.path = tiny(config.student.path, model)
+    config.teacher.path = tiny(config.teacher.path, model)
+    config.data.train = tiny(config.data.train, data)
+    config.data.validation = tiny(config.data.validation, data)
   if config.student.shape is not None:
     config.student.shape = {'width': 16, 'layers': 1}
-  for split in ('train', 'validation'):
-    spec = config.data[split]
-    if spec and not str(spec).startswith('stage:'):
-      config.data[split] = data
   config.data.max_length = 96
   config.data.max_prompt_length = 64
   config.data.buckets = None
@@ -125,6 +129,7 @@ def shrink(config, *, model, data, steps=2):
   config.train.batch_size = 8
   config.train.microbatch_size = None
   config.train.head_chunk = 32
+  config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 1, 1, 1
   config.evals = {
     name: dict(settings) | _small(name, settings, data)
     for name, settings in config.evals.items()

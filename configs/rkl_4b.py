@@ -4,8 +4,9 @@
   python -m gakd_jax.main --config=configs/sft_4b.py
   python -m gakd_jax.main --config=configs/rkl_4b.py
 
-Loss 0.5 CE + 0.5 reverse KL, all weights trained. Hardware: four 80 GB GPUs (fsdp);
-the teacher takes 16 GB of it. The checkpoint is chosen by validation ROUGE-L.
+Loss 0.5 CE + 0.5 reverse KL, all weights trained. Hardware: four 80 GB GPUs
+(fsdp); the teacher takes 16 GB of it. The checkpoint is chosen by validation
+ROUGE-L.
 Not yet run at full size.
 """
 

@@ -2,8 +2,8 @@
 
   python -m gakd_jax.main --config=configs/sft_1p7b.py
 
-Hardware: one 80 GB GPU. The checkpoint is chosen by validation loss. Not yet run
-at full size: published figures for Qwen3 students are not to be had.
+Hardware: one 80 GB GPU.
+The checkpoint is chosen by validation loss. Not yet run at full size.
 """
 
 from configs import dolly

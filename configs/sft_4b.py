@@ -2,8 +2,8 @@
 
   python -m gakd_jax.main --config=configs/sft_4b.py
 
-Hardware: four 80 GB GPUs (fsdp). The checkpoint is chosen by validation loss. Not yet run
-at full size: published figures for Qwen3 students are not to be had.
+Hardware: four 80 GB GPUs (fsdp).
+The checkpoint is chosen by validation loss. Not yet run at full size.
 """
 
 from configs import dolly

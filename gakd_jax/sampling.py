@@ -275,15 +275,12 @@ def generate(
     rows = order[start : start + batch_size]
     batch = _pad(prompts, rows, batch_size)
     length_B = batch[1]
-    if mesh:
-      split = NamedSharding(mesh, P(sharding.BATCH_AXES))
-      batch = jax.device_put(batch, split)
+    batch = _place(batch, mesh, P(sharding.BATCH_AXES))
     written = _decode(
       definition, params, batch, key, sampler, max_new_tokens, eos_ids
     )
-    if mesh:  # A process can read only what it has whole.
-      written = jax.device_put(written, sharding.replicated(mesh))
-    ids_BS, end_B = jax.device_get(written)
+    # A process can read only what it has whole.
+    ids_BS, end_B = jax.device_get(_place(written, mesh, P()))
     for b, i in enumerate(rows):
       response = ids_BS[b, length_B[b] : end_B[b]].tolist()
       ended = response and response[-1] in eos_ids
@@ -330,6 +327,10 @@ def _fit_batch(params, batch_size):
     return None, batch_size
   ways = math.prod(place.mesh.shape[axis] for axis in sharding.BATCH_AXES)
   return place.mesh, -(-batch_size // ways) * ways
+
+
+def _place(arrays, mesh, spec):
+  return jax.device_put(arrays, NamedSharding(mesh, spec)) if mesh else arrays
 
 
 def _pad(prompts, rows, batch_size):

@@ -29,18 +29,26 @@ RULES = (
 
 
 def make_mesh(data=-1, fsdp=1, tensor=1):
-  """A mesh over all devices; one size may be -1, 'whatever is left'."""
+  """A mesh of the first data x fsdp x tensor devices.
+
+  One size may be -1: whatever is left. Several hosts use all their devices.
+  """
   sizes = [data, fsdp, tensor]
   n = jax.device_count()
+  needs_all = -1 in sizes or jax.process_count() > 1
   if sizes.count(-1) == 1 and 0 not in sizes:
     sizes[sizes.index(-1)] = n // math.prod(s for s in sizes if s != -1)
-  if min(sizes) < 1 or math.prod(sizes) != n:
+  size = math.prod(sizes)
+  if min(sizes) < 1 or size > n or (size < n and needs_all):
     raise UserError(
-      f'config.mesh: data={data}, fsdp={fsdp}, tensor={tensor} does not make '
-      f'{n} devices; the product must be {n} (one of them may be -1)'
+      f'config.mesh: data={data}, fsdp={fsdp}, tensor={tensor} does not fit '
+      f'{n} devices; their product must be {n}, and one of them may be -1'
     )
   return jax.make_mesh(
-    tuple(sizes), ('data', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 3
+    tuple(sizes),
+    ('data', 'fsdp', 'tensor'),
+    axis_types=(AxisType.Auto,) * 3,
+    devices=jax.devices()[:size],
   )
 
 

@@ -100,10 +100,10 @@ def tiny_model_dir(tmp_path_factory, tiny_tokenizer_dir):
   """`tiny_model_dir(seed=0, dtype='float32', **shape)` -> a new Qwen3 directory.
 
   Random weights, `TINY`'s shape but for the `DecoderConfig` fields given, and
-  the tiny tokenizer.
+  the tiny tokenizer or another.
   """
 
-  def make(seed=0, dtype='float32', **shape):
+  def make(seed=0, dtype='float32', tokenizer_dir=None, **shape):
     config = models.DecoderConfig(**TINY | shape)
     rng = np.random.default_rng(seed)
 
@@ -114,7 +114,8 @@ def tiny_model_dir(tmp_path_factory, tiny_tokenizer_dir):
       fan_in = 2500 if name in ('embedding', 'head_weight') else x.shape[-2]
       return (rng.standard_normal(x.shape) / fan_in**0.5).astype(dtype)
 
-    definition, shapes = split(models.abstract(config, tiny_tokenizer_dir))
+    source = tokenizer_dir or tiny_tokenizer_dir
+    definition, shapes = split(models.abstract(config, source))
     params = jax.tree_util.tree_map_with_path(random, shapes)
     path = tmp_path_factory.mktemp('model') / 'model'
     models.save(nnx.merge(definition, params), path)

@@ -29,7 +29,6 @@ def test_a_mesh_has_all_devices(sizes, shape):
 @pytest.mark.parametrize(
   'sizes',
   [
-    {'data': 3},
     {'data': 16},
     {'data': -1, 'fsdp': 3},
     {'data': -1, 'fsdp': 16},
@@ -44,6 +43,11 @@ def test_a_mesh_has_all_devices(sizes, shape):
 def test_a_mesh_that_does_not_fit_says_how_many_devices_there_are(sizes):
   with pytest.raises(UserError, match=r'config\.mesh: .* 8 devices'):
     sharding.make_mesh(**sizes)
+
+
+def test_a_smaller_mesh_has_the_first_devices():
+  mesh = sharding.make_mesh(data=1, fsdp=3)
+  assert mesh.devices.flatten().tolist() == jax.devices()[:3]
 
 
 def test_the_table_also_places_optimizer_moments():

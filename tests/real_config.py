@@ -1,0 +1,11 @@
+"""configs/rkl_0p6b.py with evaluations that take seconds."""
+
+from configs import rkl_0p6b
+
+
+def get_config():
+  c = rkl_0p6b.get_config()
+  c.evals.loss['limit'] = 4
+  c.evals.generation['limit'] = 2
+  c.evals.generation['max_new_tokens'] = 4
+  return c

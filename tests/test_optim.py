@@ -1,0 +1,159 @@
+"""Schedules, decay by path, clipping, and names that do not exist."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gakd_jax import UserError, optim
+
+
+def _rates(steps, *args, **kwargs):
+  schedule = optim.make_schedule(*args, **kwargs)
+  return [float(schedule(step)) for step in steps]
+
+
+def test_a_constant_rate():
+  assert _rates([0, 5, 10, 99], 0.5, 10) == [0.5] * 4
+
+
+@pytest.mark.parametrize(
+  ('schedule', 'quarter'), [('linear', 0.8), ('cosine', 0.2 + 0.8 * 0.853553)]
+)
+def test_decay_ends_with_the_last_step(schedule, quarter):
+  """From 1 to 0.2 over steps 0 to 100, and 0.2 from then on."""
+  got = _rates([0, 25, 50, 100, 1000], 1.0, 100, schedule=schedule, end=0.2)
+  np.testing.assert_allclose(got, [1.0, quarter, 0.6, 0.2, 0.2], rtol=1e-5)
+
+
+@pytest.mark.parametrize('schedule', ['constant', 'linear', 'cosine'])
+def test_warm_up_moves_at_once_and_decay_takes_the_rest(schedule):
+  got = _rates(
+    [0, 1, 2, 3, 4, 54, 104], 1.0, 104, schedule=schedule, warmup_steps=4
+  )
+  middle, end = (1, 1) if schedule == 'constant' else (0.5, 0)
+  want = [0.2, 0.4, 0.6, 0.8, 1.0, middle, end]
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_warm_up_as_long_as_the_run_is_still_a_schedule():
+  got = _rates([0, 9, 10], 1.0, 10, schedule='cosine', warmup_steps=10)
+  np.testing.assert_allclose(got, [1 / 11, 10 / 11, 1.0], rtol=1e-5)
+
+
+def test_a_schedule_is_traced_like_any_function_of_the_step():
+  schedule = optim.make_schedule(1.0, 9, schedule='linear', warmup_steps=2)
+  got = jax.jit(jax.vmap(schedule))(jnp.arange(10))
+  want = [schedule(step) for step in range(10)]
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+PARAMS = {
+  'student': {
+    'embedding': jnp.full((2, 3), 2.0),
+    'blocks': {
+      'attention_norm': {'scale': jnp.full(3, 2.0)},
+      'mlp': {
+        'up': {'kernel': jnp.full((3, 2), 2.0), 'bias': jnp.full(2, 2.0)},
+      },
+      'scaled': {'kernel': jnp.full((3, 3), 2.0)},
+    },
+  },
+}
+
+
+def _step(grads, params=PARAMS, schedule=lambda _: 0.1, **kwargs):
+  optimizer = optim.make(schedule, **kwargs)
+
+  @jax.jit
+  def step(grads, params):
+    updates, state = optimizer.update(grads, optimizer.init(params), params)
+    return optax.apply_updates(params, updates), updates, state
+
+  return step(grads, params)
+
+
+@pytest.mark.parametrize(
+  ('no_decay', 'kept'),
+  [
+    (None, {'scale', 'bias'}),
+    (r'kernel$', {'kernel'}),
+    (r'^student/blocks/mlp', {'up/kernel', 'bias'}),
+    (r'nothing', set()),
+  ],
+)
+def test_weight_decay_spares_paths(no_decay, kept):
+  """Decoupled: a zero gradient leaves w - rate * decay * w."""
+  kwargs = {} if no_decay is None else {'no_decay': no_decay}
+  zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+  params, *_ = _step(zeros, weight_decay=0.5, **kwargs)
+  for path, x in jax.tree_util.tree_leaves_with_path(params):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    want = 2.0 if any(name.endswith(k) for k in kept) else 2.0 * (1 - 0.05)
+    np.testing.assert_allclose(x, want, rtol=1e-6, err_msg=name)
+
+
+def test_no_decay_is_the_default():
+  zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+  jax.tree.map(np.testing.assert_array_equal, _step(zeros)[0], PARAMS)
+
+
+def test_adam_with_the_given_constants():
+  """The first two moments by hand, for one number."""
+  grads, b1, b2, eps = (3.0, -1.0), 0.8, 0.9, 0.5
+  optimizer = optim.make(lambda _: 0.1, b1=b1, b2=b2, eps=eps)
+  w, mu, nu = 1.0, 0.0, 0.0
+  params = {'w': jnp.array(w)}
+  state = optimizer.init(params)
+  for i, g in enumerate(grads, start=1):
+    updates, state = optimizer.update({'w': jnp.array(g)}, state, params)
+    params = optax.apply_updates(params, updates)
+    mu, nu = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * g**2
+    w -= 0.1 * (mu / (1 - b1**i)) / ((nu / (1 - b2**i)) ** 0.5 + eps)
+    np.testing.assert_allclose(params['w'], w, rtol=1e-6)
+
+
+@pytest.mark.parametrize('norm', [0.5, 8.0])
+def test_gradients_are_clipped_by_their_global_norm(norm):
+  """Seen in Adam's first moment, (1 - b1) times what it was given."""
+  params = {'a': jnp.ones(2), 'b': jnp.ones(2)}
+  grads = {'a': jnp.array([norm, 0.0]) * 0.6, 'b': jnp.array([0.0, norm]) * 0.8}
+  *_, state = _step(grads, params, clip_norm=2.0)
+  mu = optax.tree_utils.tree_get(state, 'mu')
+  share = min(1, 2.0 / norm)
+  np.testing.assert_allclose(mu['a'], [0.06 * norm * share, 0], rtol=1e-5)
+  np.testing.assert_allclose(mu['b'], [0, 0.08 * norm * share], rtol=1e-5)
+  mu = optax.tree_utils.tree_get(_step(grads, params)[-1], 'mu')
+  np.testing.assert_allclose(mu['a'], [0.06 * norm, 0], rtol=1e-5)
+
+
+def test_the_rate_is_that_of_the_optimizers_own_step():
+  schedule = optim.make_schedule(1.0, 4, schedule='linear')
+  optimizer = optim.make(schedule, eps=0.0)
+  params = {'w': jnp.array(1.0)}
+  state, steps = optimizer.init(params), []
+  for _ in range(4):
+    updates, state = optimizer.update({'w': jnp.array(5.0)}, state, params)
+    steps.append(-float(updates['w']))
+  np.testing.assert_allclose(steps, [1.0, 0.75, 0.5, 0.25], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('make', 'message'),
+  [
+    (
+      lambda: optim.make_schedule(0.1, 9, schedule='cosin'),
+      "config.optimizer: no schedule 'cosin'; known are constant, cosine, "
+      'linear',
+    ),
+    (
+      lambda: optim.make(lambda _: 0.1, name='adam'),
+      "config.optimizer: no optimizer 'adam'; known is adamw",
+    ),
+  ],
+)
+def test_unknown_names_are_refused_with_those_that_exist(make, message):
+  with pytest.raises(UserError) as error:
+    make()
+  assert str(error.value) == message

@@ -1,0 +1,306 @@
+"""Whole runs: trained, stopped, continued, exported, compared."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from configs import base
+from gakd_jax import UserError, models, report, rundir, train
+
+ROWS = [
+  {'instruction': f'Repeat {word}.', 'input': '', 'output': [word, word + '!']}
+  for word in ('one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight')
+] * 3
+
+
+@pytest.fixture(scope='module')
+def data_file(tmp_path_factory):
+  path = tmp_path_factory.mktemp('data') / 'rows.jsonl'
+  path.write_text(''.join(json.dumps(row) + '\n' for row in ROWS))
+  return str(path)
+
+
+@pytest.fixture(scope='module')
+def pair(tiny_model_dir):
+  return str(tiny_model_dir(seed=0)), str(tiny_model_dir(seed=1, width=48))
+
+
+@pytest.fixture
+def config(pair, data_file):
+  c = base.get_config()
+  c.student.path, c.teacher.path = pair
+  c.student.dtype = c.teacher.dtype = c.train.precision = 'float32'
+  c.data.train = c.data.validation = data_file
+  c.data.template = 'chat'
+  c.data.max_length = 48
+  c.data.max_prompt_length = 32
+  c.data.buckets = (48,)
+  c.objective = {'name': 'kld', 'divergence': 'reverse_kl'}
+  c.optimizer.learning_rate = 3e-3
+  c.train.batch_size = 8
+  c.train.steps = 6
+  c.train.head_chunk = 16
+  c.mesh.data = 1
+  c.evals = {
+    'loss': {'batch_size': 8, 'limit': 8},
+    'generation': {
+      'limit': 4,
+      'batch_size': 4,
+      'max_new_tokens': 4,
+      'seeds': (1, 2),
+    },
+  }
+  c.eval_every = 3
+  c.checkpoint.every = 2
+  c.checkpoint.best_metric = 'loss/reverse_kl'
+  c.checkpoint.best_mode = 'min'
+  return c
+
+
+def losses(workdir):
+  return {
+    row['step']: row['train/loss']
+    for row in report.read_metrics(workdir)
+    if 'train/loss' in row
+  }
+
+
+def weights(workdir):
+  return safetensors.numpy.load_file(workdir / 'best' / 'model.safetensors')
+
+
+@pytest.fixture(scope='module')
+def whole_run(pair, data_file, tmp_path_factory):
+  """A run that nothing interrupts, and its results."""
+  workdir = tmp_path_factory.mktemp('runs') / 'whole'
+  c = config.__wrapped__(pair, data_file)
+  return workdir, train.run(c, workdir)
+
+
+def test_a_run_learns_and_leaves_everything(whole_run):
+  workdir, results = whole_run
+  rows = report.read_metrics(workdir)
+  loss = losses(workdir)
+  assert sorted(loss) == [1, 2, 3, 4, 5, 6]
+  assert loss[6] < loss[1] - 0.1
+  kl = {r['step']: r['loss/reverse_kl'] for r in rows if 'loss/reverse_kl' in r}
+  assert sorted(kl) == [3, 6]
+  assert results['loss/reverse_kl'] == kl[6]
+  assert 0 <= results['loss/agreement'] <= 1
+  assert 0 <= results['generation/rouge_l'] <= 100
+  for name in (
+    'config.json',
+    'results.json',
+    'report.html',
+    'best/config.json',
+    'best/tokenizer.json',
+    'answers/generation-1.jsonl',
+    'tensorboard',
+  ):
+    assert (workdir / name).exists(), name
+  recorded = json.loads((workdir / 'config.json').read_text())
+  assert recorded['config']['train']['batch_size'] == 8
+  assert 'jax' in recorded['versions']
+
+
+def test_a_finished_run_is_left_alone(whole_run, config):
+  workdir, results = whole_run
+  before = (workdir / 'metrics.jsonl').read_bytes()
+  assert train.run(config, workdir) == results
+  assert (workdir / 'metrics.jsonl').read_bytes() == before
+
+
+@pytest.mark.parametrize('stop_at', [3, 4])
+def test_an_interrupted_run_continues_bit_for_bit(
+  whole_run, config, tmp_path, monkeypatch, stop_at
+):
+  workdir = tmp_path / 'run'
+
+  class Log(train._Log):
+    def step(self, now, metrics, tokens):
+      super().step(now, metrics, tokens)
+      if now == stop_at:
+        os.kill(os.getpid(), signal.SIGINT)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, '_Log', Log)
+    with pytest.raises(train.Interrupted, match=f'step {stop_at} of 6'):
+      train.run(config, workdir)
+  assert sorted(losses(workdir)) == list(range(1, stop_at + 1))
+  results = train.run(config, workdir)
+  assert losses(workdir) == losses(whole_run[0])
+  results.pop('peak_memory_gb')
+  assert results.items() <= whole_run[1].items()
+  ours, theirs = weights(workdir), weights(whole_run[0])
+  for name in theirs:
+    np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_a_killed_run_repeats_the_steps_after_its_checkpoint(
+  whole_run, config, tmp_path, monkeypatch
+):
+  class Killed(Exception):
+    pass
+
+  class Log(train._Log):
+    def step(self, now, metrics, tokens):
+      super().step(now, metrics, tokens)
+      if now == 5:
+        raise Killed
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, '_Log', Log)
+    with pytest.raises(Killed):
+      train.run(config, tmp_path / 'run')
+  train.run(config, tmp_path / 'run')
+  assert losses(tmp_path / 'run') == losses(whole_run[0])
+
+
+def test_another_config_is_refused(whole_run, config):
+  config.optimizer.learning_rate = 1.0
+  with pytest.raises(UserError, match=r'learning_rate was 0\.003 and'):
+    train.run(config, whole_run[0])
+
+
+def test_best_is_the_best_and_not_the_last(config, tmp_path, monkeypatch):
+  scores = iter([1.0, 5.0, 3.0])
+  monkeypatch.setattr(
+    train, '_evaluate', lambda this, params, now: {'x': next(scores)}
+  )
+  exported = []
+  monkeypatch.setattr(
+    train, '_export', lambda this, params: exported.append(True)
+  )
+  config.eval_every = 2
+  config.checkpoint.best_metric = 'x'
+  config.checkpoint.best_mode = 'max'
+  train.run(config, tmp_path / 'run')
+  assert len(exported) == 2
+
+
+def test_stages_build_on_each_other(config, data_file, tmp_path, capsys):
+  def stage(**settings):
+    c = config.copy_and_resolve_references()
+    c.evals = {'loss': {'batch_size': 8, 'limit': 8}}
+    c.train.steps = 1
+    c.checkpoint.best_metric = None
+    with c.unlocked():
+      c.update_from_flattened_dict(settings)
+    return c
+
+  teacher = stage(
+    **{
+      'student.path': config.teacher.path,
+      'train.steps': 0,
+      'rollout.writer': 'teacher',
+      'rollout.max_new_tokens': 24,
+      'rollout.temperature': 4.0,  # an untrained model ends by chance alone
+      'data.max_length': 96,
+    }
+  )
+  sft = stage()
+  sft.objective = {'name': 'sft'}
+  kd = stage(**{'student.path': 'stage:sft'})
+  with kd.ignore_type():
+    kd.data.train = (data_file, 'stage:teacher')
+  config.stages = (('teacher', teacher), ('sft', sft), ('kd', kd))
+  train.run_stages(config, tmp_path)
+  page = (tmp_path / 'report.html').read_text()
+  assert 'teacher' in page
+  answers = (tmp_path / 'teacher' / 'answers.jsonl').read_text().splitlines()
+  assert answers
+  assert json.loads(answers[0]).keys() == {'instruction', 'input', 'output'}
+  printed = capsys.readouterr().out
+  assert f'data: {len(ROWS) + len(answers)} rows' in printed
+  assert rundir.read_results(tmp_path / 'teacher')['loss/reverse_kl'] == (
+    pytest.approx(0, abs=1e-6)
+  )
+
+
+def test_a_stage_that_has_not_finished_is_named(config, tmp_path):
+  config.student.path = 'stage:sft'
+  with pytest.raises(UserError, match='stage:sft: stage sft has not finished'):
+    train.run(config, tmp_path / 'kd', root=tmp_path)
+
+
+@pytest.fixture(scope='module')
+def real_run(shared_dir, tiny_model_dir, tmp_path_factory):
+  """The recipe, Qwen3's tokenizer and vocabulary, Dolly; stopped, continued.
+
+  Returns the run's directory and the second command's output.
+  """
+  real = {
+    'vocab_size': 151936,
+    'dtype': 'bfloat16',
+    'tokenizer_dir': shared_dir / 'tokenizers' / 'qwen3',
+  }
+  student = tiny_model_dir(seed=0, **real)
+  teacher = tiny_model_dir(seed=1, width=48, **real)
+  data = shared_dir / 'data' / 'dolly'
+  workdir = tmp_path_factory.mktemp('real') / 'run'
+  settings = {
+    'student.path': student,
+    'teacher.path': teacher,
+    'data.train': data / 'train.jsonl',
+    'data.validation': data / 'dev.jsonl',
+    'data.max_length': 128,
+    'data.max_prompt_length': 64,
+    'train.steps': 20,
+    'train.batch_size': 4,
+    'train.microbatch_size': 4,
+    'train.precision': 'float32',
+    'train.head_chunk': 128,
+    'optimizer.learning_rate': 1e-2,
+    'evals.loss.batch_size': 4,
+    'evals.generation.batch_size': 2,
+  }
+  command = [sys.executable, '-m', 'gakd_jax.main', f'--workdir={workdir}']
+  command += ['--config=tests/real_config.py']
+  command += [f'--config.{key}={value}' for key, value in settings.items()]
+  metrics = workdir / 'metrics.jsonl'
+  with subprocess.Popen(
+    command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+  ) as process:
+    while process.poll() is None and (
+      not metrics.exists() or metrics.read_text().count('\n') < 5
+    ):
+      time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+  assert process.returncode == 130, stderr
+  assert 'stopped and saved at step' in stderr
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr
+  return workdir, done.stdout
+
+
+def test_real_input(real_run):
+  workdir, stdout = real_run
+  assert 'continuing from step' in stdout
+  loss = losses(workdir)
+  assert sorted(loss) == list(range(1, 21))
+  assert loss[20] < loss[1] - 0.1
+
+
+@pytest.mark.torch
+def test_the_exported_student_loads_in_transformers(real_run):
+  import torch
+  import transformers
+
+  path = real_run[0] / 'best'
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    path, dtype=torch.float32
+  )
+  tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+  ids = tokenizer('What is it like to live on the moon?')['input_ids']
+  with torch.no_grad():
+    theirs = model(torch.tensor([ids])).logits.numpy()
+  ours = models.load(path, dtype='float32').logits(np.array([ids]))
+  np.testing.assert_allclose(ours, theirs, atol=1e-4)
