@@ -2,8 +2,8 @@
 
   python -m gakd_jax.main --config=configs/quickstart.py --workdir=runs/first
 
-`--config.a.b=value` overrides a setting. The same command on every host is a
-multi-host run (see launch/); run again, it continues where it stopped.
+`--config.a.b=value` overrides a setting. Run again, the same command continues
+where it stopped.
 """
 
 import errno
@@ -21,9 +21,6 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where it all goes; default: runs/<name of the config>.'
 )
-_DISTRIBUTED = flags.DEFINE_bool(
-  'distributed', False, 'One process of several, found through the cluster.'
-)
 
 
 def _main(argv):
@@ -32,8 +29,6 @@ def _main(argv):
   if _CONFIG.value is None:
     raise UserError('--config is missing; try --config=configs/quickstart.py')
   _use_compilation_cache()
-  if _DISTRIBUTED.value:
-    jax.distributed.initialize()
   config = _CONFIG.value
   workdir = _WORKDIR.value or default_workdir()
   if config.stages:
@@ -53,6 +48,7 @@ def _use_compilation_cache():
   if jax.config.jax_compilation_cache_dir is None:
     cache = os.path.expanduser('~/.cache/gakd_jax/compiled')
     jax.config.update('jax_compilation_cache_dir', cache)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 
 def one_line(error):

@@ -11,10 +11,14 @@ from gakd_jax import UserError, sharding
 def make_schedule(
   learning_rate, total_steps, *, schedule='constant', warmup_steps=0, end=0.0
 ):
-  """Linear warm-up from 0, then constant, or cosine or linear down to `end`.
+  """Linear warm-up, then constant, or cosine or linear down to `end`.
 
   The decay ends at `total_steps`; step 0 without warm-up has the full rate.
   """
+  if not learning_rate > 0:
+    raise UserError(
+      f'config.optimizer.learning_rate={learning_rate} must be positive'
+    )
   steps = max(total_steps - warmup_steps, 1)
   if schedule == 'constant':
     main = optax.constant_schedule(learning_rate)

@@ -7,6 +7,8 @@ from pathlib import Path
 from gakd_jax import report, report_html, rundir
 
 _SEED = '-seed'  # 'sft-seed2' is one of several runs of 'sft'
+# What the table compares; results.json of each run has everything.
+_SHOWN = ('rouge_l', 'ce', 'forward_kl', 'reverse_kl')
 
 
 def write(path, runs, answers=6):
@@ -39,7 +41,13 @@ def table(runs):
     results = rundir.read_results(directory)
     groups.setdefault(name.partition(_SEED)[0], []).append(results)
   metrics = list(
-    dict.fromkeys(m for group in groups.values() for r in group for m in r)
+    dict.fromkeys(
+      metric
+      for group in groups.values()
+      for results in group
+      for metric in results
+      if metric.rpartition('/')[2] in _SHOWN
+    )
   )
   rows = [
     [name.replace('_', ' ')] + [_cell(group, m) for m in metrics]

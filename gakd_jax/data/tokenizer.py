@@ -5,6 +5,7 @@ are those that generation starts from.
 """
 
 import dataclasses
+import os
 import re
 
 from gakd_jax import UserError
@@ -26,6 +27,8 @@ _PROBES = (
 
 def load(path):
   """The tokenizer of a directory or hub id; raises UserError in one line."""
+  # Only tokenizers are wanted: that torch is missing is no news.
+  os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
   import transformers  # Slow to import; the workers that batch do without it.
 
   try:

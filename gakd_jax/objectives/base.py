@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from gakd_jax import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -15,6 +17,12 @@ class Objective:
   head_chunk: int = 512  # tokens whose logits exist at a time, on each device
 
   needs_teacher = True
+
+  def __post_init__(self):
+    if self.head_chunk < 1:
+      raise UserError(
+        f'config.train.head_chunk={self.head_chunk} must be 1 or more tokens'
+      )
 
   def init(self, rng, student, teacher):
     """The method's own parameters, a tree of nested dicts; {} if none."""

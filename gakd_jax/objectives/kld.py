@@ -39,6 +39,7 @@ class KLD(base.Objective):
   alpha: float = 0.1  # of skew_forward and skew_reverse
 
   def __post_init__(self):
+    super().__post_init__()
     if self.divergence not in DIVERGENCES:
       near = difflib.get_close_matches(self.divergence, DIVERGENCES, 1, 0)
       raise UserError(
@@ -51,7 +52,7 @@ class KLD(base.Objective):
           f'config.objective: {name}={getattr(self, name)} is not within '
           f'{low} and {high}'
         )
-    if self.temperature <= 0:
+    if not self.temperature > 0:
       raise UserError(
         f'config.objective: temperature={self.temperature} must be positive'
       )

@@ -248,6 +248,21 @@ def test_bf16_inputs_lose_only_the_rounding_of_gradients():
     assert np.any(g != w)
 
 
+def test_sums_over_chunks_do_not_stall_in_bf16():
+  """399 equal terms, one a chunk: a bf16 sum would stop at the 256th."""
+  tokens = _tokens(spans=[(1, 400)], length=400)
+  tokens = tokens.replace(ids_BT=np.full_like(tokens.ids_BT, 7))
+  hidden_D, head_VD = jnp.arange(1, 5) / 4, jnp.zeros((V, 4))
+  hidden_BTD = jnp.broadcast_to(hidden_D, (1, 400, 4))
+  inputs = [[x.astype(jnp.bfloat16)] for x in (hidden_BTD, head_VD)]
+  (loss, _), (_, (d_VD,)) = _streamed_all(1)(*inputs, tokens)
+  np.testing.assert_allclose(loss, np.log(V), rtol=1e-5)
+  want_V1 = 1 / V - np.eye(V)[7][:, None]
+  np.testing.assert_allclose(
+    d_VD.astype(jnp.float32), want_V1 * hidden_D[None], rtol=0.01
+  )
+
+
 def test_tied_weights_get_the_sum_of_both_gradients():
   """As the embedding and as the head: weights that occur twice."""
   tokens = _tokens()
