@@ -40,6 +40,7 @@ class Run:
   teacher: Any  # model definition, or None
   frozen: dict  # {'teacher': parameters}, or {}
   evaluators: dict
+  examples: list | None  # to train on; None: the teacher writes them first
 
   @property
   def subject(self):
@@ -89,6 +90,17 @@ def build(config, workdir, mesh):
     for name, kind in config.evals.items()
   }
 
+  best = config.checkpoint.best_metric
+  if best is not None and best.partition('/')[0] not in evaluators:
+    raise UserError(
+      f'config.checkpoint.best_metric={best!r} names no evaluator; they are '
+      f'{", ".join(evaluators) or "none"}, and a metric is <evaluator>/<name>'
+    )
+
+  examples = None
+  if config.rollout.writer == 'dataset' and config.train.steps != 0:
+    examples = _examples(config, config.data.train, tokenizer)
+
   student = _load(config.student, 'float32', mesh, config.seed)
   teacher = None
   if config.teacher.path:
@@ -107,6 +119,7 @@ def build(config, workdir, mesh):
     teacher=teacher,
     frozen=frozen,
     evaluators=evaluators,
+    examples=examples,
   )
   return this, student_params
 
@@ -127,23 +140,31 @@ def _check_vocabulary(path, tokenizer, shape):
     )
 
 
+def _examples(config, spec, tokenizer):
+  """The tokenised rows of a data spec; says what was left out and why."""
+  if spec is None:
+    raise UserError('config.data.train is not set: name a data file')
+  c = config.data
+  rows, bad = sources.load(spec, on_bad_row=c.on_bad_row)
+  examples, bad_too = pipeline.encode_rows(
+    rows,
+    tokenizer,
+    template=c.template,
+    max_length=c.max_length,
+    max_prompt_length=c.max_prompt_length,
+    on_bad_row=c.on_bad_row,
+  )
+  facts = [f'{n} skipped: {why}' for why, n in sorted((bad + bad_too).items())]
+  print('; '.join([f'data: {len(examples)} rows', *facts]), flush=True)
+  return examples
+
+
 def training_batches(this):
   """The data iterator, and how many steps the run takes."""
   c = this.config
-  if c.data.train is None:
-    raise UserError('config.data.train is not set: name a data file')
-  spec = c.data.train
-  if c.rollout.writer == 'teacher':
-    spec = teacher_answers(this)
-  rows, bad = sources.load(spec, on_bad_row=c.data.on_bad_row)
-  examples, bad_too = pipeline.encode_rows(
-    rows,
-    this.tokenizer,
-    template=c.data.template,
-    max_length=c.data.max_length,
-    max_prompt_length=c.data.max_prompt_length,
-    on_bad_row=c.data.on_bad_row,
-  )
+  examples = this.examples
+  if examples is None:
+    examples = _examples(c, teacher_answers(this), this.tokenizer)
   batches = pipeline.batches(
     examples,
     batch_size=c.train.batch_size,
@@ -156,9 +177,6 @@ def training_batches(this):
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  facts = [f'{len(examples)} rows, {batches.padding:.0%} padding']
-  facts += [f'{n} skipped: {why}' for why, n in sorted((bad + bad_too).items())]
-  print(f'data: {"; ".join(facts)}', flush=True)
   if c.train.steps is not None:
     return batches, c.train.steps
   if c.train.epochs is None:
@@ -171,6 +189,8 @@ def teacher_answers(this):
   c = this.config
   path = this.workdir / 'answers.jsonl'
   if not path.exists():
+    if c.data.train is None:
+      raise UserError('config.data.train is not set: name a file of prompts')
     rows, _ = sources.load(
       c.data.train, on_bad_row=c.data.on_bad_row, need_response=False
     )

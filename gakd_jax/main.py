@@ -76,8 +76,8 @@ def guarded(main, argv):
   """Runs a binary's main: user errors are one line and exit status 2."""
   try:
     main(flags.FLAGS(argv))
-  except train.Interrupted as e:
-    print(e, file=sys.stderr)
+  except (train.Interrupted, KeyboardInterrupt) as e:
+    print(str(e) or 'interrupted', file=sys.stderr)
     sys.exit(130)
   except Exception as e:
     text = one_line(e)

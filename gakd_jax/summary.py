@@ -86,7 +86,8 @@ def _answers(runs, count):
   shown = {}
   for name, directory in runs.items():
     files = sorted((Path(directory) / 'answers').glob('*.jsonl'))
-    for line in files[0].read_text().splitlines()[:count] if files else ():
+    text = files[0].read_text('utf-8') if files else ''
+    for line in text.splitlines()[:count]:
       row = json.loads(line)
       prompt = '\n'.join(filter(None, [row['instruction'], row['input']]))
       first = {'prompt': prompt, 'references': row['references']}

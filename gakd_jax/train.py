@@ -241,7 +241,14 @@ def _evaluate(this, params, now):
 
 
 def _is_better(config, results, best):
-  if config.best_metric is None or best is None:
+  if config.best_metric is None:
+    return True
+  if config.best_metric not in results:
+    raise UserError(
+      f'config.checkpoint.best_metric={config.best_metric!r} is not measured; '
+      f'known are {", ".join(results)}'
+    )
+  if best is None:
     return True
   new = results[config.best_metric]
   return new > best if config.best_mode == 'max' else new < best

@@ -172,14 +172,14 @@ def test_another_config_is_refused(whole_run, config):
 def test_best_is_the_best_and_not_the_last(config, tmp_path, monkeypatch):
   scores = iter([1.0, 5.0, 3.0])
   monkeypatch.setattr(
-    train, '_evaluate', lambda this, params, now: {'x': next(scores)}
+    train, '_evaluate', lambda this, params, now: {'loss/x': next(scores)}
   )
   exported = []
   monkeypatch.setattr(
     train, '_export', lambda this, params: exported.append(True)
   )
   config.eval_every = 2
-  config.checkpoint.best_metric = 'x'
+  config.checkpoint.best_metric = 'loss/x'
   config.checkpoint.best_mode = 'max'
   train.run(config, tmp_path / 'run')
   assert len(exported) == 2

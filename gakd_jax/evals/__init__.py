@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from gakd_jax import UserError
 from gakd_jax.data import sources
+from gakd_jax.evals import generation, loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,6 @@ def make(name, settings, default_data):
   `settings` may have `kind` (default: the name), `data` (default: the run's
   validation set) and `limit` (its first rows only).
   """
-  from gakd_jax.evals import generation, loss
-
   kinds = {'loss': loss.Loss, 'generation': generation.Generation}
   settings = dict(settings)
   kind = settings.pop('kind', name)

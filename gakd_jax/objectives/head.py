@@ -151,7 +151,9 @@ def _loop(
     index_N, hidden_ND, chunk_loss = chunk_of(i)
     logits = map(logits_of, hidden_ND, heads)
     # Gradients that nobody wants are dead code to the compiler.
-    new_loss, pull, new_metrics = jax.vjp(chunk_loss, *logits, has_aux=True)
+    new_loss, pull, new_metrics = jax.vjp(
+      jax.checkpoint(chunk_loss, policy=_is_reduction), *logits, has_aux=True
+    )
     new = pull(jnp.ones_like(new_loss))
     # In the compute dtype for the matrix units; their sums are fp32.
     new = [d.astype(h.dtype) for d, h in zip(new, hidden_ND, strict=True)]
@@ -185,6 +187,15 @@ def _loop(
     {j: d.reshape(hiddens[j].shape) for j, d in d_hiddens.items()},
     d_heads,
   )
+
+
+def _is_reduction(primitive, *_, **__):
+  """What a chunk's gradient keeps of its loss: one number a token.
+
+  Log-probabilities and the like are computed again from the logits, in the
+  loop that uses them: that costs less than to write and read them.
+  """
+  return primitive.name.startswith(('reduce', 'arg'))
 
 
 def _d_hidden(d_logits_NV, head_VD):

@@ -19,6 +19,9 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 V, B, T = 151936, 4, 256
 STUDENT = {'width': 256, 'layers': 4, 'heads': 4, 'ff_width': 768}
@@ -140,7 +143,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--side', choices=['jax', 'torch'])
   parser.add_argument('--response', type=float, default=1.0)
-  parser.add_argument('--chunk', type=int, default=512)
+  parser.add_argument('--chunk', type=int, default=128)
   parser.add_argument('--steps', type=int, default=3)
   parser.add_argument('--rounds', type=int, default=3)
   args = parser.parse_args()
