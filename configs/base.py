@@ -4,6 +4,8 @@
 not here is refused, before any weight is loaded.
 """
 
+import re
+
 import ml_collections
 from ml_collections import config_dict
 
@@ -98,7 +100,7 @@ def shrink(config, *, model, data, steps=2):
   """A tiny version of any experiment, for tests: same parts, small sizes.
 
   Args:
-    config: a config of this folder.
+    config: a config of this folder; of its seeds, the first is kept.
     model: a small HF directory, for student and teacher alike.
     data: a data file with a few rows.
     steps: optimizer steps of each stage.
@@ -107,6 +109,7 @@ def shrink(config, *, model, data, steps=2):
   config.stages = tuple(
     (name, shrink(stage, model=model, data=data, steps=steps))
     for name, stage in config.stages
+    if not re.search('-seed[1-9]', name)
   )
 
   def tiny(spec, replacement):

@@ -58,11 +58,15 @@ def one_line(error):
     return text
   if isinstance(error, flags.Error):
     return text.splitlines()[0]
+  # ml_collections names a key that does not exist in one of these ways.
+  near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
+  if near:
+    return f'config has no key {near[2]!r}; did you mean {near[1]!r}?'
   unknown = re.search(r'Key "(\w+)" does not exist', text)
-  if isinstance(error, AttributeError | KeyError) and unknown:
-    near = re.search(r'Did you mean "(\w+)"', text)
-    hint = f'; did you mean {near[1]!r}?' if near else ', see configs/base.py'
-    return f'config has no key {unknown[1]!r}{hint}'
+  if unknown:
+    return f'config has no key {unknown[1]!r}; see configs/base.py'
+  if 'Failed loading config file' in text:
+    return f'--config: {text.splitlines()[-1].strip()}'
   full = getattr(error, 'errno', None) == errno.ENOSPC
   if full or 'No space left on device' in text:
     return (

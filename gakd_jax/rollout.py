@@ -88,5 +88,10 @@ def answer(
         answer_turn = {'role': 'assistant', 'content': text}
         fields = {'messages': [*row.messages, answer_turn]}
       lines.append(json.dumps(fields, ensure_ascii=False) + '\n')
+  if not lines:
+    raise UserError(
+      f'config.rollout: none of {len(rows)} teacher answers ended within '
+      f'max_new_tokens={max_new_tokens}; raise it, or fine-tune the teacher'
+    )
   report.write_atomically(path, ''.join(lines))
   return len(rows) - len(lines)

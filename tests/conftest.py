@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import tempfile
 from pathlib import Path
 
 # Before anything initialises a backend or opens a hub client.
@@ -21,6 +22,9 @@ jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Tiny models compile for longer than they run: this halves it.
 jax.config.update('jax_disable_most_optimizations', True)
+# What two tests compile alike is compiled once.
+jax.config.update('jax_compilation_cache_dir', tempfile.mkdtemp())
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 # Grouped heads, and a head size that is not width / heads.
 TINY = {

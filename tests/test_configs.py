@@ -1,14 +1,13 @@
 """Every config, shrunk, trains; and what is wrong is said in one line."""
 
 import importlib
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from configs import base
+from configs import base, tiny_teacher
 from gakd_jax import main, train
 
 FOLDER = Path(base.__file__).parent
@@ -19,18 +18,22 @@ EXPERIMENTS = sorted(
 )
 
 
-@pytest.fixture(scope='module')
-def data_file(tmp_path_factory):
-  path = tmp_path_factory.mktemp('data') / 'rows.jsonl'
-  row = {'instruction': 'Say yes.', 'input': '', 'output': 'Yes.'}
-  path.write_text((json.dumps(row) + '\n') * 9)
-  return str(path)
+DATA = 'synthetic:train:9'
+
+
+def shrunk(name):
+  config = importlib.import_module(f'configs.{name}').get_config()
+  return base.shrink(config, model=tiny_teacher.PATH, data=DATA)
 
 
 @pytest.mark.parametrize('name', EXPERIMENTS)
-def test_every_config_trains(name, tiny_model_dir, data_file, tmp_path):
-  config = importlib.import_module(f'configs.{name}').get_config()
-  config = base.shrink(config, model=str(tiny_model_dir()), data=data_file)
+def test_every_config_trains(name, tmp_path):
+  if name == 'quickstart_full':
+    # But for the names of its stages it is what is trained anyway.
+    full = str(shrunk(name)).replace('-seed0', '')
+    assert full == str(shrunk('quickstart'))
+    return
+  config = shrunk(name)
   if config.stages:
     train.run_stages(config, tmp_path)
     last = tmp_path / config.stages[-1][0]
@@ -81,17 +84,16 @@ def test_wrong_flags_are_one_line(flags, expected):
 
 
 @pytest.fixture
-def broken(tiny_model_dir, data_file, tmp_path, monkeypatch, capsys):
+def broken(tiny_model_dir, tmp_path, capsys):
   """Runs a shrunk recipe with one setting changed; the one line it prints."""
   config = importlib.import_module('configs.rkl_0p6b').get_config()
-  config = base.shrink(config, model=str(tiny_model_dir()), data=data_file)
+  config = base.shrink(config, model=str(tiny_model_dir()), data=DATA)
 
   def run(**settings):
     with config.unlocked():
       config.update_from_flattened_dict(settings)
-    monkeypatch.setattr(main.flags, 'FLAGS', lambda argv: argv)
     with pytest.raises(SystemExit) as stopped:
-      main.guarded(lambda argv: train.run(config, tmp_path / 'run'), [])
+      main.guarded(lambda argv: train.run(config, tmp_path / 'run'), ['x'])
     assert stopped.value.code == 2
     text = capsys.readouterr().err.strip()
     assert '\n' not in text
@@ -150,5 +152,5 @@ def test_disk_full_while_saving(broken, monkeypatch):
   def full(*args, **kwargs):
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr('safetensors.numpy.save_file', full)
+  monkeypatch.setattr('gakd_jax.models.convert.save_params', full)
   assert 'the disk is full' in broken()
