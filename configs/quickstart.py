@@ -53,9 +53,9 @@ def _common():
   c.student.dtype = 'float32'
   c.student.remat = False
   c.data.template = 'chat'
-  c.data.max_length = 112
+  c.data.max_length = 104
   c.data.max_prompt_length = 80
-  c.data.buckets = (64, 80, 112)
+  c.data.buckets = (64, 80, 104)
   c.train.precision = 'float32'
   c.train.head_chunk = 2048
   c.train.batch_size = 16
