@@ -2,7 +2,7 @@
 
   python -m gakd_jax.main --config=configs/quickstart.py
 
-About four minutes on two cores, no download. The student is fine-tuned on a
+No download. The student is fine-tuned on a
 few gold rows (sft). The teacher then answers many more prompts; from the same
 start and for the same number of steps the student goes on with the gold rows
 (sft_continued), with the teacher's texts (seqkd), and with the teacher's
@@ -17,7 +17,7 @@ TEST = 'synthetic:test:240'
 MIXED = (GOLD, 'stage:teacher')
 
 
-def get_config(prompts=3000, sft_steps=300, steps=400, seeds=1):
+def get_config(prompts=2400, sft_steps=250, steps=300, seeds=1):
   c = base.get_config()
   stages = [('teacher', _teacher(prompts))]
   for seed in range(seeds):
@@ -57,7 +57,7 @@ def _common():
   c.data.max_prompt_length = 80
   c.data.buckets = (64, 80, 104)
   c.train.precision = 'float32'
-  c.train.head_chunk = 2048
+  c.train.head_chunk = 256
   c.train.batch_size = 16
   c.eval_every = 0
   c.checkpoint.every = 0

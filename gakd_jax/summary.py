@@ -9,6 +9,8 @@ from gakd_jax import report, report_html, rundir
 _SEED = '-seed'  # 'sft-seed2' is one of several runs of 'sft'
 # What the table compares; results.json of each run has everything.
 _SHOWN = ('rouge_l', 'ce', 'forward_kl', 'reverse_kl')
+_FIRST_CURVES = ('train/loss', 'train/ce')
+_NO_CURVE = ('train/tokens', 'train/seconds')  # tokens_per_second says it
 
 
 def write(path, runs, answers=6):
@@ -75,10 +77,14 @@ def _curves(runs):
           xs.append(row['step'])
           ys.append(value)
   return [
-    (metric, metric.rpartition('/')[2], series)
-    for metric, series in curves.items()
-    if any(len(xs) > 1 for xs, _ in series.values())
+    (metric, '', series)
+    for metric, series in sorted(curves.items(), key=_importance)
+    if metric not in _NO_CURVE and any(len(x) > 1 for x, _ in series.values())
   ]
+
+
+def _importance(curve):
+  return curve[0] not in _FIRST_CURVES, curve[0]
 
 
 def _answers(runs, count):
