@@ -1,4 +1,4 @@
-"""The quickstart with more of everything: the numbers in the README.
+"""The quickstart with more of everything, for numbers with a spread.
 
   python -m gakd_jax.main --config=configs/quickstart_full.py
 

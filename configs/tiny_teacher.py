@@ -1,9 +1,9 @@
-"""The quickstart's teacher: a 1.6 M-parameter Qwen3 trained from scratch.
+"""The quickstart's teacher: a 1.5 M-parameter Qwen3 trained from scratch.
 
   python tools/make_tiny_teacher.py
 
-makes its tokenizer, runs this config and puts the result (3.2 MB, bf16) into
-configs/assets/tiny_teacher. About ten minutes on two cores.
+makes its tokenizer, runs this config and puts the result (3.0 MB, bf16) into
+configs/assets/tiny_teacher. 1600 steps, held-out greedy ROUGE-L 94.1.
 """
 
 import os
