@@ -93,7 +93,8 @@ def _answers(runs, count):
   for name, directory in runs.items():
     files = sorted((Path(directory) / 'answers').glob('*.jsonl'))
     text = files[0].read_text('utf-8') if files else ''
-    for line in text.splitlines()[:count]:
+    # Not splitlines: an answer may hold other line separators.
+    for line in text.split('\n')[:-1][:count]:
       row = json.loads(line)
       prompt = '\n'.join(filter(None, [row['instruction'], row['input']]))
       first = {'prompt': prompt, 'references': row['references']}

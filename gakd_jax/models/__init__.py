@@ -121,7 +121,7 @@ def copy_companions(source, path):
 
 
 def save(model, path, max_shard_bytes=5 * 10**9, report=None):
-  """Writes a directory that transformers and vLLM load unchanged.
+  """Writes a directory that transformers loads unchanged.
 
   Weights keep their dtype; tokenizer files of the model's source come along.
   The directory appears whole or not at all: an earlier one stays until the
