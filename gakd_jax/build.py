@@ -68,6 +68,8 @@ def build(config, workdir, mesh):
     settings.pop('name'), head_chunk=config.train.head_chunk, **settings
   )
   rollout.check(**config.rollout)
+  if config.train.steps is None and config.train.epochs is None:
+    raise UserError('config.train: set steps or epochs')
   microbatch = config.train.microbatch_size or config.train.batch_size
   sharding.check_batch_size(config.train.batch_size, microbatch, mesh)
   uses_teacher = objective.needs_teacher or config.rollout.writer == 'teacher'
@@ -179,8 +181,6 @@ def training_batches(this):
   )
   if c.train.steps is not None:
     return batches, c.train.steps
-  if c.train.epochs is None:
-    raise UserError('config.train: set steps or epochs')
   return batches, math.ceil(c.train.epochs * batches.steps_per_epoch)
 
 
