@@ -52,18 +52,32 @@ def get_config():
   # A method and its settings: see gakd_jax/objectives.
   c.objective = ml_collections.ConfigDict({'name': 'sft'})
 
+  c.critic = ml_collections.ConfigDict()  # of the methods that have one
+  # HF directory or hub id whose blocks the critic starts from, with their
+  # width; None: fresh ones, of the sizes below.
+  c.critic.init_from = config_dict.placeholder(str)
+  c.critic.width = 128
+  c.critic.layers = 2
+  c.critic.heads = 4
+  c.critic.ff_width = 512
+
   c.optimizer = ml_collections.ConfigDict()
-  c.optimizer.name = 'adamw'
+  c.optimizer.name = 'adamw'  # adamw, rmsprop
   c.optimizer.learning_rate = 1e-5
   c.optimizer.schedule = 'cosine'  # constant, cosine, linear
   c.optimizer.end = 1e-7  # learning rate at the last step
   c.optimizer.warmup_steps = 0
-  c.optimizer.b1 = 0.9
-  c.optimizer.b2 = 0.999
+  c.optimizer.b1 = 0.9  # of rmsprop: the momentum
+  c.optimizer.b2 = 0.999  # of rmsprop: the decay of the squares
   c.optimizer.eps = 1e-8
   c.optimizer.weight_decay = 0.01
   c.optimizer.no_decay = r'(scale|bias)$'  # regex of parameter paths
-  c.optimizer.clip_norm = 1.0  # global gradient norm; None: no clipping
+  c.optimizer.clip_norm = config_dict.placeholder(float)  # global norm
+
+  c.critic_optimizer = c.optimizer.copy_and_resolve_references()
+  c.critic_optimizer.learning_rate = 2e-4
+  c.critic_optimizer.schedule = 'constant'
+  c.optimizer.clip_norm = 1.0
 
   c.train = ml_collections.ConfigDict()
   c.train.steps = config_dict.placeholder(int)  # optimizer steps, or

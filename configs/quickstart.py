@@ -17,12 +17,12 @@ TEST = 'synthetic:test:240'
 MIXED = (GOLD, 'stage:teacher')
 
 
-def get_config(prompts=2400, sft_steps=250, steps=300, seeds=1):
+def get_config(prompts=1800, steps=240, seeds=1):
   c = base.get_config()
   stages = [('teacher', _teacher(prompts))]
   for seed in range(seeds):
     tag = f'-seed{seed}' if seeds > 1 else ''
-    sft = _student(GOLD, sft_steps, seed)
+    sft = _student(GOLD, steps, seed)
     sft.student.path = tiny_teacher.PATH
     sft.student.shape = {
       'width': 96,
@@ -37,6 +37,7 @@ def get_config(prompts=2400, sft_steps=250, steps=300, seeds=1):
       ('seqkd', MIXED, {'name': 'sft'}),
       ('forward_kl', MIXED, {'name': 'kld', 'divergence': 'forward_kl'}),
       ('reverse_kl', MIXED, {'name': 'kld', 'divergence': 'reverse_kl'}),
+      ('gakd', MIXED, {'name': 'gakd', 'kind': 'rgan'}),
     ):
       stage = _student(data, steps, seed)
       stage.student.path = f'stage:sft{tag}'
@@ -52,13 +53,14 @@ def _common():
   c.teacher.dtype = 'float32'
   c.student.dtype = 'float32'
   c.student.remat = False
+  c.critic.width, c.critic.layers, c.critic.ff_width = 64, 1, 128
   c.data.template = 'chat'
-  c.data.max_length = 104
+  c.data.max_length = 128
   c.data.max_prompt_length = 80
-  c.data.buckets = (64, 80, 104)
+  c.data.packing = True
   c.train.precision = 'float32'
-  c.train.head_chunk = 256
-  c.train.batch_size = 16
+  c.train.head_chunk = 1024
+  c.train.batch_size = 8  # of about two rows of the data each
   c.eval_every = 0
   c.checkpoint.every = 0
   c.report.tensorboard = False

@@ -9,4 +9,4 @@ from configs import quickstart
 
 
 def get_config():
-  return quickstart.get_config(prompts=4500, sft_steps=400, steps=800, seeds=3)
+  return quickstart.get_config(prompts=4500, steps=800, seeds=3)

@@ -38,6 +38,7 @@ class Run:
   objective: objectives.base.Objective
   student: Any  # model definition
   teacher: Any  # model definition, or None
+  shapes: tuple  # the `DecoderConfig` of student and teacher (None)
   frozen: dict  # {'teacher': parameters}, or {}
   evaluators: dict
   examples: list | None  # to train on; None: the teacher writes them first
@@ -63,9 +64,10 @@ class Run:
 
 def build(config, workdir, mesh):
   """A `Run` and the student's first parameters, in fp32."""
-  settings = config.objective.to_dict()
   objective = objectives.make(
-    settings.pop('name'), head_chunk=config.train.head_chunk, **settings
+    head_chunk=config.train.head_chunk,
+    critic=config.critic.to_dict(),
+    **config.objective,
   )
   rollout.check(**config.rollout)
   if config.train.steps is None and config.train.epochs is None:
@@ -107,6 +109,7 @@ def build(config, workdir, mesh):
   teacher = None
   if config.teacher.path:
     teacher = _load(config.teacher, config.teacher.dtype, mesh, config.seed)
+  shapes = student.config, teacher and teacher.config
   student, student_params = transformer.split(student)
   frozen = {}
   if teacher is not None:
@@ -119,6 +122,7 @@ def build(config, workdir, mesh):
     objective=objective,
     student=student,
     teacher=teacher,
+    shapes=shapes,
     frozen=frozen,
     evaluators=evaluators,
     examples=examples,
@@ -162,12 +166,12 @@ def _examples(config, spec, tokenizer):
 
 
 def training_batches(this):
-  """The data iterator, and how many steps the run takes."""
+  """The data iterator."""
   c = this.config
   examples = this.examples
   if examples is None:
     examples = _examples(c, teacher_answers(this), this.tokenizer)
-  batches = pipeline.batches(
+  return pipeline.batches(
     examples,
     batch_size=c.train.batch_size,
     max_length=c.data.max_length,
@@ -179,9 +183,13 @@ def training_batches(this):
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  if c.train.steps is not None:
-    return batches, c.train.steps
-  return batches, math.ceil(c.train.epochs * batches.steps_per_epoch)
+
+
+def total_steps(config, steps_per_epoch):
+  """How many optimizer steps the run takes."""
+  if config.train.steps is not None:
+    return config.train.steps
+  return math.ceil(config.train.epochs * steps_per_epoch)
 
 
 def teacher_answers(this):
@@ -211,7 +219,7 @@ def teacher_answers(this):
 
 
 def optimizer(config, total_steps):
-  """The optax chain of `config.optimizer`, and its schedule."""
+  """The optax chain of an optimizer's config, and its schedule."""
   settings = config.to_dict()
   schedule = optim.make_schedule(
     settings.pop('learning_rate'),
@@ -223,15 +231,21 @@ def optimizer(config, total_steps):
   return optim.make(schedule, **settings), schedule
 
 
-def first_state(this, student_params, optimizer):
+def first_state(this, student_params, optimizer, critic_optimizer):
   """The state at step 0, on the mesh. Consumes the student's parameters."""
-  extra = this.objective.init(
-    jax.random.key(this.config.seed), this.student, this.teacher
+  extra, critic = this.objective.init(
+    jax.random.key(this.config.seed), *this.shapes, this.mesh
   )
 
-  def make(params):
-    return step.init_state(params, extra, optimizer)
+  def make(student_params, extra, critic):
+    return step.init_state(
+      student_params,
+      optimizer,
+      extra=extra,
+      critic=critic,
+      critic_optimizer=critic_optimizer,
+    )
 
-  abstract = jax.eval_shape(make, student_params)
-  places, _ = step.state_shardings(abstract, this.mesh)
-  return jax.jit(make, out_shardings=places, donate_argnums=0)(student_params)
+  args = student_params, extra, critic
+  places, _ = step.state_shardings(jax.eval_shape(make, *args), this.mesh)
+  return jax.jit(make, out_shardings=places, donate_argnums=(0, 1, 2))(*args)

@@ -26,8 +26,6 @@ class Checkpoints:
 
   def save(self, step, state, host):
     """Starts to save; returns when the arrays may be changed again."""
-    if step in self._manager.all_steps():
-      return
     self._manager.save(
       step,
       args=ocp.args.Composite(

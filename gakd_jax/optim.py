@@ -55,19 +55,29 @@ def make(
 ):
   """An optax chain: clip by global norm, then the optimizer.
 
-  `no_decay` is a regex of parameter paths that weight decay leaves alone.
+  'adamw', or 'rmsprop' as in PyTorch: weight decay is added to the gradient,
+  `b1` is the momentum and `b2` the decay of the squares. `no_decay` is a regex
+  of parameter paths that weight decay leaves alone.
   """
-  if name != 'adamw':
-    raise UserError(f'config.optimizer: no optimizer {name!r}; known is adamw')
 
   def decays(params):
     return jax.tree_util.tree_map_with_path(
       lambda path, _: not re.search(no_decay, sharding.path_name(path)), params
     )
 
-  optimizer = optax.adamw(
-    schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays
-  )
+  if name == 'adamw':
+    optimizer = optax.adamw(
+      schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays
+    )
+  elif name == 'rmsprop':
+    optimizer = optax.chain(
+      optax.add_decayed_weights(weight_decay, decays),
+      optax.rmsprop(schedule, b2, eps, eps_in_sqrt=False, momentum=b1),
+    )
+  else:
+    raise UserError(
+      f'config.optimizer: no optimizer {name!r}; known are adamw, rmsprop'
+    )
   if clip_norm is None:
     return optimizer
   return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)

@@ -12,6 +12,7 @@ import os
 import pathlib
 import time
 
+import numpy as np
 import rich.box
 import rich.console
 import rich.progress
@@ -20,11 +21,14 @@ import rich.text
 
 from gakd_jax import UserError
 
+# The bins of all histograms, even in asinh: fine around 0, and up to 74.
+HISTOGRAM_EDGES = np.sinh(np.linspace(-5, 5, 41))
+
 _PLAIN_INTERVAL_S = 10.0  # Between two lines of progress in a log file.
 
 
 class Metrics:
-  """Writes scalars by step to <workdir>/metrics.jsonl and to TensorBoard.
+  """Writes metrics by step to <workdir>/metrics.jsonl and to TensorBoard.
 
   A run that continues from `resume_step` writes the later steps again, so
   what an earlier attempt wrote about them is dropped; 0 starts afresh.
@@ -47,13 +51,37 @@ class Metrics:
       )
 
   def write(self, step, values):
-    """Appends one line; `values` maps names like 'train/loss' to scalars."""
-    values = {name: float(value) for name, value in values.items()}
+    """Appends one line.
+
+    `values` maps names like 'train/loss' to scalars, or to the counts of a
+    histogram over `HISTOGRAM_EDGES`.
+    """
+    values = {
+      name: np.asarray(x, int).tolist() if np.ndim(x) else float(x)
+      for name, x in values.items()
+    }
     self._file.write(_to_line({'step': int(step)} | values))
     self._file.flush()
     if self._tensorboard:
       for name, value in values.items():
-        self._tensorboard.add_scalar(name, value, int(step))
+        if isinstance(value, list):
+          self._add_histogram(name, np.array(value), int(step))
+        else:
+          self._tensorboard.add_scalar(name, value, int(step))
+
+  def _add_histogram(self, name, counts, step):
+    middles = (HISTOGRAM_EDGES[1:] + HISTOGRAM_EDGES[:-1]) / 2
+    self._tensorboard.add_histogram_raw(
+      name,
+      min=HISTOGRAM_EDGES[0],
+      max=HISTOGRAM_EDGES[-1],
+      num=counts.sum(),
+      sum=counts @ middles,
+      sum_squares=counts @ middles**2,
+      bucket_limits=HISTOGRAM_EDGES[1:].tolist(),
+      bucket_counts=counts.tolist(),
+      global_step=step,
+    )
 
   def close(self):
     self._file.close()
@@ -99,7 +127,10 @@ def _metrics_path(workdir):
 
 def _to_line(row):
   # NaN and infinity are no JSON: a strict reader refuses the whole line.
-  row = {k: v if math.isfinite(v) else None for k, v in row.items()}
+  row = {
+    k: v if isinstance(v, list) or math.isfinite(v) else None
+    for k, v in row.items()
+  }
   return json.dumps(row, allow_nan=False) + '\n'
 
 

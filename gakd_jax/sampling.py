@@ -171,7 +171,7 @@ def prefill(model, blocks, prompt_BT, length_B, slots):
     blocks, prompt_BT, position_BT, model.init_cache(B, T)
   )
   cache = jax.tree.map(
-    lambda x: jnp.pad(x, ((0, 0), (0, slots - T), (0, 0), (0, 0))), cache
+    lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - T), (0, 0))), cache
   )
   last_B = jnp.maximum(length_B - 1, 0)
   return outputs.hidden_BTD[jnp.arange(B), last_B], cache
@@ -333,10 +333,17 @@ def _place(arrays, mesh, spec):
   return jax.device_put(arrays, NamedSharding(mesh, spec)) if mesh else arrays
 
 
+def _bucket(length):
+  """The next of 64, 96, 128, 192, 256 ...: few shapes, little padding."""
+  power = max(_SHORTEST_PROMPT, 1 << (length - 1).bit_length())
+  smaller = power * 3 // 4
+  return smaller if _SHORTEST_PROMPT <= length <= smaller else power
+
+
 def _pad(prompts, rows, batch_size):
   """Prompts of `rows` on a grid [B, T]; missing rows have length 0."""
   longest = max(len(prompts[i]) for i in rows)
-  T = max(_SHORTEST_PROMPT, 1 << (longest - 1).bit_length())
+  T = _bucket(longest)
   prompt_BT = np.zeros((batch_size, T), np.int32)
   length_B = np.zeros(batch_size, np.int32)
   row_B = np.zeros(batch_size, np.int32)

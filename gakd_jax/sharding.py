@@ -22,7 +22,7 @@ BATCH_AXES = ('data', 'fsdp')
 # are split (a leading L of stacked layers is never split). Optimizer moments
 # have the path of their parameter, so the table places them too.
 RULES = (
-  (r'(embedding|head_weight)$', ('tensor', 'fsdp')),
+  (r'(embedding|head_weight|projection)$', ('tensor', 'fsdp')),
   (r'(query|key|value|gate|up)/kernel$', ('fsdp', 'tensor')),
   (r'(out|down)/kernel$', ('tensor', 'fsdp')),
 )

@@ -72,7 +72,7 @@ def _curves(runs):
   for name, directory in runs.items():
     for row in report.read_metrics(directory):
       for metric, value in row.items():
-        if metric != 'step':
+        if metric != 'step' and not isinstance(value, list):
           xs, ys = curves.setdefault(metric, {}).setdefault(name, ([], []))
           xs.append(row['step'])
           ys.append(value)

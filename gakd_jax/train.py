@@ -90,21 +90,23 @@ def _evaluate_only(this, params):
 
 def _train(this, student_params):
   c = this.config
-  batches, total = build.training_batches(this)
+  batches = build.training_batches(this)
+  total = build.total_steps(c, batches.steps_per_epoch)
   optimizer, schedule = build.optimizer(c.optimizer, total)
-  state = build.first_state(this, student_params, optimizer)
-  loss_fn = step.make_loss(
-    this.student,
-    this.teacher,
-    this.objective,
-    jnp.dtype(c.train.precision),
-    c.student.remat,
-  )
+  critic_optimizer, _ = build.optimizer(c.critic_optimizer, total)
+  state = build.first_state(this, student_params, optimizer, critic_optimizer)
   microbatch_size = c.train.microbatch_size or c.train.batch_size
   train_step = step.make_train_step(
-    loss_fn,
+    step.Models(
+      this.student,
+      this.teacher if this.objective.needs_teacher else None,
+      jnp.dtype(c.train.precision),
+      c.student.remat,
+    ),
+    this.objective.for_run(batches.steps_per_epoch, total),
     optimizer,
     schedule,
+    critic_optimizer=critic_optimizer,
     seed=c.seed,
     microbatches=c.train.batch_size // microbatch_size,
     out_shardings=step.state_shardings(state, this.mesh),
@@ -198,7 +200,7 @@ class _Log:
     self._metrics.write(now, results)
 
   def _write_step(self, now, metrics, tokens):
-    metrics = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    metrics = jax.device_get(metrics)
     before, self._time = self._time, time.perf_counter()
     speed = None
     if before is not None:

@@ -149,7 +149,7 @@ def test_the_rate_is_that_of_the_optimizers_own_step():
     ),
     (
       lambda: optim.make(lambda _: 0.1, name='adam'),
-      "config.optimizer: no optimizer 'adam'; known is adamw",
+      "config.optimizer: no optimizer 'adam'; known are adamw, rmsprop",
     ),
   ],
 )

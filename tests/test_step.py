@@ -76,10 +76,9 @@ def _trace(microbatches=1, mesh=None, dtype='float32', remat=False):
   """The traced step of a variant, with its first state, and its mesh."""
   mesh = sharding.make_mesh(**dict(mesh)) if mesh else None
   objective = objectives.make('kld', kd=0.75, head_chunk=CHUNK)
-  loss = step.make_loss(DEFINITION, DEFINITION, objective, dtype, remat)
   schedule = optim.make_schedule(RATE, 10, schedule='linear')
   optimizer = optim.make(schedule, **OPTIMIZER)
-  state = step.init_state(_params(0), {}, optimizer)
+  state = step.init_state(_params(0), optimizer)
   frozen = {'teacher': _params(1)}
   with _on(mesh):
     places = None
@@ -88,7 +87,8 @@ def _trace(microbatches=1, mesh=None, dtype='float32', remat=False):
       state = jax.device_put(state, places[0])
       frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh))
     train_step = step.make_train_step(
-      loss,
+      step.Models(DEFINITION, DEFINITION, dtype, remat),
+      objective,
       optimizer,
       schedule,
       seed=0,
@@ -129,6 +129,30 @@ def _run(**variant):
     state, metrics = run(state, batch)
     results.append(jax.device_get((state.params, metrics)))
   return results
+
+
+class _NoModels:
+  """The student's outputs are its parameters; there is no teacher."""
+
+  def student_outputs(self, params, batch):
+    return params
+
+  def teacher_outputs(self, frozen, batch):
+    return None
+
+
+def _simple_step(loss, **settings):
+  """The step of loss(student, batch, rng, step), by plain gradient descent."""
+
+  class Simple(objectives.base.Objective):
+    def loss(self, student, teacher, batch, extra, critic, rng, step):
+      return loss(student, batch, rng, step)
+
+  optimizer = optax.sgd(1.0)
+  train_step = step.make_train_step(
+    _NoModels(), Simple(), optimizer, lambda _: 1.0, **settings
+  )
+  return train_step, step.init_state(jnp.ones(()), optimizer)
 
 
 def _assert_close(got, want, atol):
@@ -214,20 +238,16 @@ def test_remat_recomputes():
 
 def test_rows_are_dealt_out_so_that_each_device_keeps_its_own():
   """Microbatch i of M has rows i, i + M, ...: seen by what each one sums."""
-  optimizer = optax.sgd(1.0)
 
-  def loss(params, frozen, batch, rng, step):
-    del frozen, rng, step
+  def loss(student, batch, rng, step):
+    del rng, step
     first_B = batch.student.ids_BT[:, 0]
-    total = params['student'] * jnp.sum(first_B)
+    total = student * jnp.sum(first_B)
     return total / batch.num_tokens, {'product': jnp.prod(first_B)}
 
   ids_BT = np.array([[1], [2], [3], [5], [7], [11], [13], [17]], np.int32)
   tokens = pipeline.Tokens(ids_BT, np.ones_like(ids_BT), ids_BT > 0)
-  train_step = step.make_train_step(
-    loss, optimizer, lambda _: 1.0, seed=0, microbatches=4
-  )
-  state = step.init_state(jnp.ones(()), {}, optimizer)
+  train_step, state = _simple_step(loss, seed=0, microbatches=4)
   state, metrics = train_step(state, {}, pipeline.Batch(tokens, tokens, {}))
   assert metrics['product'] == 1 * 7 + 2 * 11 + 3 * 13 + 5 * 17
   np.testing.assert_allclose(state.params['student'], 1 - ids_BT.sum() / 8)
@@ -294,18 +314,13 @@ def test_the_same_state_gives_the_same_result_bit_for_bit():
 
 
 def test_randomness_comes_from_seed_step_and_microbatch_alone():
-  optimizer = optax.sgd(1.0)
-
-  def loss(params, frozen, batch, rng, step):
-    del frozen, batch
+  def loss(student, batch, rng, step):
+    del batch
     noise = jax.random.normal(rng)
-    return params['student'] * noise, {'noise': noise, 'step': step}
+    return student * noise, {'noise': noise, 'step': step}
 
   def draws(seed, microbatches=1):
-    state = step.init_state(jnp.ones(()), {}, optimizer)
-    train_step = step.make_train_step(
-      loss, optimizer, lambda _: 1.0, seed=seed, microbatches=microbatches
-    )
+    train_step, state = _simple_step(loss, seed=seed, microbatches=microbatches)
     for _ in range(3):
       state, metrics = train_step(state, {}, _batches(1)[0])
       yield float(metrics['noise'])

@@ -12,6 +12,7 @@ import functools
 import flax.struct
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -36,19 +37,25 @@ class Tokens:
   segments_BT: np.ndarray
   mask_BT: np.ndarray
 
+  @property
+  def predicts_BT(self):
+    """True where the *next* token is of a response: there its loss stands."""
+    return jnp.roll(self.mask_BT, -1, axis=1).at[:, -1].set(False)
+
 
 @flax.struct.dataclass
 class Batch:
   """One text as both models read it; `align` relates differing tokenizers.
 
-  num_tokens: response tokens of the whole optimizer step, which losses divide
-  by; the train step counts them.
+  num_tokens, num_sequences: response tokens, and documents that have any, of
+  the whole optimizer step, which losses divide by; the train step counts them.
   """
 
   student: Tokens
   teacher: Tokens
   align: dict
   num_tokens: np.ndarray | None = None
+  num_sequences: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,6 +112,21 @@ def apply_rope(x_BTNH, tables):
   return rotated.astype(x_BTNH.dtype)
 
 
+def attend_cache(q_BTNH, k_BKSH, v_BKSH, mask_BTS):
+  """Softmax attention over cached keys and values; scores in fp32."""
+  B, T, N, H = q_BTNH.shape
+  q_BTKGH = q_BTNH.reshape(B, T, k_BKSH.shape[1], -1, H)
+  score_BKGTS = jnp.einsum(
+    'btkgh,bksh->bkgts', q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
+  )
+  score_BKGTS = jnp.where(
+    mask_BTS[:, None, None], score_BKGTS * H**-0.5, -jnp.inf
+  )
+  weight_BKGTS = jax.nn.softmax(score_BKGTS).astype(v_BKSH.dtype)
+  y_BTKGH = jnp.einsum('bkgts,bksh->btkgh', weight_BKGTS, v_BKSH)
+  return y_BTKGH.reshape(B, T, N, H)
+
+
 class Attention(nnx.Module):
   """Grouped-query attention with normalised queries and keys (Qwen3)."""
 
@@ -125,7 +140,11 @@ class Attention(nnx.Module):
     self.key_norm = RMSNorm(c.head_dim, c.norm_eps)
 
   def __call__(self, x_BTD, rope, mask_BTS, cache=None, slots_BT=None):
-    """With a cache, keys and values go to `slots_BT` and all are read."""
+    """With a cache, keys and values go to `slots_BT` and all are read.
+
+    A cache is [B, K, S, H], so that a head's slots lie together: every token
+    reads all of it, and `dot_product_attention` would transpose it first.
+    """
     c = self.config
     B, T, _ = x_BTD.shape
     q_BTNH = self.query(x_BTD).reshape(B, T, c.heads, c.head_dim)
@@ -133,15 +152,17 @@ class Attention(nnx.Module):
     v_BTKH = self.value(x_BTD).reshape(B, T, c.kv_heads, c.head_dim)
     q_BTNH = apply_rope(self.query_norm(q_BTNH), rope)
     k_BTKH = apply_rope(self.key_norm(k_BTKH), rope)
-    k_BSKH, v_BSKH = k_BTKH, v_BTKH
-    if cache is not None:
-      rows_B1 = jnp.arange(B)[:, None]
-      k_BSKH = cache[0].at[rows_B1, slots_BT].set(k_BTKH, mode='drop')
-      v_BSKH = cache[1].at[rows_B1, slots_BT].set(v_BTKH, mode='drop')
-      cache = (k_BSKH, v_BSKH)
-    y_BTNH = jax.nn.dot_product_attention(
-      q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS[:, None]
-    )
+    if cache is None:
+      y_BTNH = jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, mask=mask_BTS[:, None]
+      )
+    else:
+      slots = jnp.arange(B)[:, None], slice(None), slots_BT
+      cache = tuple(
+        old_BKSH.at[slots].set(new_BTKH, mode='drop')
+        for old_BKSH, new_BTKH in zip(cache, (k_BTKH, v_BTKH), strict=True)
+      )
+      y_BTNH = attend_cache(q_BTNH, *cache, mask_BTS)
     return self.out(y_BTNH.reshape(B, T, -1)), cache
 
 
@@ -185,6 +206,37 @@ def segment_positions(segments_BT):
   return t_BT - jax.lax.cummax(jnp.where(starts_BT, t_BT, 0), axis=1)
 
 
+def stack_blocks(config, rngs):
+  """Fresh blocks, their parameters stacked along a leading L."""
+  return nnx.vmap(lambda key: Block(config, nnx.Rngs(key)))(
+    jax.random.split(rngs.params(), config.layers)
+  )
+
+
+def run_blocks(config, blocks, x_BTD, segments_BT, remat=False):
+  """Stacked blocks over whole sequences.
+
+  Tokens see earlier tokens of their own segment only, and positions count from
+  the start of each. `remat` recomputes each block in the backward pass instead
+  of keeping its activations.
+  """
+  T = x_BTD.shape[1]
+  rope = rope_tables(
+    segment_positions(segments_BT), config.head_dim, config.rope_theta
+  )
+  mask_BTS = jnp.tril(jnp.ones((1, T, T), bool)) & (
+    segments_BT[:, :, None] == segments_BT[:, None, :]
+  )
+  blocks_def, params_L = nnx.split(blocks)
+
+  def body(x_BTD, params):
+    return nnx.merge(blocks_def, params)(x_BTD, rope, mask_BTS)[0], None
+
+  if remat:
+    body = jax.checkpoint(body, prevent_cse=False)
+  return jax.lax.scan(body, x_BTD, params_L)[0]
+
+
 class Decoder(nnx.Module):
   """A decoder-only language model.
 
@@ -200,9 +252,7 @@ class Decoder(nnx.Module):
     init = nnx.initializers.normal(0.02)
     shape_VD = (config.vocab_size, config.width)
     self.embedding = nnx.Param(init(rngs.params(), shape_VD))
-    self.blocks = nnx.vmap(lambda key: Block(config, nnx.Rngs(key)))(
-      jax.random.split(rngs.params(), config.layers)
-    )
+    self.blocks = stack_blocks(config, rngs)
     self.final_norm = RMSNorm(config.width, config.norm_eps)
     if not config.tied_head:
       self.head_weight = nnx.Param(init(rngs.params(), shape_VD))
@@ -217,33 +267,21 @@ class Decoder(nnx.Module):
 
     Args:
       ids_BT: int32 token ids.
-      segments_BT: int32; tokens see earlier tokens of their own segment only,
-        and positions count from the start of each. None is one segment.
-      remat: recompute each block in the backward pass instead of keeping its
-        activations.
+      segments_BT: int32, see `run_blocks`; None is one segment.
+      remat: see `run_blocks`.
     """
     if segments_BT is None:
       segments_BT = jnp.ones_like(ids_BT)
-    T = ids_BT.shape[1]
-    rope = self._rope(segment_positions(segments_BT))
-    mask_BTS = jnp.tril(jnp.ones((1, T, T), bool)) & (
-      segments_BT[:, :, None] == segments_BT[:, None, :]
+    x_BTD = run_blocks(
+      self.config, self.blocks, self.embedding[...][ids_BT], segments_BT, remat
     )
-    blocks_def, params_L = nnx.split(self.blocks)
-
-    def body(x_BTD, params):
-      return nnx.merge(blocks_def, params)(x_BTD, rope, mask_BTS)[0], None
-
-    if remat:
-      body = jax.checkpoint(body, prevent_cse=False)
-    x_BTD, _ = jax.lax.scan(body, self.embedding[...][ids_BT], params_L)
     return Outputs(self.final_norm(x_BTD), self.head)
 
   def init_cache(self, batch, slots):
-    """An empty key-value cache: keys and values [B, S, K, H] of each layer."""
+    """An empty key-value cache: keys and values [B, K, S, H] of each layer."""
     c = self.config
     zeros = jnp.zeros(
-      (batch, slots, c.kv_heads, c.head_dim), self.embedding[...].dtype
+      (batch, c.kv_heads, slots, c.head_dim), self.embedding[...].dtype
     )
     return [(zeros, zeros) for _ in range(c.layers)]
 
@@ -270,8 +308,10 @@ class Decoder(nnx.Module):
     Returns:
       `Outputs` for the T tokens, and the cache that holds them.
     """
-    S = cache[0][0].shape[1]
-    rope = self._rope(positions_BT)
+    S = cache[0][0].shape[2]
+    rope = rope_tables(
+      positions_BT, self.config.head_dim, self.config.rope_theta
+    )
     mask_BTS = jnp.arange(S)[None, None, :] <= positions_BT[:, :, None]
     x_BTD = self.embedding[...][ids_BT]
     new_cache = []
@@ -286,10 +326,6 @@ class Decoder(nnx.Module):
     """fp32 logits [B, T, V], for small uses: training never makes them."""
     outputs = self(ids_BT, segments_BT)
     return jax.vmap(outputs.head)(outputs.hidden_BTD)
-
-  def _rope(self, positions_BT):
-    c = self.config
-    return rope_tables(positions_BT, c.head_dim, c.rope_theta)
 
 
 def split(model):

@@ -4,12 +4,15 @@ import dataclasses
 import difflib
 
 from gakd_jax import UserError
-from gakd_jax.objectives import kld, sft
+from gakd_jax.objectives import gakd, kld, sft
 
 
-def make(name, **settings):
-  """The objective of a config: `make('kld', divergence='jsd', beta=0.1)`."""
-  methods = {'sft': sft.SFT, 'kld': kld.KLD}
+def make(name, *, critic=None, **settings):
+  """The objective of a config: `make('kld', divergence='jsd', beta=0.1)`.
+
+  `critic` is the critic's shape, for methods that have one.
+  """
+  methods = {'sft': sft.SFT, 'kld': kld.KLD, 'gakd': gakd.GAKD}
   if name not in methods:
     raise UserError(
       f'config.objective: no method {name!r}; known are {", ".join(methods)}'
@@ -23,4 +26,6 @@ def make(name, **settings):
         f'config.objective: {name} has no setting {key!r}; {hint}'
         f'known are {", ".join(known)}'
       )
+  if critic and 'critic' in known:
+    settings['critic'] = critic
   return methods[name](**settings)

@@ -9,14 +9,18 @@ from gakd_jax import UserError
 class Objective:
   """A method: what the student descends, given its outputs and the teacher's.
 
-  Methods are final, frozen dataclasses of settings, one file each; parameters
-  of their own (projectors, say) are made by `init` and descend with the
-  student.
+  Methods are final, frozen dataclasses of settings, one file each. Parameters
+  of their own are made by `init`: `extra` (projectors, say) descends `loss`
+  with the student, `critic` descends `critic_loss`.
   """
 
   head_chunk: int = 512  # tokens whose logits exist at a time, on each device
 
   needs_teacher = True
+  critic_steps = 1  # updates of the critic in one step
+  # Whether the critic is updated by every microbatch alone instead of once by
+  # the whole batch.
+  critic_by_microbatch = False
 
   def __post_init__(self):
     if self.head_chunk < 1:
@@ -24,25 +28,44 @@ class Objective:
         f'config.train.head_chunk={self.head_chunk} must be 1 or more tokens'
       )
 
-  def init(self, rng, student, teacher):
-    """The method's own parameters, a tree of nested dicts; {} if none."""
-    del rng, student, teacher
-    return {}
+  def for_run(self, steps_per_epoch, total_steps):
+    """The method with what it plans in epochs, or over a run, in steps."""
+    del steps_per_epoch, total_steps
+    return self
 
-  def loss(self, student, teacher, batch, extra, rng, step):
+  def init(self, rng, student, teacher, mesh=None):
+    """(extra, critic): the method's own parameters, nested dicts; {} if none.
+
+    `student` and `teacher` are model definitions (`transformer.split`).
+    """
+    del rng, student, teacher, mesh
+    return {}, {}
+
+  def loss(self, student, teacher, batch, extra, critic, rng, step):
     """The loss of a (micro)batch.
 
     Args:
       student, teacher: `models.transformer.Outputs` on `batch.student` and
         `batch.teacher`; the teacher's is None if `needs_teacher` is false.
-      batch: `data.pipeline.Batch`, with `num_tokens` set.
-      extra: the method's own parameters.
+      batch: `data.pipeline.Batch`, its numbers of the whole step set.
+      extra, critic: the method's own parameters.
       rng: a key for this step and microbatch.
       step: the number of optimizer steps taken.
 
     Returns:
-      (scalar, {name: scalar}): the terms of response tokens, divided by
+      (scalar, {name: metric}): the terms of response tokens, divided by
       `batch.num_tokens`, so that the sum over microbatches is the mean over
       the optimizer step; metrics likewise.
     """
     raise NotImplementedError
+
+  def critic_loss(self, critic, student, teacher, batch, rng):
+    """What the critic descends on a (micro)batch; as `loss`.
+
+    No gradient reaches `student` or `teacher`.
+    """
+    raise NotImplementedError
+
+  def summarize(self, metrics):
+    """The metrics of a step, from their sums over its microbatches."""
+    return metrics

@@ -43,7 +43,6 @@ def token_mean(token_loss, outputs, tokens, num_tokens, *, chunk):
     Loss and metrics, scalars in fp32. Only the loss has a gradient.
   """
   targets_BT = jnp.roll(tokens.ids_BT, -1, axis=1)
-  mask_BT = jnp.roll(tokens.mask_BT, -1, axis=1).at[:, -1].set(False)
   # Comparable logits: the ids that all vocabularies have. Rows beyond them are
   # padding of the embedding, and get no probability.
   V = min(o.head.vocab_size for o in outputs)
@@ -53,8 +52,61 @@ def token_mean(token_loss, outputs, tokens, num_tokens, *, chunk):
     [o.hidden_BTD for o in outputs],
     [o.head.weight_VD[:V] for o in outputs],
     targets_BT,
-    mask_BT / num_tokens,
+    tokens.predicts_BT / num_tokens,
   )
+
+
+def token_features(outputs, w_VC, mask_BT, *, function, chunk):
+  """function(logits) W of each token, for a few features of all logits.
+
+  Args:
+    outputs: `models.transformer.Outputs`, [B, T, .].
+    w_VC: fp32; rows of the head beyond V are padding, and not read.
+    mask_BT: the tokens that are wanted; others are zero.
+    function: fp32 logits [N, V] -> [N, V].
+    chunk: tokens whose logits exist at a time, on each device, in the forward
+      pass and, computed once more, in the backward pass.
+
+  Returns:
+    [B, T, C] in the dtype of the hidden states.
+  """
+
+  def local(h_BTD, head_VD, w_VC, mask_BT):
+    h_ND, mask_N = h_BTD.reshape(-1, h_BTD.shape[-1]), mask_BT.reshape(-1)
+    size = min(chunk, mask_N.size)
+    order_N = _response_first(mask_N, size)
+
+    @jax.checkpoint
+    def features(index_N):
+      z_NV = Head(head_VD)(h_ND.at[index_N].get(mode='clip'))
+      return (function(z_NV) @ w_VC).astype(h_ND.dtype)
+
+    def if_wanted(index_N):
+      wanted_N = mask_N.at[index_N].get(mode='fill', fill_value=False)
+      x_NC = jax.lax.cond(
+        jnp.any(wanted_N),
+        features,
+        lambda _: jnp.zeros((size, w_VC.shape[1]), h_ND.dtype),
+        index_N,
+      )
+      return jnp.where(wanted_N[:, None], x_NC, 0)
+
+    x_NC = jax.lax.map(if_wanted, order_N.reshape(-1, size))
+    x_NC = x_NC.reshape(-1, w_VC.shape[1])
+    out_NC = jnp.zeros((mask_N.size, w_VC.shape[1]), x_NC.dtype)
+    return out_NC.at[order_N].set(x_NC, mode='drop').reshape(*mask_BT.shape, -1)
+
+  head_VD = outputs.head.weight_VD[: w_VC.shape[0]]
+  if jax.sharding.get_abstract_mesh().empty:
+    return local(outputs.hidden_BTD, head_VD, w_VC, mask_BT)
+  rows, whole = P(sharding.BATCH_AXES), P()
+  return jax.shard_map(
+    local,
+    in_specs=(rows, whole, whole, rows),
+    out_specs=rows,
+    axis_names=set(sharding.BATCH_AXES),
+    check_vma=False,
+  )(outputs.hidden_BTD, head_VD, w_VC, mask_BT)
 
 
 def _weighted_sum(token_loss, chunk, hiddens, heads, targets_BT, weights_BT):
@@ -123,10 +175,7 @@ def _loop(
   targets_N, weights_N = targets_BT.reshape(-1), weights_BT.reshape(-1)
   n = targets_N.size
   chunk = min(chunk, n)
-  # Response tokens first, in order. Indices of n, out of bounds, fill the last
-  # chunk: they read weight 0, and what they write is dropped.
-  order_N = jnp.argsort(weights_N == 0, stable=True)
-  order_N = jnp.pad(order_N, (0, -n % chunk), constant_values=n)
+  order_N = _response_first(weights_N != 0, chunk)
   n_chunks = -(-jnp.sum(weights_N != 0) // chunk)
 
   def chunk_of(i):
@@ -187,6 +236,17 @@ def _loop(
     {j: d.reshape(hiddens[j].shape) for j, d in d_hiddens.items()},
     d_heads,
   )
+
+
+def _response_first(mask_N, chunk):
+  """Indices of tokens, those of the mask first, up to a whole chunk.
+
+  The last chunk is filled with an index that is out of bounds: it reads
+  nothing ('fill'), and what is written there is dropped.
+  """
+  order_N = jnp.argsort(~mask_N, stable=True)
+  n = mask_N.size
+  return jnp.pad(order_N, (0, -n % chunk), constant_values=n)
 
 
 def _is_reduction(primitive, *_, **__):

@@ -57,8 +57,8 @@ class KLD(base.Objective):
         f'config.objective: temperature={self.temperature} must be positive'
       )
 
-  def loss(self, student, teacher, batch, extra, rng, step):
-    del extra, rng, step
+  def loss(self, student, teacher, batch, extra, critic, rng, step):
+    del extra, critic, rng, step
     return head.token_mean(
       self._token_loss,
       (student, teacher),

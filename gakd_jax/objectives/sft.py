@@ -11,8 +11,8 @@ from gakd_jax.objectives import base, divergences, head
 class SFT(base.Objective):
   needs_teacher = False
 
-  def loss(self, student, teacher, batch, extra, rng, step):
-    del teacher, extra, rng, step
+  def loss(self, student, teacher, batch, extra, critic, rng, step):
+    del teacher, extra, critic, rng, step
     return head.token_mean(
       _token_loss,
       (student,),

@@ -77,11 +77,18 @@ def _loss(name, dtype='float32', chunk=5):
   """loss(student, teacher, batch) -> scalar, metrics; not compiled."""
   objective = objectives.make(**OBJECTIVES[name][0], head_chunk=chunk)
   teacher = DEFINITION if objective.needs_teacher else None
-  loss = step.make_loss(DEFINITION, teacher, objective, dtype)
+  models = step.Models(DEFINITION, teacher, dtype)
 
   def run(student, teacher, batch):
-    params = {'student': student, 'extra': {}}
-    return loss(params, {'teacher': teacher}, batch, jax.random.key(0), 0)
+    return objective.loss(
+      models.student_outputs(student, batch),
+      models.teacher_outputs({'teacher': teacher}, batch),
+      batch,
+      {},
+      {},
+      jax.random.key(0),
+      0,
+    )
 
   return run
 

@@ -41,7 +41,7 @@ def _run(**settings):
   def loss(s_hidden):
     student = Outputs(s_hidden, Head(s_head))
     t_outputs = Outputs(teacher[0], Head(teacher[1]))
-    return objective.loss(student, t_outputs, batch, {}, None, 0)
+    return objective.loss(student, t_outputs, batch, {}, {}, None, 0)
 
   (value, metrics), gradient = loss(s_hidden)
   return float(value), jax.tree.map(float, metrics), gradient

@@ -66,9 +66,11 @@ def jax_step(response, chunk):
   objective = objectives.make('kld', kd=1.0, head_chunk=chunk)
   schedule = optim.make_schedule(1e-4, 100)
   optimizer = optim.make(schedule, weight_decay=0.01, clip_norm=1.0)
-  loss = step.make_loss(student, teacher, objective, jnp.float32)
-  train_step = step.make_train_step(loss, optimizer, schedule, seed=0)
-  state = step.init_state(params, {}, optimizer)
+  models = step.Models(student, teacher, jnp.float32)
+  train_step = step.make_train_step(
+    models, objective, optimizer, schedule, seed=0
+  )
+  state = step.init_state(params, optimizer)
   ids_BT, mask_BT = inputs(response)
   tokens = Tokens(ids_BT, ids_BT * 0 + 1, mask_BT)
   batch = jax.device_put(Batch(tokens, tokens, {}))

@@ -1,0 +1,111 @@
+"""The critic: tells a teacher's sequence of distributions from a student's.
+
+For every position of a response it reads W z (z: logits [V], W: [V, C]), lets
+the decoder's own blocks look at the positions so far, and puts out a scalar;
+the score of a sequence is their mean, or the last.
+
+W z is linear in the hidden states, so logits are never needed: with E the
+vocabulary head, W z = h (E' W). `project` multiplies E' W once, V x D x C, and
+then every token costs D x C instead of V x (D + C). With W centred over the
+vocabulary, logits and log-probabilities are the same input: the log-sum-exp
+that tells them apart is a shift that sums to zero.
+"""
+
+import functools
+
+import jax.numpy as jnp
+from flax import nnx
+
+from gakd_jax.models import transformer
+
+INPUTS = ('log_probs', 'logits', 'probs')
+
+
+class Critic(nnx.Module):
+  """`config.vocab_size` is V, `config.width` is C; `project` applies W."""
+
+  def __init__(self, config, rngs, input='log_probs'):
+    self.config = config
+    # Logits add up over V entries; of probabilities, a few are not zero.
+    std = 0.02 if input == 'probs' else config.vocab_size**-0.5
+    self.projection = nnx.Param(
+      nnx.initializers.normal(std)(
+        rngs.params(), (config.vocab_size, config.width)
+      )
+    )
+    self.blocks = transformer.stack_blocks(config, rngs)
+    self.final_norm = transformer.RMSNorm(config.width, config.norm_eps)
+    self.score = transformer.Linear(config.width, 1, rngs)
+
+  def __call__(self, x_BTC, segments_BT):
+    """A scalar for each position, [B, T] in fp32 or better.
+
+    Positions see earlier ones of their own segment; where it is 0, what comes
+    out means nothing.
+    """
+    x_BTC = transformer.run_blocks(self.config, self.blocks, x_BTC, segments_BT)
+    return at_least_fp32(self.score(self.final_norm(x_BTC))[..., 0])
+
+
+def at_least_fp32(x):
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+@functools.cache
+def definition(config):
+  """The static part of a critic; `nnx.merge` it with its parameters."""
+  critic = nnx.eval_shape(lambda: Critic(config, nnx.Rngs(0)))
+  return transformer.split(critic)[0]
+
+
+def init(config, rng, input):
+  """Fresh parameters, fp32 nested dicts; jit it to place them on a mesh."""
+  return transformer.split(Critic(config, nnx.Rngs(rng), input))[1]
+
+
+def weight(projection_VC, input):
+  """W as it is applied: log-probabilities get it centred over V."""
+  w_VC = at_least_fp32(projection_VC)
+  if input == 'log_probs':
+    w_VC -= jnp.mean(w_VC, axis=0, keepdims=True)
+  return w_VC
+
+
+def project(outputs, w_VC):
+  """W z of every token as h (E' W); [B, T, C] in the dtype of h.
+
+  `outputs` are a model's; rows of its head beyond V are padding, not read.
+  """
+  h_BTD = outputs.hidden_BTD
+  m_DC = jnp.einsum(
+    'vd,vc->dc',
+    outputs.head.weight_VD[: w_VC.shape[0]],
+    w_VC.astype(h_BTD.dtype),
+    preferred_element_type=w_VC.dtype,
+  )
+  return jnp.einsum('btd,dc->btc', h_BTD, m_DC.astype(h_BTD.dtype))
+
+
+def segment_sum(x_BT, segments_BT):
+  """At every position, the sum over its segment; 0 outside segments."""
+  same_BTS = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (
+    segments_BT > 0
+  )[:, :, None]
+  return jnp.einsum('bts,bs->bt', same_BTS.astype(x_BT.dtype), x_BT)
+
+
+def sequence_score(score_BT, segments_BT, pooling):
+  """The score of each sequence, [B, T]; read it where `last_of` says.
+
+  pooling: 'mean' over the positions of the segment, or 'last'.
+  """
+  if pooling == 'last':
+    return score_BT
+  length_BT = segment_sum(jnp.ones_like(score_BT), segments_BT)
+  return segment_sum(score_BT, segments_BT) / jnp.maximum(length_BT, 1.0)
+
+
+def last_of(segments_BT):
+  """True at the last position of every segment, [B, T]."""
+  next_BT = jnp.pad(segments_BT[:, 1:], ((0, 0), (0, 1)))
+  return (segments_BT > 0) & (segments_BT != next_BT)

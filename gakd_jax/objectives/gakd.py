@@ -1,0 +1,363 @@
+"""GAKD: reverse KL, and a critic of whole sequences that the student deceives.
+
+Student: (1 - kd) CE + kd rkl_scale RKL + g L_G. A critic D reads, at every
+response position, the next-token distribution of the teacher (d_t) or of the
+student (d_s) on the same text, and scores the sequence (`models/critic.py`):
+
+  kind  critic descends                         L_G
+  rgan  softplus(d_s - d_t) + gamma/2 (R1+R2)   softplus(d_t - d_s)
+  gan   softplus(-d_t) + softplus(d_s)          softplus(-d_s)
+  wgan  d_s - d_t + gamma (|dD/dz| - 1)^2       -d_s
+
+rgan is relativistic (arXiv 1807.00734) with the zero-centred penalties of R3GAN
+(arXiv 2501.05441): R1 and R2 are |dD/dz|^2 at the teacher's and the student's
+input, summed over positions and vocabulary. wgan is WGAN-GP (arXiv 1704.00028),
+its penalty at a z_t + (1 - a) z_s, a uniform on [0, 1] for each row. The norm
+over the vocabulary is exact at the critic's width: with G = W'W and gradient u
+at W z, |dD/dz|^2 = u' G u.
+
+The critic is updated first; L_G uses the updated one, and both use one forward
+pass of student and teacher.
+
+`reference=True` is what GAKD's authors ran, where that differs: raw logits in;
+prompt and padding read as well, and the score taken at the last position;
+penalties without a gradient (they change the logged loss alone); the critic's
+loss times 1000, its update after every microbatch; 1e-9 inside the logarithms
+of RKL. Their trunk is a pretrained model: `config.critic.init_from`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gakd_jax import UserError, models, report, sharding
+from gakd_jax.models import critic as critic_lib
+from gakd_jax.models import transformer
+from gakd_jax.objectives import base, divergences, head
+
+softplus = jax.nn.softplus
+
+_WIDTH_AND_HEADS = (('width', 128), ('heads', 4))
+
+
+def _r1_r2(read, x_t, x_s, norm_t, norm_s, rng):
+  del read, x_t, x_s, rng
+  return 0.5 * (norm_t + norm_s)
+
+
+def _unit_norm(read, x_t, x_s, norm_t, norm_s, rng):
+  del norm_t, norm_s
+  a_B11 = jax.random.uniform(rng, (x_t.shape[0], 1, 1), x_t.dtype)
+  _, norm = read(a_B11 * x_t + (1 - a_B11) * x_s)
+  return jnp.square(jnp.sqrt(jnp.maximum(norm, 1e-12)) - 1)
+
+
+def _no_penalty(read, x_t, x_s, norm_t, norm_s, rng):
+  del read, x_t, x_s, norm_s, rng
+  return jnp.zeros_like(norm_t)
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  critic: Callable  # (d_t, d_s) -> loss of each pair
+  generator: Callable
+  penalty: Callable  # -> of each pair, to be multiplied by gamma
+
+
+VARIANTS = {
+  'rgan': Variant(
+    critic=lambda d_t, d_s: softplus(d_s - d_t),
+    generator=lambda d_t, d_s: softplus(d_t - d_s),
+    penalty=_r1_r2,
+  ),
+  'gan': Variant(
+    critic=lambda d_t, d_s: softplus(-d_t) + softplus(d_s),
+    generator=lambda d_t, d_s: softplus(-d_s),
+    penalty=_no_penalty,
+  ),
+  'wgan': Variant(
+    critic=lambda d_t, d_s: d_s - d_t,
+    generator=lambda d_t, d_s: -d_s,
+    penalty=_unit_norm,
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GAKD(base.Objective):
+  kind: str = 'rgan'
+  kd: float = 0.5  # weight of reverse KL against cross-entropy, 0 to 1
+  rkl_scale: float = 1.0  # multiplies reverse KL once more
+  g: float = 0.1  # weight of L_G; 0: no critic, the ablation
+  gamma: float = 10.0  # weight of the penalty; 0: none
+  input: str = 'log_probs'  # log_probs, logits, probs: what the critic reads
+  pooling: str = 'mean'  # mean, last: how positions make a sequence's score
+  warmup_epochs: float = 1.0  # in which the critic learns alone: L_G is 0
+  warmup_steps: int | None = None  # instead of warmup_epochs
+  critic_steps: int = 1  # updates of the critic in one step
+  reference: bool = False  # as the authors ran it
+  critic: dict = dataclasses.field(default_factory=dict)  # config.critic
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.reference:
+      object.__setattr__(self, 'input', 'logits')
+      object.__setattr__(self, 'pooling', 'last')
+    for name, known in (
+      ('kind', tuple(VARIANTS)),
+      ('input', critic_lib.INPUTS),
+      ('pooling', ('mean', 'last')),
+    ):
+      if getattr(self, name) not in known:
+        raise UserError(
+          f'config.objective: no {name} {getattr(self, name)!r}; known are '
+          f'{", ".join(known)}'
+        )
+    for name, low, high in (
+      ('kd', 0, 1),
+      ('rkl_scale', 0, np.inf),
+      ('g', 0, np.inf),
+      ('gamma', 0, np.inf),
+      ('warmup_epochs', 0, np.inf),
+      ('critic_steps', 1, np.inf),
+    ):
+      if not low <= getattr(self, name) <= high:
+        raise UserError(
+          f'config.objective: {name}={getattr(self, name)} is not within '
+          f'{low} and {high}'
+        )
+
+    width, heads = (self.critic.get(k, d) for k, d in _WIDTH_AND_HEADS)
+    if width % (2 * heads):
+      raise UserError(
+        f'config.critic: width={width} is not a multiple of twice heads={heads}'
+      )
+
+  @property
+  def critic_by_microbatch(self):
+    return self.reference
+
+  def for_run(self, steps_per_epoch, total_steps):
+    del total_steps
+    if self.warmup_steps is not None:
+      return self
+    steps = round(self.warmup_epochs * steps_per_epoch)
+    return dataclasses.replace(self, warmup_steps=steps)
+
+  def init(self, rng, student, teacher, mesh=None):
+    if self.g == 0:
+      return {}, {}
+    config = self._config(min(student.vocab_size, teacher.vocab_size))
+
+    def make(rng):
+      return critic_lib.init(config, rng, self.input)
+
+    shapes = jax.eval_shape(make, rng)
+    places = None if mesh is None else sharding.shardings(shapes, mesh)
+    params = jax.jit(make, out_shardings=places)(rng)
+    if self.critic.get('init_from'):
+      trunk = models.load(self.critic['init_from'], 'float32', mesh)
+      trunk = transformer.split(trunk)[1]
+      params |= {name: trunk[name] for name in ('blocks', 'final_norm')}
+    return {}, params
+
+  def loss(self, student, teacher, batch, extra, critic, rng, step):
+    del extra, rng
+
+    def imitation(student):
+      return head.token_mean(
+        self._token_loss,
+        (student, teacher),
+        batch.student,
+        batch.num_tokens,
+        chunk=self.head_chunk,
+      )
+
+    if not critic:
+      return imitation(student)
+
+    def deception(student):
+      x_t, x_s, read, is_last_BT = self._pair(critic, student, teacher, batch)
+      loss_BT = VARIANTS[self.kind].generator(read(x_t)[0], read(x_s)[0])
+      return jnp.sum(loss_BT, where=is_last_BT) / batch.num_sequences
+
+    # Both gradients are computed here, where they can be compared, and the
+    # loss brings their sum along.
+    here = jax.lax.stop_gradient(student)
+    (imitation, metrics), d_i = jax.value_and_grad(imitation, has_aux=True)(
+      here
+    )
+    deception, d_g = jax.value_and_grad(deception)(here)
+    weight = jnp.where(step >= self.warmup_steps, self.g, 0.0)
+    d_g = jax.tree.map(lambda d: weight.astype(d.dtype) * d, d_g)
+    loss = _with_gradient(
+      imitation + weight * deception, jax.tree.map(jnp.add, d_i, d_g), student
+    )
+    d_i, d_g = (d.hidden_BTD.astype(jnp.float32) for d in (d_i, d_g))
+    return loss, metrics | {
+      'generator': deception,
+      'dot': jnp.vdot(d_i, d_g),
+      'square_imitation': jnp.vdot(d_i, d_i),
+      'square_generator': jnp.vdot(d_g, d_g),
+    }
+
+  def critic_loss(self, critic, student, teacher, batch, rng):
+    x_t, x_s, read, is_last_BT = self._pair(critic, student, teacher, batch)
+    (d_t_BT, norm_t_BT), (d_s_BT, norm_s_BT) = read(x_t), read(x_s)
+    variant = VARIANTS[self.kind]
+    penalty_BT = self.gamma * variant.penalty(
+      read, x_t, x_s, norm_t_BT, norm_s_BT, rng
+    )
+
+    def mean(x_BT):
+      return jnp.sum(x_BT, where=is_last_BT) / batch.num_sequences
+
+    def histogram(d_BT):
+      edges = jnp.asarray(report.HISTOGRAM_EDGES[1:-1], jnp.float32)
+      bin_BT = jnp.searchsorted(edges, d_BT)
+      n = jnp.zeros(edges.size + 1)
+      return n.at[bin_BT].add(is_last_BT.astype(n.dtype))
+
+    loss, penalty = mean(variant.critic(d_t_BT, d_s_BT)), mean(penalty_BT)
+    metrics = {
+      'loss': loss + penalty,
+      'penalty': penalty,
+      # Of a pair, which one is the teacher? A tie is half right.
+      'accuracy': mean(0.5 + 0.5 * jnp.sign(d_t_BT - d_s_BT)),
+      'margin': mean(d_t_BT - d_s_BT),
+      'score_teacher': mean(d_t_BT),
+      'score_student': mean(d_s_BT),
+      'histogram_teacher': histogram(d_t_BT),
+      'histogram_student': histogram(d_s_BT),
+    }
+    if self.reference:
+      return 1000 * (loss + jax.lax.stop_gradient(penalty)), metrics
+    return loss + penalty, metrics
+
+  def summarize(self, metrics):
+    if 'dot' not in metrics:
+      return metrics
+    metrics = dict(metrics)
+    dot = metrics.pop('dot')
+    norms = [
+      jnp.sqrt(metrics.pop(f'square_{term}'))
+      for term in ('imitation', 'generator')
+    ]
+    return metrics | {
+      'hidden_grad_imitation': norms[0],
+      'hidden_grad_generator': norms[1],
+      'hidden_grad_cosine': dot / jnp.maximum(norms[0] * norms[1], 1e-30),
+    }
+
+  def _token_loss(self, logits, targets_N):
+    log_q_NV, log_p_NV = map(jax.nn.log_softmax, logits)
+    ce_N = divergences.cross_entropy(log_q_NV, targets_N)
+    if self.reference:
+      q_NV, p_NV = jnp.exp(log_q_NV), jnp.exp(log_p_NV)
+      rkl_N = jnp.sum(
+        q_NV * (jnp.log(q_NV + 1e-9) - jnp.log(p_NV + 1e-9)), axis=-1
+      )
+    else:
+      rkl_N = divergences.reverse_kl(log_p_NV, log_q_NV)
+    loss_N = (1 - self.kd) * ce_N + self.kd * self.rkl_scale * rkl_N
+    return loss_N, {'ce': ce_N, 'reverse_kl': rkl_N}
+
+  def _pair(self, critic, student, teacher, batch):
+    """What the critic reads of each, and how.
+
+    Returns:
+      W z of teacher and student, [B, T, C]; `read`, which maps such an input to
+      the scores and to |dD/dz|^2 of the sequences; where to look at them.
+    """
+    tokens = batch.student
+    segments_BT = jnp.where(tokens.predicts_BT, tokens.segments_BT, 0)
+    if self.reference:
+      has_response_B1 = jnp.any(tokens.mask_BT, axis=1, keepdims=True)
+      segments_BT = jnp.broadcast_to(has_response_B1, segments_BT.shape)
+      segments_BT = segments_BT.astype(jnp.int32)
+    is_last_BT = critic_lib.last_of(segments_BT)
+    w_VC = critic_lib.weight(critic['projection'], self.input)
+    gram_CC = w_VC.T @ w_VC
+    dtype = student.hidden_BTD.dtype
+    model = nnx.merge(
+      critic_lib.definition(self._config(w_VC.shape[0])),
+      jax.tree.map(lambda x: x.astype(dtype), critic),
+    )
+
+    def read(x_BTC):
+      def total(x_BTC):
+        score_BT = critic_lib.sequence_score(
+          model(x_BTC, segments_BT), segments_BT, self.pooling
+        )
+        return jnp.sum(score_BT, where=is_last_BT), score_BT
+
+      # Sequences are independent: the gradient of the sum is that of each.
+      u_BTC, score_BT = jax.grad(total, has_aux=True)(x_BTC)
+      u_BTC = critic_lib.at_least_fp32(u_BTC)
+      norm_BT = jnp.sum((u_BTC @ gram_CC) * u_BTC, axis=-1)
+      return score_BT, critic_lib.segment_sum(norm_BT, segments_BT)
+
+    x_t_BTC, x_s_BTC = (
+      self._input(outputs, w_VC, segments_BT > 0)
+      for outputs in (jax.lax.stop_gradient(teacher), student)
+    )
+    return x_t_BTC, x_s_BTC, read, is_last_BT
+
+  def _input(self, outputs, w_VC, mask_BT):
+    """W z of every token (W p for 'probs'), by the way that costs less."""
+    B, T, D = outputs.hidden_BTD.shape
+    C = w_VC.shape[1]
+    if self.input != 'probs' and D * C < B * T * (D + C):
+      return critic_lib.project(outputs, w_VC)
+    return head.token_features(
+      outputs,
+      w_VC,
+      mask_BT,
+      function=jax.nn.softmax if self.input == 'probs' else lambda z: z,
+      chunk=self.head_chunk,
+    )
+
+  def _config(self, vocab_size):
+    """The critic as a `DecoderConfig`: that of `init_from`, or its own."""
+    c = dict(self.critic)
+    if path := c.pop('init_from', None):
+      return dataclasses.replace(
+        models.read_config(path), vocab_size=vocab_size
+      )
+    width = c.pop('width', 128)
+    heads = c.pop('heads', 4)
+    return models.DecoderConfig(
+      vocab_size=vocab_size,
+      width=width,
+      layers=c.pop('layers', 2),
+      heads=heads,
+      kv_heads=heads,
+      head_dim=width // heads,
+      ff_width=c.pop('ff_width', 4 * width),
+      tied_head=True,
+      rope_theta=1e4,
+      norm_eps=1e-6,
+      max_length=0,
+      **c,
+    )
+
+
+@jax.custom_vjp
+def _with_gradient(value, gradient, at):
+  """`value`, whose gradient with respect to `at` is `gradient`."""
+  del gradient, at
+  return value
+
+
+_with_gradient.defvjp(
+  lambda value, gradient, at: (value, gradient),
+  lambda gradient, cotangent: (
+    None,
+    None,
+    jax.tree.map(lambda d: cotangent.astype(d.dtype) * d, gradient),
+  ),
+)
