@@ -58,8 +58,8 @@ def get_config():
   c.critic.init_from = config_dict.placeholder(str)
   c.critic.width = 128
   c.critic.layers = 2
-  c.critic.heads = 4
-  c.critic.ff_width = 512
+  c.critic.heads = 2
+  c.critic.ff_width = 256
 
   c.optimizer = ml_collections.ConfigDict()
   c.optimizer.name = 'adamw'  # adamw, rmsprop
@@ -138,6 +138,9 @@ def shrink(config, *, model, data, steps=2):
     config.data.validation = tiny(config.data.validation, data)
   if config.student.shape is not None:
     config.student.shape = {'width': 16, 'layers': 1}
+  config.critic.init_from = tiny(config.critic.init_from, model)
+  config.critic.width, config.critic.layers = 16, 1
+  config.critic.heads, config.critic.ff_width = 2, 16
   config.data.max_length = 96
   config.data.max_prompt_length = 64
   config.data.buckets = None

@@ -2,11 +2,12 @@
 
   python -m gakd_jax.main --config=configs/quickstart.py
 
-No download; 5:54 on two shared cores. The student is fine-tuned on a few gold
+No download; FIXME on two shared cores. The student is fine-tuned on a few gold
 rows (sft). The teacher then answers many more prompts; from the same start and
 for the same number of steps the student goes on with the gold rows
-(sft_continued), with the teacher's texts (seqkd), and with the teacher's
-distributions on these texts (forward_kl, reverse_kl). All are scored on
+(sft_continued), with the teacher's texts (seqkd), with the teacher's
+distributions on these texts (forward_kl, reverse_kl), and with a critic on top
+of reverse KL (gakd; reverse_kl is its ablation, g = 0). All are scored on
 held-out prompts: greedy and sampled ROUGE-L, cross-entropy, and KL both ways.
 """
 
@@ -17,30 +18,24 @@ TEST = 'synthetic:test:240'
 MIXED = (GOLD, 'stage:teacher')
 
 
-def get_config(prompts=1800, steps=240, seeds=1):
+OBJECTIVES = {
+  'sft_continued': {'name': 'sft'},
+  'seqkd': {'name': 'sft'},
+  'forward_kl': {'name': 'kld', 'divergence': 'forward_kl'},
+  'reverse_kl': {'name': 'kld', 'divergence': 'reverse_kl'},
+  'gakd': {'name': 'gakd', 'kind': 'rgan', 'warmup_steps': 50},
+}
+
+
+def get_config(prompts=1600, steps=200, seeds=1):
   c = base.get_config()
-  stages = [('teacher', _teacher(prompts))]
+  stages = [('teacher', teacher(prompts))]
   for seed in range(seeds):
     tag = f'-seed{seed}' if seeds > 1 else ''
-    sft = _student(GOLD, steps, seed)
-    sft.student.path = tiny_teacher.PATH
-    sft.student.shape = {
-      'width': 96,
-      'layers': 3,
-      'heads': 3,
-      'kv_heads': 1,
-      'ff_width': 256,
-    }
-    stages.append((f'sft{tag}', sft))
-    for name, data, objective in (
-      ('sft_continued', GOLD, {'name': 'sft'}),
-      ('seqkd', MIXED, {'name': 'sft'}),
-      ('forward_kl', MIXED, {'name': 'kld', 'divergence': 'forward_kl'}),
-      ('reverse_kl', MIXED, {'name': 'kld', 'divergence': 'reverse_kl'}),
-      ('gakd', MIXED, {'name': 'gakd', 'kind': 'rgan'}),
-    ):
-      stage = _student(data, steps, seed)
-      stage.student.path = f'stage:sft{tag}'
+    stages.append((f'sft{tag}', sft(steps, seed)))
+    for name, objective in OBJECTIVES.items():
+      data = GOLD if name == 'sft_continued' else MIXED
+      stage = student(data, steps, seed, start=f'stage:sft{tag}')
       stage.objective = objective
       stages.append((name + tag, stage))
   c.stages = tuple(stages)
@@ -53,7 +48,8 @@ def _common():
   c.teacher.dtype = 'float32'
   c.student.dtype = 'float32'
   c.student.remat = False
-  c.critic.width, c.critic.layers, c.critic.ff_width = 64, 1, 128
+  c.critic.width, c.critic.layers = 64, 1
+  c.critic.ff_width = 128
   c.data.template = 'chat'
   c.data.max_length = 128
   c.data.max_prompt_length = 80
@@ -80,7 +76,8 @@ def _common():
   return c
 
 
-def _teacher(prompts):
+def teacher(prompts):
+  """No training: the teacher's answers, and its scores."""
   c = _common()
   c.student.path = tiny_teacher.PATH
   c.data.train = f'synthetic:prompts:{prompts}'
@@ -89,12 +86,26 @@ def _teacher(prompts):
   return c
 
 
-def _student(data, steps, seed):
+def student(data, steps, seed, start):
   c = _common()
   c.seed = seed
+  c.student.path = start
   c.data.train = data
   c.optimizer.learning_rate = 3e-3
   c.optimizer.warmup_steps = 20
   c.optimizer.weight_decay = 0.1
   c.train.steps = steps
+  return c
+
+
+def sft(steps, seed):
+  """A fresh student of 0.37 M parameters on the gold rows."""
+  c = student(GOLD, steps, seed, start=tiny_teacher.PATH)
+  c.student.shape = {
+    'width': 96,
+    'layers': 3,
+    'heads': 3,
+    'kv_heads': 1,
+    'ff_width': 256,
+  }
   return c

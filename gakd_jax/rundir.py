@@ -20,9 +20,13 @@ _FREE = ('report', 'checkpoint.every', 'checkpoint.keep', 'mesh', 'stages')
 def resolve_stages(config, root):
   """A copy, with 'stage:<name>' replaced by what that stage of `root` wrote."""
   config = config.copy_and_resolve_references()
-  for part in (config.student, config.teacher):
-    if str(part.path).startswith(STAGE):
-      part.path = _finished(root, part.path) + '/best'
+  for part, key in (
+    (config.student, 'path'),
+    (config.teacher, 'path'),
+    (config.critic, 'init_from'),
+  ):
+    if str(part[key]).startswith(STAGE):
+      part[key] = _finished(root, part[key]) + '/best'
   if str(config.data.train).startswith(STAGE):
     config.data.train = _finished(root, config.data.train) + '/answers.jsonl'
   elif isinstance(config.data.train, (tuple, list)):

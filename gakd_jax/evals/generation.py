@@ -6,6 +6,7 @@ at most 256 new tokens, five seeds; ROUGE-L is the maximum over references.
 With temperature 0 one seed is enough.
 """
 
+import collections
 import dataclasses
 import json
 import statistics
@@ -33,6 +34,8 @@ class Generation:
   def run(self, subject, params, tag):
     """ROUGE-L and exact match (0 to 100), and answer length in tokens.
 
+    `rouge_l_11-50` and the like are of the prompts whose first reference has so
+    many tokens.
     Answers go to <workdir>/answers/<name>-<seed>.jsonl, those of the last
     evaluation; with several seeds, `rouge_l_std` is the deviation over them.
     """
@@ -86,8 +89,18 @@ class Generation:
       subject.workdir / 'answers' / f'{self.name}-{seed}.jsonl',
       ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in lines),
     )
+    buckets = collections.defaultdict(list)
+    for row, score in zip(self.rows, rouge, strict=True):
+      ids = subject.tokenizer.encode(
+        row.references[0], add_special_tokens=False
+      )
+      buckets[scores.length_bucket(len(ids))].append(score)
+    by_length = {
+      f'rouge_l_{bucket}': statistics.fmean(buckets[bucket])
+      for bucket in sorted(buckets)
+    }
     return {
       'rouge_l': statistics.fmean(rouge),
       'exact_match': statistics.fmean(exact),
       'answer_tokens': statistics.fmean(map(len, answers)),
-    }
+    } | by_length

@@ -41,7 +41,7 @@ from gakd_jax.objectives import base, divergences, head
 
 softplus = jax.nn.softplus
 
-_WIDTH_AND_HEADS = (('width', 128), ('heads', 4))
+_WIDTH_AND_HEADS = (('width', 128), ('heads', 2))
 
 
 def _r1_r2(read, x_t, x_s, norm_t, norm_s, rng):
@@ -180,26 +180,25 @@ class GAKD(base.Objective):
     if not critic:
       return imitation(student)
 
+    weight = jnp.where(step >= self.warmup_steps, self.g, 0.0)
+
     def deception(student):
       x_t, x_s, read, is_last_BT = self._pair(critic, student, teacher, batch)
       loss_BT = VARIANTS[self.kind].generator(read(x_t)[0], read(x_s)[0])
-      return jnp.sum(loss_BT, where=is_last_BT) / batch.num_sequences
+      loss = jnp.sum(loss_BT, where=is_last_BT) / batch.num_sequences
+      return weight * loss, loss
 
     # Both gradients are computed here, where they can be compared, and the
     # loss brings their sum along.
     here = jax.lax.stop_gradient(student)
-    (imitation, metrics), d_i = jax.value_and_grad(imitation, has_aux=True)(
-      here
-    )
-    deception, d_g = jax.value_and_grad(deception)(here)
-    weight = jnp.where(step >= self.warmup_steps, self.g, 0.0)
-    d_g = jax.tree.map(lambda d: weight.astype(d.dtype) * d, d_g)
+    (loss_i, metrics), d_i = jax.value_and_grad(imitation, has_aux=True)(here)
+    (loss_g, generator), d_g = jax.value_and_grad(deception, has_aux=True)(here)
     loss = _with_gradient(
-      imitation + weight * deception, jax.tree.map(jnp.add, d_i, d_g), student
+      loss_i + loss_g, jax.tree.map(jnp.add, d_i, d_g), student
     )
     d_i, d_g = (d.hidden_BTD.astype(jnp.float32) for d in (d_i, d_g))
     return loss, metrics | {
-      'generator': deception,
+      'generator': generator,
       'dot': jnp.vdot(d_i, d_g),
       'square_imitation': jnp.vdot(d_i, d_i),
       'square_generator': jnp.vdot(d_g, d_g),
@@ -207,7 +206,10 @@ class GAKD(base.Objective):
 
   def critic_loss(self, critic, student, teacher, batch, rng):
     x_t, x_s, read, is_last_BT = self._pair(critic, student, teacher, batch)
-    (d_t_BT, norm_t_BT), (d_s_BT, norm_s_BT) = read(x_t), read(x_s)
+    # Both at once: half as many operations to compile and to start.
+    (d_t_BT, d_s_BT), (norm_t_BT, norm_s_BT) = jax.vmap(read)(
+      jnp.stack([x_t, x_s])
+    )
     variant = VARIANTS[self.kind]
     penalty_BT = self.gamma * variant.penalty(
       read, x_t, x_s, norm_t_BT, norm_s_BT, rng
@@ -329,7 +331,7 @@ class GAKD(base.Objective):
         models.read_config(path), vocab_size=vocab_size
       )
     width = c.pop('width', 128)
-    heads = c.pop('heads', 4)
+    heads = c.pop('heads', 2)
     return models.DecoderConfig(
       vocab_size=vocab_size,
       width=width,
@@ -337,7 +339,7 @@ class GAKD(base.Objective):
       heads=heads,
       kv_heads=heads,
       head_dim=width // heads,
-      ff_width=c.pop('ff_width', 4 * width),
+      ff_width=c.pop('ff_width', 2 * width),
       tied_head=True,
       rope_theta=1e4,
       norm_eps=1e-6,

@@ -5,23 +5,19 @@
 
 Student 4 layers x 256, teacher 8 x 512, V = 151936, 4 rows of 256 tokens,
 fp32, AdamW. The PyTorch side is transformers' models and the reverse KL over
-full logits, in eager mode. Each runs in a process of its own, in turns, so
-that a machine that drifts favours neither; the median of their ratios and the
-peak resident memory of each are printed as JSON. `--response` is the share of
-each row that is response: 1 is the worst case for the streamed head, which
-computes nothing for prompts.
+full logits, in eager mode. Their seconds, peak resident memory and ratios are
+printed as JSON. `--response` is the share of each row that is response: 1 is
+the worst case for the streamed head, which computes nothing for prompts.
 """
 
 import argparse
 import json
-import resource
-import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tools.bench import side_by_side
 
 V, B, T = 151936, 4, 256
 STUDENT = {'width': 256, 'layers': 4, 'heads': 4, 'ff_width': 768}
@@ -38,7 +34,7 @@ def inputs(response):
   return ids_BT, mask_BT
 
 
-def jax_step(response, chunk):
+def jax_step(response, chunk, **objective):
   """A function that takes one step and returns its loss."""
   import jax
   import jax.numpy as jnp
@@ -59,18 +55,28 @@ def jax_step(response, chunk):
       max_length=T,
       **shape,
     )
-    return transformer.split(Decoder(config, nnx.Rngs(seed)))
+    return config, *transformer.split(Decoder(config, nnx.Rngs(seed)))
 
-  student, params = model(STUDENT, 0)
-  teacher, t_params = model(TEACHER, 1)
-  objective = objectives.make('kld', kd=1.0, head_chunk=chunk)
+  student_config, student, params = model(STUDENT, 0)
+  teacher_config, teacher, t_params = model(TEACHER, 1)
+  objective = objectives.make(head_chunk=chunk, **objective)
   schedule = optim.make_schedule(1e-4, 100)
   optimizer = optim.make(schedule, weight_decay=0.01, clip_norm=1.0)
+  critic_optimizer = optim.make(schedule, weight_decay=0.01)
+  _, critic = objective.init(jax.random.key(2), student_config, teacher_config)
   models = step.Models(student, teacher, jnp.float32)
   train_step = step.make_train_step(
-    models, objective, optimizer, schedule, seed=0
+    models,
+    objective,
+    optimizer,
+    schedule,
+    critic_optimizer=critic_optimizer,
+    seed=0,
   )
-  state = step.init_state(params, optimizer)
+  state = step.init_state(
+    params, optimizer, critic=critic, critic_optimizer=critic_optimizer
+  )
+  del params, critic
   ids_BT, mask_BT = inputs(response)
   tokens = Tokens(ids_BT, ids_BT * 0 + 1, mask_BT)
   batch = jax.device_put(Batch(tokens, tokens, {}))
@@ -124,58 +130,26 @@ def torch_step(response):
   return take
 
 
-def measure(side, response, chunk, steps):
-  """One process: seconds of each step after a first, and peak memory."""
-  take = jax_step(response, chunk) if side == 'jax' else torch_step(response)
-  take()
-  seconds = []
-  for _ in range(steps):
-    start = time.perf_counter()
-    loss = take()
-    seconds.append(time.perf_counter() - start)
-  peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-  return {
-    'seconds': statistics.median(seconds),
-    'peak_gb': peak_gb,
-    'loss': loss,
-  }
-
-
 def main():
+  sides = {
+    'jax': lambda: jax_step(args.response, args.chunk, name='kld', kd=1.0),
+    'torch': lambda: torch_step(args.response),
+  }
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--side', choices=['jax', 'torch'])
   parser.add_argument('--response', type=float, default=1.0)
   parser.add_argument('--chunk', type=int, default=128)
-  parser.add_argument('--steps', type=int, default=3)
-  parser.add_argument('--rounds', type=int, default=3)
+  side_by_side.add_arguments(parser, sides)
   args = parser.parse_args()
-  if args.side:
-    print(json.dumps(measure(args.side, args.response, args.chunk, args.steps)))
-    return
-  sides = {'jax': [], 'torch': []}
-  for _ in range(args.rounds):
-    for side, results in sides.items():
-      command = [sys.executable, __file__, *sys.argv[1:], f'--side={side}']
-      done = subprocess.run(
-        command, capture_output=True, text=True, check=False
+  if results := side_by_side.run(__file__, args, sides):
+    ratio = side_by_side.ratio
+    print(
+      json.dumps(
+        {
+          'times_faster': ratio(results, 'seconds', 'torch', 'jax'),
+          'memory_share': ratio(results, 'peak_gb', 'jax', 'torch'),
+        }
       )
-      if done.returncode:
-        sys.exit(f'{side}: {done.stderr}')
-      results.append(json.loads(done.stdout.splitlines()[-1]))
-      print(side, done.stdout.splitlines()[-1], flush=True)
-  pairs = list(zip(sides['jax'], sides['torch'], strict=True))
-  print(
-    json.dumps(
-      {
-        'times_faster': statistics.median(
-          t['seconds'] / j['seconds'] for j, t in pairs
-        ),
-        'memory_share': statistics.median(
-          j['peak_gb'] / t['peak_gb'] for j, t in pairs
-        ),
-      }
     )
-  )
 
 
 if __name__ == '__main__':

@@ -1,0 +1,16 @@
+"""What `wgan_0p6b` would be without its critic: g = 0, all else the same.
+
+  python -m gakd_jax.main --config=configs/ablation_wgan_0p6b.py
+
+Every claim about the critic is a difference from this run.
+Hardware: one 80 GB GPU.
+Not yet run at full size.
+"""
+
+from configs import wgan_0p6b
+
+
+def get_config():
+  c = wgan_0p6b.get_config()
+  c.objective.g = 0.0
+  return c

@@ -1,0 +1,16 @@
+"""What `wgan_4b` would be without its critic: g = 0, all else the same.
+
+  python -m gakd_jax.main --config=configs/ablation_wgan_4b.py
+
+Every claim about the critic is a difference from this run.
+Hardware: four 80 GB GPUs (fsdp).
+Not yet run at full size.
+"""
+
+from configs import wgan_4b
+
+
+def get_config():
+  c = wgan_4b.get_config()
+  c.objective.g = 0.0
+  return c

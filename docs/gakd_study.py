@@ -1,0 +1,69 @@
+"""What the critic does at the quickstart's size: the runs of gakd_study.md.
+
+  python -m gakd_jax.main --config=docs/gakd_study.py
+
+The stages of configs/quickstart_full.py, and variants of its `gakd` stage that
+differ in one thing each. About an hour on two cores.
+"""
+
+from configs import quickstart, quickstart_full
+
+STEPS = 200
+SEEDS = 3
+# The stage: what differs from `gakd` in the objective.
+VARIANTS = {
+  'gan': {'kind': 'gan', 'critic_steps': 3},
+  'wgan': {'kind': 'wgan'},
+  'g_0.3': {'g': 0.3},
+  'g_1': {'g': 1.0},
+  'input_probs': {'input': 'probs'},
+  'input_logits': {'input': 'logits'},
+  'pooling_last': {'pooling': 'last'},
+  'slow_critic': {},
+  'reference': {'reference': True},
+  'gold_g_0': {'g': 0.0},
+  'gold_gakd': {},
+  'student_text_g_0': {'g': 0.0, 'kd': 1.0},
+  'student_text_gakd': {'kd': 1.0},
+}
+
+
+def get_config():
+  c = quickstart_full.get_config()
+  stages = dict(c.stages)
+  ordered = [('teacher', stages['teacher'])]
+  for seed in range(SEEDS):
+    tag = f'-seed{seed}'
+    ordered += [(n, s) for n, s in c.stages if n.endswith(tag)]
+    ordered += [(f'student_text{tag}', _student_text(seed))]
+    ordered += [(n + tag, _variant(n, seed)) for n in VARIANTS]
+  c.stages = tuple(ordered)
+  return c
+
+
+def _student_text(seed):
+  """The SFT student answers the prompts itself."""
+  c = quickstart.teacher(2400)
+  c.seed = seed
+  c.student.path = c.teacher.path = f'stage:sft-seed{seed}'
+  c.evals = {}
+  return c
+
+
+def _variant(name, seed):
+  data = quickstart.MIXED
+  if name.startswith('gold'):
+    data = quickstart.GOLD
+  if name.startswith('student_text'):
+    data = (quickstart.GOLD, f'stage:student_text-seed{seed}')
+  c = quickstart.student(data, STEPS, seed, start=f'stage:sft-seed{seed}')
+  c.objective = quickstart.OBJECTIVES['gakd'] | VARIANTS[name]
+  if name == 'wgan':
+    c.critic_optimizer.name, c.critic_optimizer.b2 = 'rmsprop', 0.99
+  if name == 'slow_critic':
+    c.critic_optimizer.learning_rate = 2e-5
+  if name == 'reference':
+    c.critic.init_from = f'stage:sft-seed{seed}'
+    c.data.packing, c.data.buckets = False, (128,)
+    c.train.batch_size = 16
+  return c

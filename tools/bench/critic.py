@@ -1,0 +1,135 @@
+"""The critic through the re-associated head, beside full logits; and its price.
+
+  python tools/bench/critic.py
+
+V = 151936, 4 rows of 256 tokens, widths 256 and 512, C = 128, fp32. `critic` is
+one rgan update of the critic (loss, R1, R2, second-order gradient, AdamW) from
+hidden states, `direct` the same from logits of (B, T, V), penalties by
+differentiating with respect to these. `rgan` and `rkl` are whole train steps
+(tools/bench/kd_step.py) with and without the critic. Seconds, peak resident
+memory and ratios are printed as JSON.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tools.bench import kd_step, side_by_side
+
+V, B, T = kd_step.V, kd_step.B, kd_step.T
+WIDTHS = (256, 512)
+
+
+def critic_step(from_logits):
+  """A function that takes one step of the critic and returns its loss."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  import optax
+  from flax import nnx
+
+  from gakd_jax import objectives, optim
+  from gakd_jax.data.pipeline import Batch, Tokens
+  from gakd_jax.models import DecoderConfig
+  from gakd_jax.models import critic as critic_lib
+  from gakd_jax.models.transformer import Head, Outputs
+
+  objective = objectives.make('gakd', kind='rgan')
+  shape = DecoderConfig(V, 0, 0, 0, 0, 0, 0, True, 0, 0, 0)
+  _, critic = objective.init(jax.random.key(0), shape, shape)
+  optimizer = optim.make(lambda _: 2e-4, weight_decay=0.01)
+  opt_state = optimizer.init(critic)
+  rng = np.random.default_rng(0)
+  student, teacher = (
+    Outputs(
+      jnp.asarray(rng.standard_normal((B, T, D), np.float32)),
+      Head(jnp.asarray(0.1 * rng.standard_normal((V, D), np.float32))),
+    )
+    for D in WIDTHS
+  )
+  ids_BT, mask_BT = kd_step.inputs(response=1.0)
+  tokens = Tokens(ids_BT, ids_BT * 0 + 1, mask_BT)
+  batch = jax.device_put(
+    Batch(tokens, tokens, {}, num_tokens=mask_BT.sum(), num_sequences=float(B))
+  )
+
+  def ours(critic, student, teacher):
+    loss, _ = objective.critic_loss(
+      critic, student, teacher, batch, jax.random.key(0)
+    )
+    return loss
+
+  def direct(critic, student, teacher):
+    segments_BT = batch.student.predicts_BT.astype(jnp.int32)
+    is_last_BT = critic_lib.last_of(segments_BT)
+    w_VC = critic_lib.weight(critic['projection'], objective.input)
+    config = objective._config(V)
+    model = nnx.merge(critic_lib.definition(config), critic)
+
+    def total(z_BTV):
+      d_BT = critic_lib.sequence_score(
+        model(z_BTV @ w_VC, segments_BT), segments_BT, objective.pooling
+      )
+      d_B = jnp.sum(d_BT, axis=1, where=is_last_BT)
+      return jnp.sum(d_B), d_B
+
+    def read(outputs):
+      z_BTV = jnp.einsum(
+        'btd,vd->btv', outputs.hidden_BTD, outputs.head.weight_VD
+      )
+      gradient_BTV, d_B = jax.grad(total, has_aux=True)(z_BTV)
+      return d_B, jnp.sum(gradient_BTV**2, axis=(1, 2))
+
+    (d_t, r1), (d_s, r2) = read(teacher), read(student)
+    return jnp.mean(
+      jax.nn.softplus(d_s - d_t) + objective.gamma / 2 * (r1 + r2)
+    )
+
+  @jax.jit
+  def update(critic, opt_state, student, teacher):
+    loss, grads = jax.value_and_grad(direct if from_logits else ours)(
+      critic, student, teacher
+    )
+    updates, opt_state = optimizer.update(grads, opt_state, critic)
+    return loss, optax.apply_updates(critic, updates), opt_state
+
+  def take():
+    nonlocal critic, opt_state
+    loss, critic, opt_state = update(critic, opt_state, student, teacher)
+    return float(loss)
+
+  return take
+
+
+def main():
+  whole = {'response': 1.0, 'chunk': 128}
+  sides = {
+    'critic': lambda: critic_step(from_logits=False),
+    'direct': lambda: critic_step(from_logits=True),
+    'rgan': lambda: kd_step.jax_step(
+      **whole, name='gakd', kind='rgan', warmup_steps=0
+    ),
+    'rkl': lambda: kd_step.jax_step(**whole, name='kld'),
+  }
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  side_by_side.add_arguments(parser, sides)
+  args = parser.parse_args()
+  if results := side_by_side.run(__file__, args, sides):
+    ratio = side_by_side.ratio
+    print(
+      json.dumps(
+        {
+          'critic_times_faster': ratio(results, 'seconds', 'direct', 'critic'),
+          'critic_memory_share': ratio(results, 'peak_gb', 'critic', 'direct'),
+          'step_times_rkl': ratio(results, 'seconds', 'rgan', 'rkl'),
+          'step_memory_times_rkl': ratio(results, 'peak_gb', 'rgan', 'rkl'),
+        }
+      )
+    )
+
+
+if __name__ == '__main__':
+  main()
