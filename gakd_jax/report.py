@@ -22,7 +22,7 @@ import rich.text
 from gakd_jax import UserError
 
 # The bins of all histograms, even in asinh: fine around 0, and up to 74.
-HISTOGRAM_EDGES = np.sinh(np.linspace(-5, 5, 41))
+HISTOGRAM_EDGES = np.sinh(np.linspace(-5, 5, 81))
 
 _PLAIN_INTERVAL_S = 10.0  # Between two lines of progress in a log file.
 

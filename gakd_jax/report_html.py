@@ -30,8 +30,8 @@ def write_report(path, *, title, summary=(), tables=(), curves=(), answers=()):
     title: the page's heading.
     summary: (label, value) pairs, the configuration: shown collapsed.
     tables: (title, columns, rows); cells are text, numbers or None.
-    curves: (title, ylabel, {label: (xs, ys)}); xs are steps. A label has the
-      same colour in all curves.
+    curves: (title, xlabel, {label: (xs, ys)}). A label has the same colour in
+      all curves.
     answers: one dict per prompt: 'prompt', 'reference' or 'references' (a text
       or several), and every other key a model's name with its answer.
   """
@@ -81,7 +81,7 @@ def _table(title, columns, rows):
 <tbody>{body}</tbody></table></div></div>"""
 
 
-def _figure(title, ylabel, series, colours):
+def _figure(title, xlabel, series, colours):
   lines, keys, seen = [], '', collections.Counter()
   for label, (xs, ys) in series.items():
     colour = colours[label]
@@ -91,12 +91,12 @@ def _figure(title, ylabel, series, colours):
     key = f'{dash} {colour}'.replace(_INK, 'currentColor')
     keys += f'<li style="--key: {key}">{html.escape(label)}</li>'
   return f"""<figure class="card"><figcaption>
-<h3>{html.escape(title)}</h3> <span>{html.escape(ylabel)}</span>
+<h3>{html.escape(title)}</h3>
 <ul class="keys">{keys}</ul></figcaption>
-{_svg(lines)}</figure>"""
+{_svg(lines, xlabel)}</figure>"""
 
 
-def _svg(lines):
+def _svg(lines, xlabel):
   import matplotlib  # Slow to import, and only a finished run draws.
   from matplotlib.figure import Figure
 
@@ -115,7 +115,7 @@ def _svg(lines):
     axes.grid(axis='y', color=_INK, alpha=0.15, linewidth=0.8)
     axes.spines[['top', 'right', 'left']].set_visible(False)
     axes.tick_params(axis='y', length=0)
-    axes.set_xlabel('step', color=_INK)
+    axes.set_xlabel(xlabel, color=_INK)
     file = io.StringIO()
     nothing = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
     figure.savefig(file, format='svg', transparent=True, metadata=nothing)
@@ -231,8 +231,6 @@ figure.card { margin: 0; min-width: 0; }
 @media (min-width: 50rem) {
   :has(> figure + figure) { grid-template-columns: 1fr 1fr; }
 }
-figcaption h3 { display: inline; }
-figcaption span { font-size: .85rem; color: var(--muted); }
 figure svg { display: block; width: 100%; height: auto; overflow: visible; }
 figure svg text { font-family: inherit !important; }
 .keys {

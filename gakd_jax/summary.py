@@ -4,11 +4,14 @@ import json
 import statistics
 from pathlib import Path
 
+import numpy as np
+
 from gakd_jax import report, report_html, rundir
 
 _SEED = '-seed'  # 'sft-seed2' is one of several runs of 'sft'
 # What the table compares; results.json of each run has everything.
 _SHOWN = ('rouge_l', 'ce', 'forward_kl', 'reverse_kl')
+_SCORES = ('train/critic/histogram_teacher', 'train/critic/histogram_student')
 _FIRST_CURVES = ('train/loss', 'train/ce')
 _NO_CURVE = ('train/tokens', 'train/seconds')  # tokens_per_second says it
 
@@ -30,7 +33,7 @@ def write(path, runs, answers=6):
     title=Path(path).absolute().parent.name,
     summary=_settings(runs),
     tables=[('Results', columns, rows)],
-    curves=_curves(runs),
+    curves=_curves(runs) + _histograms(runs),
     answers=_answers(runs, answers),
   )
   print(f'report: {path}', flush=True)
@@ -77,10 +80,40 @@ def _curves(runs):
           xs.append(row['step'])
           ys.append(value)
   return [
-    (metric, '', series)
+    (metric, 'step', series)
     for metric, series in sorted(curves.items(), key=_importance)
     if metric not in _NO_CURVE and any(len(x) > 1 for x, _ in series.values())
   ]
+
+
+def _histograms(runs):
+  """What the critic thought of teacher and student at the end, as stairs.
+
+  Of the last tenth of the steps, counts of sequences by score.
+  """
+  figures = []
+  for name, directory in runs.items():
+    rows = [
+      row for row in report.read_metrics(directory) if _SCORES[0] in row
+    ]
+    if not rows:
+      continue
+    counts = [
+      sum(np.array(row[metric]) for row in rows[-max(1, len(rows) // 10) :])
+      for metric in _SCORES
+    ]
+    (seen,) = np.nonzero(counts[0] + counts[1])
+    shown = slice(seen[0], seen[-1] + 1)
+    edges = report.HISTOGRAM_EDGES[seen[0] : seen[-1] + 2]
+    stairs = {
+      metric.rpartition('_')[2]: (
+        np.repeat(edges, 2),
+        np.concatenate([[0], np.repeat(n[shown], 2), [0]]),
+      )
+      for metric, n in zip(_SCORES, counts, strict=True)
+    }
+    figures.append((f'{name}: critic scores at the end', 'score', stairs))
+  return figures
 
 
 def _importance(curve):

@@ -35,7 +35,10 @@ class Critic(nnx.Module):
     )
     self.blocks = transformer.stack_blocks(config, rngs)
     self.final_norm = transformer.RMSNorm(config.width, config.norm_eps)
+    # Zero: a fresh critic has no opinion, and one that never sees a difference
+    # between teacher and student never pushes the student anywhere.
     self.score = transformer.Linear(config.width, 1, rngs)
+    self.score.kernel[...] = jnp.zeros((config.width, 1))
 
   def __call__(self, x_BTC, segments_BT):
     """A scalar for each position, [B, T] in fp32 or better.
