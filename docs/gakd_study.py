@@ -30,14 +30,11 @@ VARIANTS = {
 
 def get_config():
   c = quickstart_full.get_config()
-  stages = dict(c.stages)
-  ordered = [('teacher', stages['teacher'])]
-  for seed in range(SEEDS):
-    tag = f'-seed{seed}'
-    ordered += [(n, s) for n, s in c.stages if n.endswith(tag)]
-    ordered += [(f'student_text{tag}', _student_text(seed))]
-    ordered += [(n + tag, _variant(n, seed)) for n in VARIANTS]
-  c.stages = tuple(ordered)
+  stages = list(c.stages)
+  stages += [(f'student_text-seed{s}', _student_text(s)) for s in range(SEEDS)]
+  for name in VARIANTS:
+    stages += [(f'{name}-seed{s}', _variant(name, s)) for s in range(SEEDS)]
+  c.stages = tuple(stages)
   return c
 
 

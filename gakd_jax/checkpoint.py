@@ -1,9 +1,12 @@
 """Checkpoints: the train state, and what the host must remember beside it."""
 
+import shutil
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+
+from gakd_jax import UserError
 
 
 class Checkpoints:
@@ -25,7 +28,21 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, step, state, host):
-    """Starts to save; returns when the arrays may be changed again."""
+    """Starts to save; returns when the arrays may be changed again.
+
+    Raises:
+      UserError: if it does not fit on the disk. Orbax would find out in its
+        threads, which report it in several hundred lines.
+    """
+    directory = self._manager.directory
+    needed = sum(x.nbytes for x in jax.tree.leaves(state))
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+      raise UserError(
+        f'the disk is full: a checkpoint needs {needed / 1e6:,.0f} MB and '
+        f'{directory} has {free / 1e6:,.0f} MB left; free some space and run '
+        'the same command again, which continues from the last checkpoint'
+      )
     self._manager.save(
       step,
       args=ocp.args.Composite(

@@ -93,9 +93,7 @@ def _histograms(runs):
   """
   figures = []
   for name, directory in runs.items():
-    rows = [
-      row for row in report.read_metrics(directory) if _SCORES[0] in row
-    ]
+    rows = [row for row in report.read_metrics(directory) if _SCORES[0] in row]
     if not rows:
       continue
     counts = [

@@ -114,6 +114,24 @@ def test_adam_with_the_given_constants():
     np.testing.assert_allclose(params['w'], w, rtol=1e-6)
 
 
+def test_rmsprop_is_that_of_pytorch():
+  """By hand: decay joins the gradient, then squares, then momentum."""
+  optimizer = optim.make(
+    lambda _: 0.1, name='rmsprop', b1=0.9, b2=0.8, eps=0.01, weight_decay=0.5
+  )
+  w, square, momentum = 1.0, 0.0, 0.0
+  params = {'w': jnp.array(w)}
+  state = optimizer.init(params)
+  for grad in (3.0, -1.0, 2.0):
+    updates, state = optimizer.update({'w': jnp.array(grad)}, state, params)
+    params = optax.apply_updates(params, updates)
+    g = grad + 0.5 * w
+    square = 0.8 * square + 0.2 * g**2
+    momentum = 0.9 * momentum + g / (square**0.5 + 0.01)
+    w -= 0.1 * momentum
+    np.testing.assert_allclose(params['w'], w, rtol=1e-6)
+
+
 @pytest.mark.parametrize('norm', [0.5, 8.0])
 def test_gradients_are_clipped_by_their_global_norm(norm):
   """Seen in Adam's first moment, (1 - b1) times what it was given."""

@@ -32,6 +32,19 @@ def test_metrics_are_on_disk_as_soon_as_they_are_written(tmp_path):
   assert got == [{'step': 3, 'train/loss': 0.5}, {'step': 3, 'eval/ce': 2.0}]
 
 
+def test_histograms_are_lists_of_counts(tmp_path):
+  counts = np.zeros(len(report.HISTOGRAM_EDGES) - 1, np.float32)
+  counts[3] = 2
+  metrics = report.Metrics(tmp_path, tensorboard=True)
+  metrics.write(1, {'scores': counts, 'a': 0.5})
+  metrics.close()
+  (row,) = report.read_metrics(tmp_path)
+  assert row == {'step': 1, 'scores': counts.astype(int).tolist(), 'a': 0.5}
+  assert isinstance(row['scores'][3], int)
+  _write(tmp_path, [2], resume_step=1)  # and are copied as they are
+  assert report.read_metrics(tmp_path)[0] == row
+
+
 def test_what_is_not_finite_is_strict_json(tmp_path):
   metrics = report.Metrics(tmp_path, tensorboard=False)
   metrics.write(1, {'a': math.nan, 'b': -math.inf, 'c': 1})
@@ -208,14 +221,14 @@ def test_the_page_shows_everything_in_order(tmp_path):
     title='Run',
     summary=[('seed', 10)],
     tables=[('Dolly', COLUMNS, ROWS)],
-    curves=[('Loss', 'nats', {'GAKD': (xs, np.cos(xs)), 'SFT': ([1], [0.5])})],
+    curves=[('Loss', 'steps', {'GAKD': (xs, np.cos(xs)), 'SFT': ([1], [0.5])})],
     answers=[
       {'prompt': 'Why?', 'reference': 'So.', 'SFT': ' \n', 'GAKD': '\n b\n  c'},
       {'prompt': 'How?', 'references': ['Thus.', 'So.'], 'SFT': 'd'},
     ],
   )
   want = 'Run Results Dolly model ROUGE-L CE note GAKD 9.9 ± 0.1 9.25 Training'
-  want += ' Loss nats GAKD SFT step Why? Reference So. SFT (empty) GAKD b\n'
+  want += ' Loss GAKD SFT steps Why? Reference So. SFT (empty) GAKD b\n'
   want += ' How? References Thus. So. SFT d Configuration seed 10'
   text = ' '.join(page.texts)
   position = 0
@@ -262,9 +275,9 @@ def test_the_page_refers_to_nothing_outside(tmp_path):
 def test_curves_with_gaps_have_one_colour_per_label(tmp_path):
   nan = [math.nan] * 3
   curves = [
-    ('a', '', {'x': ([1, 2, 3], [1, math.nan, 2]), 'y': ([1, 2, 3], nan)}),
-    ('b', '', {'y': ([1, 2, 3], [1, 2, 3]), 'z': ([], [])}),
-    ('c', '', {str(i): ([1, 2], [i, i]) for i in range(9)}),
+    ('a', 'step', {'x': ([1, 2, 3], [1, math.nan, 2]), 'y': ([1, 2, 3], nan)}),
+    ('b', 'step', {'y': ([1, 2, 3], [1, 2, 3]), 'z': ([], [])}),
+    ('c', 'step', {str(i): ([1, 2], [i, i]) for i in range(9)}),
   ]
   page = _page(tmp_path / 'x.html', title='Run', curves=curves)
   keys = [v for name, v in page.attributes if name == 'style' and '--key' in v]
@@ -281,5 +294,7 @@ def test_curves_with_gaps_have_one_colour_per_label(tmp_path):
 def test_a_long_run_stays_a_small_page(tmp_path):
   xs = np.arange(100_000)
   ys = np.random.default_rng(0).normal(size=xs.size)
-  _page(tmp_path / 'x.html', title='Run', curves=[('a', '', {'x': (xs, ys)})])
+  _page(
+    tmp_path / 'x.html', title='Run', curves=[('a', 'step', {'x': (xs, ys)})]
+  )
   assert (tmp_path / 'x.html').stat().st_size < 300_000

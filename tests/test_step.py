@@ -38,8 +38,22 @@ RATE = 1e-2
 
 DEFINITION, _SHAPES = transformer.split(models.abstract(CONFIG))
 
+METHODS = {
+  'kld': {'kd': 0.75},
+  'gakd': {
+    'kd': 0.75,
+    'g': 0.5,
+    'warmup_steps': 1,
+    'critic': {'width': 8, 'layers': 1, 'heads': 2, 'ff_width': 12},
+  },
+}
 
-def _params(seed):
+
+def _objective(method):
+  return objectives.make(method, head_chunk=CHUNK, **METHODS[method])
+
+
+def _params(seed, shapes=_SHAPES):
   """Weights with which distributions have a few nats less than uniform."""
   rng = np.random.default_rng(seed)
 
@@ -48,7 +62,7 @@ def _params(seed):
       return jnp.ones(x.shape)
     return jnp.asarray(0.4 * rng.standard_normal(x.shape, np.float32))
 
-  return jax.tree_util.tree_map_with_path(random, _SHAPES)
+  return jax.tree_util.tree_map_with_path(random, shapes)
 
 
 def _documents(seed, lengths):
@@ -72,13 +86,22 @@ def _batches(steps=3):
 
 
 @functools.cache
-def _trace(microbatches=1, mesh=None, dtype='float32', remat=False):
+def _trace(
+  method='kld', microbatches=1, mesh=None, dtype='float32', remat=False
+):
   """The traced step of a variant, with its first state, and its mesh."""
   mesh = sharding.make_mesh(**dict(mesh)) if mesh else None
-  objective = objectives.make('kld', kd=0.75, head_chunk=CHUNK)
+  objective = _objective(method)
+  _, critic = objective.init(jax.random.key(0), CONFIG, CONFIG)
   schedule = optim.make_schedule(RATE, 10, schedule='linear')
   optimizer = optim.make(schedule, **OPTIMIZER)
-  state = step.init_state(_params(0), optimizer)
+  critic_optimizer = optim.make(lambda _: RATE, eps=1e-4)
+  state = step.init_state(
+    _params(0),
+    optimizer,
+    critic=_params(2, critic),
+    critic_optimizer=critic_optimizer,
+  )
   frozen = {'teacher': _params(1)}
   with _on(mesh):
     places = None
@@ -91,6 +114,7 @@ def _trace(microbatches=1, mesh=None, dtype='float32', remat=False):
       objective,
       optimizer,
       schedule,
+      critic_optimizer=critic_optimizer,
       seed=0,
       microbatches=microbatches,
       out_shardings=places,
@@ -121,13 +145,13 @@ def _compile(**variant):
 
 @functools.cache
 def _run(**variant):
-  """Parameters and metrics after each of three steps."""
+  """Parameters, metrics and critic after each of three steps."""
   _, run, state = _compile(**variant)
   state = jax.tree.map(jnp.copy, state)  # which the step donates
   results = []
   for batch in _batches():
     state, metrics = run(state, batch)
-    results.append(jax.device_get((state.params, metrics)))
+    results.append(jax.device_get((state.params, metrics, state.critic)))
   return results
 
 
@@ -196,7 +220,7 @@ def test_a_step_is_that_of_optax_on_full_logits():
 
   want, want_metrics = by_hand(params)
   assert want_metrics['grad_norm'] > 0.5  # so that clipping does something
-  got, metrics = _run()[0]
+  got, metrics, _ = _run()[0]
   _assert_close(got['student'], want, atol=1e-6)
   want_metrics |= {'learning_rate': RATE, 'tokens': 34}
   _assert_close(metrics, want_metrics, atol=0)
@@ -205,7 +229,7 @@ def test_a_step_is_that_of_optax_on_full_logits():
 def test_steps_count_and_learn():
   state, results = _compile()[2], _run()
   assert int(state.step) == 0
-  rates = [metrics['learning_rate'] for _, metrics in results]
+  rates = [metrics['learning_rate'] for _, metrics, _ in results]
   np.testing.assert_allclose(rates, [RATE, 0.9 * RATE, 0.8 * RATE], rtol=1e-6)
   moved = jax.tree.map(
     lambda a, b: np.abs(a - b).max(), results[-1][0], results[0][0]
@@ -226,6 +250,28 @@ def test_steps_count_and_learn():
 def test_nothing_changes_with(variant, atol):
   for got, want in zip(_run(**variant), _run(), strict=True):
     _assert_close(got, want, atol=atol)
+
+
+@pytest.mark.parametrize(
+  ('variant', 'atol'),
+  [
+    ({'microbatches': 4}, 1e-5),
+    ({'mesh': (('data', 2), ('fsdp', 2), ('tensor', 2))}, 3e-5),
+  ],
+  ids=str,
+)
+def test_nothing_changes_with_a_critic_and(variant, atol):
+  """Second derivatives lose a digit or two to the order of sums."""
+  for got, want in zip(
+    _run(method='gakd', **variant), _run(method='gakd'), strict=True
+  ):
+    assert want[1]['critic/penalty'] > 1e-3
+    _assert_close(got[0], want[0], atol=atol)
+    _assert_close(got[2], want[2], atol=atol)
+    for name, value in want[1].items():
+      np.testing.assert_allclose(
+        got[1][name], value, rtol=1e-3, atol=atol, err_msg=name
+      )
 
 
 def test_remat_recomputes():
@@ -251,6 +297,101 @@ def test_rows_are_dealt_out_so_that_each_device_keeps_its_own():
   state, metrics = train_step(state, {}, pipeline.Batch(tokens, tokens, {}))
   assert metrics['product'] == 1 * 7 + 2 * 11 + 3 * 13 + 5 * 17
   np.testing.assert_allclose(state.params['student'], 1 - ids_BT.sum() / 8)
+
+
+@pytest.mark.parametrize('microbatches', [1, 4])
+@pytest.mark.parametrize('by_microbatch', [False, True])
+def test_the_student_meets_the_updated_critic(microbatches, by_microbatch):
+  """The critic w loses a share of 1 a step; the student's gradient is w."""
+
+  class Outputs(_NoModels):
+    def student_outputs(self, params, batch):
+      hidden_BTD = params * jnp.ones((*batch.student.ids_BT.shape, 1))
+      return transformer.Outputs(hidden_BTD, transformer.Head(jnp.ones((1, 1))))
+
+    def teacher_outputs(self, frozen, batch):
+      return self.student_outputs(frozen['teacher'], batch)
+
+  class Fake(objectives.base.Objective):
+    critic_steps = 2
+    critic_by_microbatch = by_microbatch
+
+    def loss(self, student, teacher, batch, extra, critic, rng, step):
+      share = batch.student.ids_BT.shape[0] / B
+      return critic['w'] * jnp.mean(student.hidden_BTD) * share, {}
+
+    def critic_loss(self, critic, student, teacher, batch, rng):
+      share = student.hidden_BTD.shape[0] / B
+      # Both sides are here, and neither gets a gradient.
+      seen = jnp.mean(student.hidden_BTD) + jnp.mean(teacher.hidden_BTD)
+      return critic['w'] * seen * share, {'w': critic['w'] * share}
+
+  sgd = optax.sgd(1.0)
+  train_step = step.make_train_step(
+    Outputs(),
+    Fake(),
+    sgd,
+    lambda _: 1.0,
+    critic_optimizer=sgd,
+    seed=0,
+    microbatches=microbatches,
+  )
+  critic = {'w': jnp.float32(9.0)}
+  state = step.init_state(
+    jnp.float32(1.0), sgd, critic=critic, critic_optimizer=sgd
+  )
+  state, metrics = train_step(
+    state, {'teacher': jnp.float32(0.5)}, _batches(1)[0]
+  )
+  np.testing.assert_allclose(state.critic['w'], 9.0 - 2 * 1.5)
+  moved = 1.0 - state.params['student']
+  if by_microbatch:  # Each one's student meets what it has left of the critic.
+    after = 9.0 - 3.0 * np.arange(1, microbatches + 1) / microbatches
+    np.testing.assert_allclose(moved, after.mean())
+  else:
+    np.testing.assert_allclose(moved, 6.0)
+    np.testing.assert_allclose(metrics['critic/w'], 9.0)
+
+
+def _pairs(distance, steps):
+  """Metrics of steps in which the student stays where it is.
+
+  At distance 0 it is the teacher. The critic starts fresh and learns.
+  """
+  state, frozen = _trace(method='gakd')[1:3]
+  run = _compile(method='gakd')[1]
+  _, critic = _objective('gakd').init(jax.random.key(0), CONFIG, CONFIG)
+  state = jax.tree.map(jnp.copy, state.replace(critic=critic))
+  student = jax.tree.map(
+    lambda t, s: t + distance * (s - t), frozen['teacher'], _params(0)
+  )
+  for batch in _batches(steps):
+    state = state.replace(
+      step=jnp.int32(5),  # after the warm-up
+      params={'student': jax.tree.map(jnp.copy, student), 'extra': {}},
+    )
+    state, metrics = run(state, batch)
+    yield metrics
+
+
+def test_without_a_difference_a_critic_is_at_chance_and_pushes_nobody():
+  same, different = (next(_pairs(d, 1)) for d in (0.0, 1.0))
+  assert same['critic/accuracy'] == 0.5
+  assert same['critic/margin'] == 0
+  # The updated critic has learned from rounding errors only.
+  assert same['hidden_grad_generator'] < 1e-5
+  assert different['hidden_grad_generator'] > 1e-3
+
+
+def test_a_critic_tells_an_untrained_student_and_hardly_a_good_one():
+  """Accuracy on new text, after 40 updates against a student that stays."""
+  far, near, same = (
+    np.mean([m['critic/accuracy'] for m in list(_pairs(d, 60))[40:]])
+    for d in (1.0, 0.03, 0.0)
+  )
+  assert far > 0.9
+  assert far > near > same
+  assert abs(same - 0.5) < 0.1
 
 
 def test_a_batch_without_responses_moves_nothing_but_decay():
@@ -284,7 +425,10 @@ def test_packed_rows_equal_separate_rows():
 
 def test_bf16_computes_beside_fp32_master_weights():
   """What bf16 costs: 8 bits of each activation, none of the parameters."""
-  (params, metrics), (want_params, want) = _run(dtype='bfloat16')[0], _run()[0]
+  (params, metrics, _), (want_params, want, _) = (
+    _run(dtype='bfloat16')[0],
+    _run()[0],
+  )
   for name in ('loss', 'ce', 'reverse_kl', 'grad_norm'):
     assert metrics[name] == pytest.approx(want[name], rel=0.02)
     assert metrics[name] != want[name]
@@ -337,8 +481,9 @@ def test_randomness_comes_from_seed_step_and_microbatch_alone():
     assert len({float(x) for x in want}) == 3
 
 
-def test_no_array_has_the_size_of_logits():
-  text = _compile()[0].as_text()
+@pytest.mark.parametrize('method', METHODS)
+def test_no_array_has_the_size_of_logits(method):
+  text = _compile(method=method)[0].as_text()
   dims = re.findall(r'\b(?:f32|bf16|s32|u32|pred)\[([\d,]+)\]', text)
   shapes = {tuple(map(int, d.split(','))) for d in dims}
   assert (V, D) in shapes
