@@ -138,6 +138,8 @@ def shrink(config, *, model, data, steps=2):
     config.data.validation = tiny(config.data.validation, data)
   if config.student.shape is not None:
     config.student.shape = {'width': 16, 'layers': 1}
+  if config.objective.name == 'gakd':
+    config.objective = dict(config.objective) | {'warmup_steps': 1}
   config.critic.init_from = tiny(config.critic.init_from, model)
   config.critic.width, config.critic.layers = 16, 1
   config.critic.heads, config.critic.ff_width = 2, 16

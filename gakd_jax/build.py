@@ -74,6 +74,13 @@ def build(config, workdir, mesh):
     raise UserError('config.train: set steps or epochs')
   microbatch = config.train.microbatch_size or config.train.batch_size
   sharding.check_batch_size(config.train.batch_size, microbatch, mesh)
+  if objective.whole_rows and config.data.packing:
+    raise UserError(
+      'config.data.packing: this objective reads rows whole, one document '
+      'each; set it to False'
+    )
+  for settings in (config.optimizer, config.critic_optimizer):
+    optimizer(settings, 1)
   uses_teacher = objective.needs_teacher or config.rollout.writer == 'teacher'
   if uses_teacher and config.teacher.path is None:
     raise UserError(

@@ -88,13 +88,13 @@ def make_train_step(
 
   The state is donated. With several microbatches, rows are dealt out in turn
   and gradients summed: losses divide by the numbers of the whole batch, so the
-  split changes nothing.
+  split changes nothing but what is drawn at random.
 
-  A critic is updated before the student's loss is computed, on the outputs
-  that this loss then uses: student and teacher run once. Its update needs the
-  whole batch, so with several microbatches their hidden states are collected
-  first, which costs one more forward pass of the student
-  (`objective.critic_by_microbatch` does without).
+  A critic is updated before the student's loss is computed. In one microbatch
+  it sees the outputs that this loss then uses: student and teacher run once.
+  Of several it needs all, so their hidden states are collected first, for one
+  more forward pass of the student (`objective.critic_by_microbatch` does
+  without).
   """
   critic_update = _make_critic_update(objective, critic_optimizer)
   update_first = microbatches > 1 and not objective.critic_by_microbatch
@@ -218,10 +218,9 @@ _NO_NUMBERS = {'num_tokens': None, 'num_sequences': None}
 
 def _count(tokens):
   """What the losses of an optimizer step divide by."""
-  segments_BT = jnp.where(tokens.predicts_BT, tokens.segments_BT, 0)
   numbers = {
     'num_tokens': jnp.sum(tokens.mask_BT),
-    'num_sequences': jnp.sum(last_of(segments_BT)),
+    'num_sequences': jnp.sum(last_of(tokens.response_segments_BT)),
   }
   return {name: jnp.maximum(n, 1) for name, n in numbers.items()}
 

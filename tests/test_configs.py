@@ -19,6 +19,7 @@ EXPERIMENTS = sorted(
 )
 
 
+REFERENCE = {'name': 'gakd', 'reference': True}
 DATA = 'synthetic:train:9'
 
 
@@ -190,6 +191,11 @@ def test_batch_does_not_divide(broken):
 
 def test_no_teacher(broken):
   assert 'config.teacher.path is not set' in broken(**{'teacher.path': None})
+
+
+def test_reference_mode_and_packing(broken):
+  text = broken(**{'objective': REFERENCE, 'data.packing': True})
+  assert 'config.data.packing' in text
 
 
 def test_unknown_method(broken):

@@ -42,6 +42,11 @@ class Tokens:
     """True where the *next* token is of a response: there its loss stands."""
     return jnp.roll(self.mask_BT, -1, axis=1).at[:, -1].set(False)
 
+  @property
+  def response_segments_BT(self):
+    """The document of each position that `predicts_BT`, elsewhere 0."""
+    return jnp.where(self.predicts_BT, self.segments_BT, 0)
+
 
 @flax.struct.dataclass
 class Batch:

@@ -11,14 +11,58 @@ vocabulary, logits and log-probabilities are the same input: the log-sum-exp
 that tells them apart is a shift that sums to zero.
 """
 
+import dataclasses
 import functools
 
 import jax.numpy as jnp
 from flax import nnx
 
+from gakd_jax import UserError, models
 from gakd_jax.models import transformer
 
 INPUTS = ('log_probs', 'logits', 'probs')
+
+
+_SIZES = {'width': 128, 'layers': 2, 'heads': 2, 'ff_width': 256}
+
+
+def check(settings):
+  """Refuses settings of a critic (`config.critic`) that cannot be built."""
+  wrong = sorted(settings.keys() - _SIZES.keys() - {'init_from'})
+  if wrong:
+    raise UserError(
+      f'config.critic: no setting {wrong[0]!r}; known are init_from, '
+      f'{", ".join(_SIZES)}'
+    )
+  if path := settings.get('init_from'):
+    models.read_config(path)
+    return
+  sizes = _SIZES | settings
+  for name in _SIZES:
+    if sizes[name] < 1:
+      raise UserError(f'config.critic: {name}={sizes[name]} must be 1 or more')
+  if sizes['width'] % (2 * sizes['heads']):
+    raise UserError(
+      f'config.critic: width={sizes["width"]} is not a multiple of twice '
+      f'heads={sizes["heads"]}'
+    )
+
+
+def config_of(settings, vocab_size):
+  """The critic as a `DecoderConfig`: that of `init_from`, or of its sizes."""
+  if path := settings.get('init_from'):
+    return dataclasses.replace(models.read_config(path), vocab_size=vocab_size)
+  sizes = {name: settings.get(name, size) for name, size in _SIZES.items()}
+  return models.DecoderConfig(
+    vocab_size=vocab_size,
+    kv_heads=sizes['heads'],
+    head_dim=sizes['width'] // sizes['heads'],
+    tied_head=True,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    max_length=0,
+    **sizes,
+  )
 
 
 class Critic(nnx.Module):
@@ -40,14 +84,17 @@ class Critic(nnx.Module):
     self.score = transformer.Linear(config.width, 1, rngs)
     self.score.kernel[...] = jnp.zeros((config.width, 1))
 
-  def __call__(self, x_BTC, segments_BT):
+  def __call__(self, x_BTC, segments_BT, remat=False):
     """A scalar for each position, [B, T] in fp32 or better.
 
     Positions see earlier ones of their own segment; where it is 0, what comes
     out means nothing.
     """
-    x_BTC = transformer.run_blocks(self.config, self.blocks, x_BTC, segments_BT)
-    return at_least_fp32(self.score(self.final_norm(x_BTC))[..., 0])
+    x_BTC = transformer.run_blocks(
+      self.config, self.blocks, x_BTC, segments_BT, remat
+    )
+    weight_C = at_least_fp32(self.score.kernel[...])[:, 0]
+    return at_least_fp32(self.final_norm(x_BTC)) @ weight_C
 
 
 def at_least_fp32(x):

@@ -21,6 +21,7 @@ class Objective:
   # Whether the critic is updated by every microbatch alone instead of once by
   # the whole batch.
   critic_by_microbatch = False
+  whole_rows = False  # Whether a row must hold one document: no packing.
 
   def __post_init__(self):
     if self.head_chunk < 1:
@@ -36,7 +37,8 @@ class Objective:
   def init(self, rng, student, teacher, mesh=None):
     """(extra, critic): the method's own parameters, nested dicts; {} if none.
 
-    `student` and `teacher` are model definitions (`transformer.split`).
+    `student` and `teacher` are the models' `DecoderConfig`s (the teacher's may
+    be None); parameters are placed on `mesh`.
     """
     del rng, student, teacher, mesh
     return {}, {}

@@ -14,13 +14,15 @@ rgan is relativistic (arXiv 1807.00734) with the zero-centred penalties of R3GAN
 input, summed over positions and vocabulary. wgan is WGAN-GP (arXiv 1704.00028),
 its penalty at a z_t + (1 - a) z_s, a uniform on [0, 1] for each row. The norm
 over the vocabulary is exact at the critic's width: with G = W'W and gradient u
-at W z, |dD/dz|^2 = u' G u.
+at W z, |dD/dz|^2 = u' G u. (z is what the critic reads: with input='probs',
+these are the probabilities, in penalties and mixtures as well.)
 
 The critic is updated first; L_G uses the updated one, and both use one forward
 pass of student and teacher.
 
 `reference=True` is what GAKD's authors ran, where that differs: raw logits in;
-prompt and padding read as well, and the score taken at the last position;
+prompt and padding read as well, and the score taken at the last position (rows
+of one length, then: `config.data.buckets`, and no packing);
 penalties without a gradient (they change the logged loss alone); the critic's
 loss times 1000, its update after every microbatch; 1e-9 inside the logarithms
 of RKL. Their trunk is a pretrained model: `config.critic.init_from`.
@@ -41,8 +43,6 @@ from gakd_jax.objectives import base, divergences, head
 
 softplus = jax.nn.softplus
 
-_WIDTH_AND_HEADS = (('width', 128), ('heads', 2))
-
 
 def _r1_r2(read, x_t, x_s, norm_t, norm_s, rng):
   del read, x_t, x_s, rng
@@ -51,8 +51,9 @@ def _r1_r2(read, x_t, x_s, norm_t, norm_s, rng):
 
 def _unit_norm(read, x_t, x_s, norm_t, norm_s, rng):
   del norm_t, norm_s
-  a_B11 = jax.random.uniform(rng, (x_t.shape[0], 1, 1), x_t.dtype)
-  _, norm = read(a_B11 * x_t + (1 - a_B11) * x_s)
+  dtype = jnp.promote_types(x_t.dtype, jnp.float32)
+  a_B11 = jax.random.uniform(rng, (x_t.shape[0], 1, 1), dtype)
+  _, norm = read((a_B11 * x_t + (1 - a_B11) * x_s).astype(x_t.dtype))
   return jnp.square(jnp.sqrt(jnp.maximum(norm, 1e-12)) - 1)
 
 
@@ -131,27 +132,37 @@ class GAKD(base.Objective):
           f'{low} and {high}'
         )
 
-    width, heads = (self.critic.get(k, d) for k, d in _WIDTH_AND_HEADS)
-    if width % (2 * heads):
+    if self.warmup_steps is not None and self.warmup_steps < 0:
       raise UserError(
-        f'config.critic: width={width} is not a multiple of twice heads={heads}'
+        f'config.objective: warmup_steps={self.warmup_steps} is negative'
       )
+    critic_lib.check(self.critic)
 
   @property
   def critic_by_microbatch(self):
     return self.reference
 
+  @property
+  def whole_rows(self):
+    return self.reference
+
   def for_run(self, steps_per_epoch, total_steps):
-    del total_steps
-    if self.warmup_steps is not None:
-      return self
-    steps = round(self.warmup_epochs * steps_per_epoch)
+    steps = self.warmup_steps
+    if steps is None:
+      steps = round(self.warmup_epochs * steps_per_epoch)
+    if self.g and steps >= total_steps:
+      raise UserError(
+        f'config.objective: the critic warms up for {steps} steps, and the run '
+        f'has {total_steps}: it would never teach; lower warmup_steps or '
+        'warmup_epochs, or train longer'
+      )
     return dataclasses.replace(self, warmup_steps=steps)
 
   def init(self, rng, student, teacher, mesh=None):
     if self.g == 0:
       return {}, {}
-    config = self._config(min(student.vocab_size, teacher.vocab_size))
+    V = min(student.vocab_size, teacher.vocab_size)
+    config = critic_lib.config_of(self.critic, V)
 
     def make(rng):
       return critic_lib.init(config, rng, self.input)
@@ -183,8 +194,8 @@ class GAKD(base.Objective):
     weight = jnp.where(step >= self.warmup_steps, self.g, 0.0)
 
     def deception(student):
-      x_t, x_s, read, is_last_BT = self._pair(critic, student, teacher, batch)
-      loss_BT = VARIANTS[self.kind].generator(read(x_t)[0], read(x_s)[0])
+      x_t, x_s, score, is_last_BT = self._pair(critic, student, teacher, batch)
+      loss_BT = VARIANTS[self.kind].generator(score(x_t), score(x_s))
       loss = jnp.sum(loss_BT, where=is_last_BT) / batch.num_sequences
       return weight * loss, loss
 
@@ -205,7 +216,23 @@ class GAKD(base.Objective):
     }
 
   def critic_loss(self, critic, student, teacher, batch, rng):
-    x_t, x_s, read, is_last_BT = self._pair(critic, student, teacher, batch)
+    x_t, x_s, score, is_last_BT = self._pair(critic, student, teacher, batch)
+    w_VC = critic_lib.weight(critic['projection'], self.input)
+    gram_CC = w_VC.T @ w_VC
+
+    def read(x_BTC):
+      """Scores, and |dD/dz|^2 of each position."""
+
+      def total(x_BTC):
+        d_BT = score(x_BTC)
+        return jnp.sum(d_BT, where=is_last_BT), d_BT
+
+      # Sequences are independent: the gradient of the sum is that of each.
+      u_BTC, d_BT = jax.grad(total, has_aux=True)(x_BTC)
+      u_BTC = critic_lib.at_least_fp32(u_BTC)
+      norm_BT = jnp.sum((u_BTC @ gram_CC) * u_BTC, axis=-1)
+      return d_BT, critic_lib.segment_sum(norm_BT, self._segments(batch))
+
     # Both at once: half as many operations to compile and to start.
     (d_t_BT, d_s_BT), (norm_t_BT, norm_s_BT) = jax.vmap(read)(
       jnp.stack([x_t, x_s])
@@ -272,48 +299,45 @@ class GAKD(base.Objective):
     """What the critic reads of each, and how.
 
     Returns:
-      W z of teacher and student, [B, T, C]; `read`, which maps such an input to
-      the scores and to |dD/dz|^2 of the sequences; where to look at them.
+      W z of teacher and student, [B, T, C]; `score`, which maps such an input
+      to the scores of sequences; where to look at them.
     """
-    tokens = batch.student
-    segments_BT = jnp.where(tokens.predicts_BT, tokens.segments_BT, 0)
-    if self.reference:
-      has_response_B1 = jnp.any(tokens.mask_BT, axis=1, keepdims=True)
-      segments_BT = jnp.broadcast_to(has_response_B1, segments_BT.shape)
-      segments_BT = segments_BT.astype(jnp.int32)
-    is_last_BT = critic_lib.last_of(segments_BT)
+    segments_BT = self._segments(batch)
     w_VC = critic_lib.weight(critic['projection'], self.input)
-    gram_CC = w_VC.T @ w_VC
     dtype = student.hidden_BTD.dtype
     model = nnx.merge(
-      critic_lib.definition(self._config(w_VC.shape[0])),
+      critic_lib.definition(critic_lib.config_of(self.critic, w_VC.shape[0])),
       jax.tree.map(lambda x: x.astype(dtype), critic),
     )
 
-    def read(x_BTC):
-      def total(x_BTC):
-        score_BT = critic_lib.sequence_score(
-          model(x_BTC, segments_BT), segments_BT, self.pooling
-        )
-        return jnp.sum(score_BT, where=is_last_BT), score_BT
+    remat = bool(self.critic.get('init_from'))  # A large trunk.
 
-      # Sequences are independent: the gradient of the sum is that of each.
-      u_BTC, score_BT = jax.grad(total, has_aux=True)(x_BTC)
-      u_BTC = critic_lib.at_least_fp32(u_BTC)
-      norm_BT = jnp.sum((u_BTC @ gram_CC) * u_BTC, axis=-1)
-      return score_BT, critic_lib.segment_sum(norm_BT, segments_BT)
+    def score(x_BTC):
+      return critic_lib.sequence_score(
+        model(x_BTC, segments_BT, remat), segments_BT, self.pooling
+      )
 
     x_t_BTC, x_s_BTC = (
       self._input(outputs, w_VC, segments_BT > 0)
       for outputs in (jax.lax.stop_gradient(teacher), student)
     )
-    return x_t_BTC, x_s_BTC, read, is_last_BT
+    return x_t_BTC, x_s_BTC, score, critic_lib.last_of(segments_BT)
+
+  def _segments(self, batch):
+    """Which positions make a sequence: 1, 2, ... for each, 0 for no one's."""
+    tokens = batch.student
+    if not self.reference:
+      return tokens.response_segments_BT
+    has_response_B1 = jnp.any(tokens.mask_BT, axis=1, keepdims=True)
+    return jnp.broadcast_to(has_response_B1, tokens.ids_BT.shape).astype(int)
 
   def _input(self, outputs, w_VC, mask_BT):
     """W z of every token (W p for 'probs'), by the way that costs less."""
     B, T, D = outputs.hidden_BTD.shape
     C = w_VC.shape[1]
-    if self.input != 'probs' and D * C < B * T * (D + C):
+    mesh = jax.sharding.get_abstract_mesh()
+    n = B * T // (1 if mesh.empty else sharding.batch_ways(mesh))
+    if self.input != 'probs' and n * (D + C) > D * C:
       return critic_lib.project(outputs, w_VC)
     return head.token_features(
       outputs,
@@ -321,30 +345,6 @@ class GAKD(base.Objective):
       mask_BT,
       function=jax.nn.softmax if self.input == 'probs' else lambda z: z,
       chunk=self.head_chunk,
-    )
-
-  def _config(self, vocab_size):
-    """The critic as a `DecoderConfig`: that of `init_from`, or its own."""
-    c = dict(self.critic)
-    if path := c.pop('init_from', None):
-      return dataclasses.replace(
-        models.read_config(path), vocab_size=vocab_size
-      )
-    width = c.pop('width', 128)
-    heads = c.pop('heads', 2)
-    return models.DecoderConfig(
-      vocab_size=vocab_size,
-      width=width,
-      layers=c.pop('layers', 2),
-      heads=heads,
-      kv_heads=heads,
-      head_dim=width // heads,
-      ff_width=c.pop('ff_width', 2 * width),
-      tied_head=True,
-      rope_theta=1e4,
-      norm_eps=1e-6,
-      max_length=0,
-      **c,
     )
 
 

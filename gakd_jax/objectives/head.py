@@ -76,9 +76,13 @@ def token_features(outputs, w_VC, mask_BT, *, function, chunk):
     size = min(chunk, mask_N.size)
     order_N = _response_first(mask_N, size)
 
+    # In fp32 outside of the loop, so that its gradient is summed in fp32.
+    head_VD = head_VD.astype(w_VC.dtype)
+
     @jax.checkpoint
     def features(index_N):
-      z_NV = Head(head_VD)(h_ND.at[index_N].get(mode='clip'))
+      head = Head(head_VD.astype(h_ND.dtype))
+      z_NV = head(h_ND.at[index_N].get(mode='clip'))
       return (function(z_NV) @ w_VC).astype(h_ND.dtype)
 
     def if_wanted(index_N):

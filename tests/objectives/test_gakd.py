@@ -85,7 +85,9 @@ def _direct_scores(critic, objective, z_BTV, batch):
     x_BTV -= jnp.mean(x_BTV, axis=-1, keepdims=True)
   else:
     x_BTV = z_BTV if objective.input == 'logits' else jax.nn.softmax(z_BTV)
-  model = nnx.merge(critic_lib.definition(objective._config(V)), critic)
+  model = nnx.merge(
+    critic_lib.definition(critic_lib.config_of(objective.critic, V)), critic
+  )
   d_B = jnp.zeros(B, x_BTV.dtype)
   x_2TV = jnp.stack([x_BTV[b, t - N_RESPONSE : t] for b, t in ENDS])
   score_2T = model(
@@ -150,7 +152,7 @@ def test_the_gram_matrix_gives_the_penalty_of_v_dimensions(
 ):
   """Value and second-order gradient, in float64 with a trunk that has it."""
 
-  def trunk(self, x_BTC, segments_BT):
+  def trunk(self, x_BTC, segments_BT, remat=False):
     same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
     past_BTS = same_BTS & jnp.tril(jnp.ones((1, *same_BTS.shape[1:]), bool))
     h_BTC = jnp.tanh(past_BTS.astype(x_BTC.dtype) @ x_BTC)
@@ -216,6 +218,45 @@ def test_chunks_have_the_gradient_of_full_logits():
     jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(outputs, w_VC)
     for f in (chunked, direct)
   )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    got,
+    want,
+  )
+
+
+def test_chunks_are_the_same_on_eight_devices():
+  """Rows over data and fsdp, the vocabulary over tensor; gradients, too."""
+  rng = np.random.default_rng(0)
+  h_BTD, e_VD, w_VC = (
+    jnp.asarray(rng.standard_normal(shape, np.float32))
+    for shape in ((8, T, 6), (V, 6), (V, C))
+  )
+  mask_BT = jnp.asarray(rng.random((8, T)) < 0.6)
+
+  def f(h_BTD, e_VD, w_VC):
+    x_BTC = head.token_features(
+      Outputs(h_BTD, Head(e_VD)),
+      w_VC,
+      mask_BT,
+      function=jax.nn.softmax,
+      chunk=4,
+    )
+    return jnp.sum(jnp.sin(x_BTC))
+
+  run = jax.value_and_grad(f, argnums=(0, 1, 2))
+  want = jax.jit(run)(h_BTD, e_VD, w_VC)
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  with jax.set_mesh(mesh):
+    rows, vocabulary = (
+      jax.NamedSharding(mesh, jax.P(axes))
+      for axes in (sharding.BATCH_AXES, 'tensor')
+    )
+    got = jax.jit(run)(
+      jax.device_put(h_BTD, rows),
+      jax.device_put(e_VD, vocabulary),
+      jax.device_put(w_VC, vocabulary),
+    )
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
     got,
@@ -382,6 +423,10 @@ def test_the_generator_waits_for_the_warm_up():
   want = plain.loss(student, teacher, batch, {}, {}, args[-1], 0)[0]
   np.testing.assert_allclose(losses[:2], want, rtol=1e-6)
   assert losses[2] > want + 1e-3
+  with pytest.raises(
+    UserError, match='warms up for 6 steps, and the run has 6'
+  ):
+    objective.for_run(steps_per_epoch=4, total_steps=6)
   fixed = dataclasses.replace(objective, warmup_steps=3)
   assert fixed.for_run(steps_per_epoch=4, total_steps=9).warmup_steps == 3
 
@@ -408,7 +453,9 @@ def test_reference_mode_reads_whole_rows_of_logits():
   (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
     critic
   )
-  model = nnx.merge(critic_lib.definition(objective._config(V)), critic)
+  model = nnx.merge(
+    critic_lib.definition(critic_lib.config_of(objective.critic, V)), critic
+  )
   z_t, z_s = (
     jnp.einsum('btd,vd->btv', o.hidden_BTD, o.head.weight_VD)
     for o in (teacher, student)
@@ -435,7 +482,7 @@ def test_reference_mode_reads_whole_rows_of_logits():
 
 def test_the_trunk_can_come_from_a_model(tiny_model_dir):
   path = tiny_model_dir()
-  objective = objectives.make('gakd', critic={'init_from': str(path), **CRITIC})
+  objective = objectives.make('gakd', critic={'init_from': str(path)})
   _, critic = objective.init(jax.random.key(0), _shape(), _shape())
   source = nnx.to_pure_dict(nnx.state(models.load(path, dtype='float32')))
   for name in ('blocks', 'final_norm'):
@@ -462,7 +509,11 @@ def test_the_trunk_can_come_from_a_model(tiny_model_dir):
     ({'kd': 1.5}, 'kd=1.5 is not within 0 and 1'),
     ({'g': -0.1}, 'g=-0.1 is not within 0 and inf'),
     ({'critic_steps': 0}, 'critic_steps=0 is not within 1 and inf'),
+    ({'warmup_steps': -1}, 'warmup_steps=-1 is negative'),
     ({'critic': {'width': 10}}, 'config.critic: width=10 is not a multiple'),
+    ({'critic': {'heads': 0}}, 'config.critic: heads=0 must be 1 or more'),
+    ({'critic': {'depth': 2}}, "config.critic: no setting 'depth'; known are"),
+    ({'critic': {'init_from': 'no/such/model'}}, 'no such directory'),
   ],
 )
 def test_wrong_settings_are_refused(settings, message):

@@ -66,7 +66,7 @@ def critic_step(from_logits):
     segments_BT = batch.student.predicts_BT.astype(jnp.int32)
     is_last_BT = critic_lib.last_of(segments_BT)
     w_VC = critic_lib.weight(critic['projection'], objective.input)
-    config = objective._config(V)
+    config = critic_lib.config_of(objective.critic, V)
     model = nnx.merge(critic_lib.definition(config), critic)
 
     def total(z_BTV):
