@@ -167,8 +167,15 @@ def _examples(config, spec, tokenizer):
     max_prompt_length=c.max_prompt_length,
     on_bad_row=c.on_bad_row,
   )
-  facts = [f'{n} skipped: {why}' for why, n in sorted((bad + bad_too).items())]
-  print('; '.join([f'data: {len(examples)} rows', *facts]), flush=True)
+  size = pipeline.stats(examples)
+  facts = [
+    f'data: {size["examples"]:,} rows',
+    f'{size["prompt_tokens"]:,} prompt and {size["response_tokens"]:,} response '
+    'tokens',
+    *([f'{size["truncated"]} truncated'] if size['truncated'] else []),
+    *(f'{n} skipped: {why}' for why, n in sorted((bad + bad_too).items())),
+  ]
+  print('; '.join(facts), flush=True)
   return examples
 
 
@@ -178,7 +185,7 @@ def training_batches(this):
   examples = this.examples
   if examples is None:
     examples = _examples(c, teacher_answers(this), this.tokenizer)
-  return pipeline.batches(
+  batches = pipeline.batches(
     examples,
     batch_size=c.train.batch_size,
     max_length=c.data.max_length,
@@ -190,6 +197,12 @@ def training_batches(this):
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
+  print(
+    f'batches: {batches.steps_per_epoch} an epoch, '
+    f'{batches.padding:.0%} of their slots empty',
+    flush=True,
+  )
+  return batches
 
 
 def total_steps(config, steps_per_epoch):

@@ -94,13 +94,7 @@ def test_a_run_learns_and_leaves_everything(whole_run):
   assert sorted(kl) == [3, 6]
   assert results['loss/reverse_kl'] == kl[6]
   assert 0 <= results['loss/agreement'] <= 1
-  by_length = [k for k in results if k.startswith('generation/rouge_l_')]
-  assert by_length
-  assert {k.rpartition('_')[2] for k in by_length} <= {
-    '0-10',
-    '11-50',
-    '51-100',
-  }
+  assert 0 <= results['generation/rouge_l_0-10'] <= 100
   assert 0 <= results['generation/rouge_l'] <= 100
   for name in (
     'config.json',
