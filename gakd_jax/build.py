@@ -170,8 +170,8 @@ def _examples(config, spec, tokenizer):
   size = pipeline.stats(examples)
   facts = [
     f'data: {size["examples"]:,} rows',
-    f'{size["prompt_tokens"]:,} prompt and {size["response_tokens"]:,} response '
-    'tokens',
+    f'tokens: {size["prompt_tokens"]:,} of prompts, '
+    f'{size["response_tokens"]:,} of responses',
     *([f'{size["truncated"]} truncated'] if size['truncated'] else []),
     *(f'{n} skipped: {why}' for why, n in sorted((bad + bad_too).items())),
   ]
