@@ -17,7 +17,6 @@ VARIANTS = {
   'wgan': {'kind': 'wgan'},
   'g_0.3': {'g': 0.3},
   'g_1': {'g': 1.0},
-  'reference': {'reference': True},
   'gold_g_0': {'g': 0.0},
   'gold_gakd': {},
   'student_text_g_0': {'g': 0.0, 'kd': 1.0},
@@ -26,6 +25,7 @@ VARIANTS = {
   'input_logits': {'input': 'logits'},
   'pooling_last': {'pooling': 'last'},
   'slow_critic': {},
+  'reference': {'reference': True},
 }
 
 

@@ -92,7 +92,7 @@ def test_the_study_has_settings_that_exist():
   names = [name for name, _ in stages]
   assert len(set(names)) == len(names) == 1 + 3 * 20
   for i, (_, c) in enumerate(stages):
-    objectives.make(critic=c.critic.to_dict(), **c.objective)
+    objectives.make(**c.objective)
     for spec in (c.student.path, c.critic.init_from, *c.data.train):
       if str(spec).startswith('stage:'):
         assert spec.removeprefix('stage:') in names[:i]
