@@ -2,7 +2,7 @@
 
   python -m gakd_jax.main --config=configs/quickstart_full.py
 
-Three seeds, 2400 teacher-answered prompts; FIXME minutes on two shared cores.
+Three seeds, 2400 teacher-answered prompts.
 """
 
 from configs import quickstart
