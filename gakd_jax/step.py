@@ -99,11 +99,8 @@ def make_train_step(
   critic_update = _make_critic_update(objective, critic_optimizer)
   update_first = microbatches > 1 and not objective.critic_by_microbatch
 
-  def student_loss(params, critic_state, frozen, batch, rngs, step, t_hidden):
-    student = models.student_outputs(params['student'], batch)
-    teacher = models.teacher_outputs(frozen, batch)
-    if t_hidden is not None:  # Then nothing else of it is computed.
-      teacher = teacher.replace(hidden_BTD=t_hidden)
+  def student_loss(params, critic_state, teacher, rows, numbers, rngs, step):
+    student = models.student_outputs(params['student'], rows)
     critic_metrics = {}
     if critic_state[0] and not update_first:
       pair = jax.lax.stop_gradient((student, teacher))
@@ -111,12 +108,18 @@ def make_train_step(
         critic_state,
         [x.head for x in pair],
         [x.hidden_BTD[None] for x in pair],
-        jax.tree.map(lambda x: x[None], batch.replace(**_NO_NUMBERS)),
-        {name: getattr(batch, name) for name in _NO_NUMBERS},
+        jax.tree.map(lambda x: x[None], rows),
+        numbers,
         rngs[1],
       )
     loss, metrics = objective.loss(
-      student, teacher, batch, params['extra'], critic_state[0], rngs[0], step
+      student,
+      teacher,
+      rows.replace(**numbers),
+      params['extra'],
+      critic_state[0],
+      rngs[0],
+      step,
     )
     return loss, (critic_state, {'loss': loss} | metrics | critic_metrics)
 
@@ -149,14 +152,18 @@ def make_train_step(
       t_hidden = hiddens[1]
 
     def one(critic_state, i, rows, t_hidden):
+      if t_hidden is None:
+        teacher = models.teacher_outputs(frozen, rows)
+      else:
+        teacher = transformer.Outputs(t_hidden, heads[1])
       grads, (critic_state, metrics) = grad_fn(
         state.params,
         critic_state,
-        frozen,
-        rows.replace(**numbers),
+        teacher,
+        rows,
+        numbers,
         [jax.random.fold_in(r, i) for r in (rng, critic_rng)],
         state.step,
-        t_hidden,
       )
       return critic_state, (grads, metrics)
 
@@ -211,9 +218,6 @@ def _make_critic_update(objective, optimizer):
     return critic_state, {f'critic/{k}': x[0] for k, x in metrics.items()}
 
   return critic_update
-
-
-_NO_NUMBERS = {'num_tokens': None, 'num_sequences': None}
 
 
 def _count(tokens):

@@ -27,13 +27,14 @@ def write(path, runs, answers=6):
     answers: how many prompts to show with everybody's answer.
   """
   columns, rows = table(runs)
+  metrics = {name: report.read_metrics(path) for name, path in runs.items()}
   report.print_table(columns, rows, 'Results')
   report_html.write_report(
     path,
     title=Path(path).absolute().parent.name,
     summary=_settings(runs),
     tables=[('Results', columns, rows)],
-    curves=_curves(runs) + _histograms(runs),
+    curves=_curves(metrics) + _histograms(metrics),
     answers=_answers(runs, answers),
   )
   print(f'report: {path}', flush=True)
@@ -70,10 +71,10 @@ def _cell(results, metric):
   return f'{mean:.{digits}f} ± {std:.{digits}f}'
 
 
-def _curves(runs):
+def _curves(metrics):
   curves = {}
-  for name, directory in runs.items():
-    for row in report.read_metrics(directory):
+  for name, rows in metrics.items():
+    for row in rows:
       for metric, value in row.items():
         if metric != 'step' and not isinstance(value, list):
           xs, ys = curves.setdefault(metric, {}).setdefault(name, ([], []))
@@ -86,14 +87,14 @@ def _curves(runs):
   ]
 
 
-def _histograms(runs):
+def _histograms(metrics):
   """What the critic thought of teacher and student at the end, as stairs.
 
   Of the last tenth of the steps, counts of sequences by score.
   """
   figures = []
-  for name, directory in runs.items():
-    rows = [row for row in report.read_metrics(directory) if _SCORES[0] in row]
+  for name, rows in metrics.items():
+    rows = [row for row in rows if _SCORES[0] in row]
     if not rows:
       continue
     counts = [

@@ -49,7 +49,9 @@ def test_the_page_has_the_critics_last_scores(tmp_path):
     'a': _run(tmp_path / 'a', {'loss/ce': 1.0}, metrics),
     'b': _run(tmp_path / 'b', {'loss/ce': 1.0}, [{'train/loss': 1.0}]),
   }
-  ((title, xlabel, stairs),) = summary._histograms(runs)
+  ((title, xlabel, stairs),) = summary._histograms(
+    {name: report.read_metrics(path) for name, path in runs.items()}
+  )
   assert title == 'a: critic scores at the end'
   assert xlabel == 'score'
   for label, want in (('teacher', [4, 0, 0]), ('student', [0, 0, 8])):

@@ -45,9 +45,14 @@ class Generation:
       )
       for row in self.rows
     ]
+    lengths = [
+      len(subject.tokenizer.encode(r.references[0], add_special_tokens=False))
+      for r in self.rows
+    ]
     model = nnx.merge(subject.student, subject.cast(params))
     metrics = [
-      self._one_seed(subject, model, prompts, seed, tag) for seed in self.seeds
+      self._one_seed(subject, model, prompts, lengths, seed, tag)
+      for seed in self.seeds
     ]
     result = {
       key: statistics.fmean(m[key] for m in metrics) for key in metrics[0]
@@ -56,7 +61,7 @@ class Generation:
       result['rouge_l_std'] = statistics.stdev(m['rouge_l'] for m in metrics)
     return result
 
-  def _one_seed(self, subject, model, prompts, seed, tag):
+  def _one_seed(self, subject, model, prompts, lengths, seed, tag):
     answers = sampling.generate(
       model,
       prompts,
@@ -90,11 +95,8 @@ class Generation:
       ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in lines),
     )
     buckets = collections.defaultdict(list)
-    for row, score in zip(self.rows, rouge, strict=True):
-      ids = subject.tokenizer.encode(
-        row.references[0], add_special_tokens=False
-      )
-      buckets[scores.length_bucket(len(ids))].append(score)
+    for length, score in zip(lengths, rouge, strict=True):
+      buckets[scores.length_bucket(length)].append(score)
     by_length = {
       f'rouge_l_{bucket}': statistics.fmean(buckets[bucket])
       for bucket in sorted(buckets)

@@ -81,8 +81,7 @@ class Critic(nnx.Module):
     self.final_norm = transformer.RMSNorm(config.width, config.norm_eps)
     # Zero: a fresh critic has no opinion, and one that never sees a difference
     # between teacher and student never pushes the student anywhere.
-    self.score = transformer.Linear(config.width, 1, rngs)
-    self.score.kernel[...] = jnp.zeros((config.width, 1))
+    self.score = nnx.Param(jnp.zeros(config.width))
 
   def __call__(self, x_BTC, segments_BT, remat=False):
     """A scalar for each position, [B, T] in fp32 or better.
@@ -93,8 +92,8 @@ class Critic(nnx.Module):
     x_BTC = transformer.run_blocks(
       self.config, self.blocks, x_BTC, segments_BT, remat
     )
-    weight_C = at_least_fp32(self.score.kernel[...])[:, 0]
-    return at_least_fp32(self.final_norm(x_BTC)) @ weight_C
+    x_BTC = at_least_fp32(self.final_norm(x_BTC))
+    return x_BTC @ at_least_fp32(self.score[...])
 
 
 def at_least_fp32(x):

@@ -156,7 +156,7 @@ def test_the_gram_matrix_gives_the_penalty_of_v_dimensions(
     same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
     past_BTS = same_BTS & jnp.tril(jnp.ones((1, *same_BTS.shape[1:]), bool))
     h_BTC = jnp.tanh(past_BTS.astype(x_BTC.dtype) @ x_BTC)
-    return (h_BTC @ self.score.kernel[...])[..., 0]
+    return h_BTC @ self.score[...]
 
   monkeypatch.setattr(critic_lib.Critic, '__call__', trunk)
   with jax.enable_x64(True):
