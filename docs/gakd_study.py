@@ -58,6 +58,7 @@ def _variant(name, seed):
   c.objective = quickstart.OBJECTIVES['gakd'] | VARIANTS[name]
   if name == 'wgan':
     c.critic_optimizer.name, c.critic_optimizer.b2 = 'rmsprop', 0.99
+    c.critic_optimizer.weight_decay = 1e-5
   if name == 'slow_critic':
     c.critic_optimizer.learning_rate = 2e-5
   if name == 'reference':
