@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gakd_jax import UserError, models
-from gakd_jax.models import transformer
+from gakd_jax.models import layers, transformer
 
 INPUTS = ('log_probs', 'logits', 'probs')
 
@@ -35,7 +35,11 @@ def check(settings):
       f'{", ".join(_SIZES)}'
     )
   if path := settings.get('init_from'):
-    models.read_config(path)
+    if models.read_config(path).learned_positions:
+      raise UserError(
+        f'config.critic.init_from={path}: its positions are learned, a part of '
+        'its embedding, which a critic does not have; take a rotary model'
+      )
     return
   sizes = _SIZES | settings
   for name in _SIZES:
@@ -78,7 +82,7 @@ class Critic(nnx.Module):
       )
     )
     self.blocks = transformer.stack_blocks(config, rngs)
-    self.final_norm = transformer.RMSNorm(config.width, config.norm_eps)
+    self.final_norm = layers.make_norm(config)
     # Zero: a fresh critic has no opinion, and one that never sees a difference
     # between teacher and student never pushes the student anywhere.
     self.score = nnx.Param(jnp.zeros(config.width))

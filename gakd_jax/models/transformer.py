@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
+from gakd_jax.models import layers as layers_lib
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -34,28 +36,58 @@ class DecoderConfig:
   tied_head: bool
   rope_theta: float
   norm_eps: float
-  max_length: int  # positions that the model was made for; not enforced
+  max_length: int  # positions that the model was made for
   family: str = 'qwen3'  # the key of `families.FAMILIES`
+
+  qk_norm: bool = True  # queries and keys are normed by head (Qwen3)
+  qkv_bias: bool = False  # of queries, keys and values (Qwen2, GPT-2)
+  bias: bool = False  # of all projections (GPT-2)
+  gated: bool = True  # feed-forward; not GPT-2's
+  gelu: bool = False  # else SiLU (GPT-2, Gemma)
+  layer_norm: bool = False  # else RMS norm (GPT-2)
+  norm_from_one: bool = False  # norms store scale - 1 (Gemma)
+  post_norms: bool = False  # after attention and feed-forward too (Gemma 2)
+  scaled_embedding: bool = False  # by the root of the width (Gemma)
+  learned_positions: bool = False  # `max_length` of them, else rotary (GPT-2)
+  rope_scaling: tuple | None = None  # see `layers.rope_tables` (Llama 3)
+  # How many positions each layer sees, its own included; 0: all. (): no layer
+  # has a window (Mistral, Qwen2, Gemma 2).
+  windows: tuple = ()
+  attention_scale: float | None = None  # None: head_dim ** -0.5 (Gemma 2)
+  attention_cap: float | None = None  # `soft_cap` of scores (Gemma 2)
+  head_cap: float | None = None  # and of logits (Gemma 2)
 
 
 @struct.dataclass
 class Head:
-  """What turns hidden states into logits: z = h W'. `weight_VD` is [V, D]."""
+  """What turns hidden states into logits: z = h W', `soft_cap`ped by `cap`.
+
+  weight_VD: [V, D].
+  """
 
   weight_VD: jax.Array
+  cap: float | None = struct.field(pytree_node=False, default=None)
 
   @property
   def vocab_size(self):
     return self.weight_VD.shape[0]
 
-  def __call__(self, hidden_ND):
-    """Logits in fp32 whatever the compute dtype; [N, D] -> [N, V]."""
+  def linear(self, hidden_ND):
+    """h W' in fp32 whatever the compute dtype; [N, D] -> [N, V]."""
     return jnp.einsum(
       'nd,vd->nv',
       hidden_ND,
       self.weight_VD,
       preferred_element_type=jnp.float32,
     )
+
+  def capped(self, z_NV):
+    """Logits, of what `linear` gives."""
+    return layers_lib.soft_cap(z_NV, self.cap) if self.cap else z_NV
+
+  def __call__(self, hidden_ND):
+    """Logits in fp32, [N, D] -> [N, V]."""
+    return self.capped(self.linear(hidden_ND))
 
 
 @struct.dataclass
@@ -64,133 +96,6 @@ class Outputs:
 
   hidden_BTD: jax.Array
   head: Head
-
-
-class Linear(nnx.Module):
-  """x W, with W of [in, out]."""
-
-  def __init__(self, n_in, n_out, rngs):
-    init = nnx.initializers.lecun_normal()
-    self.kernel = nnx.Param(init(rngs.params(), (n_in, n_out)))
-
-  def __call__(self, x):
-    return x @ self.kernel[...]
-
-
-class RMSNorm(nnx.Module):
-  """Root-mean-square norm, computed in fp32 (arXiv 1910.07467)."""
-
-  def __init__(self, size, eps):
-    self.eps = eps
-    self.scale = nnx.Param(jnp.ones(size))
-
-  def __call__(self, x):
-    x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    normed = x32 * jax.lax.rsqrt(mean_square + self.eps)
-    scale = self.scale[...]
-    return normed.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
-
-
-def rope_tables(positions_BT, head_dim, theta):
-  """Cosines and sines of the rotary embedding, fp32, each [B, T, 1, H/2]."""
-  frequency_h = theta ** -(
-    jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  )
-  angle_BT1h = (
-    positions_BT[:, :, None, None].astype(jnp.float32)
-    * frequency_h[None, None, None, :]
-  )
-  return jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
-
-
-def apply_rope(x_BTNH, tables):
-  """Rotates halves, as Hugging Face's checkpoints expect (arXiv 2104.09864)."""
-  cos, sin = tables
-  a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-  rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-  return rotated.astype(x_BTNH.dtype)
-
-
-def attend_cache(q_BTNH, k_BKSH, v_BKSH, mask_BTS):
-  """Softmax attention over cached keys and values; scores in fp32."""
-  B, T, N, H = q_BTNH.shape
-  q_BTKGH = q_BTNH.reshape(B, T, k_BKSH.shape[1], -1, H)
-  score_BKGTS = jnp.einsum(
-    'btkgh,bksh->bkgts', q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
-  )
-  score_BKGTS = jnp.where(
-    mask_BTS[:, None, None], score_BKGTS * H**-0.5, -jnp.inf
-  )
-  weight_BKGTS = jax.nn.softmax(score_BKGTS).astype(v_BKSH.dtype)
-  y_BTKGH = jnp.einsum('bkgts,bksh->btkgh', weight_BKGTS, v_BKSH)
-  return y_BTKGH.reshape(B, T, N, H)
-
-
-class Attention(nnx.Module):
-  """Grouped-query attention with normalised queries and keys (Qwen3)."""
-
-  def __init__(self, config, rngs):
-    c = self.config = config
-    self.query = Linear(c.width, c.heads * c.head_dim, rngs)
-    self.key = Linear(c.width, c.kv_heads * c.head_dim, rngs)
-    self.value = Linear(c.width, c.kv_heads * c.head_dim, rngs)
-    self.out = Linear(c.heads * c.head_dim, c.width, rngs)
-    self.query_norm = RMSNorm(c.head_dim, c.norm_eps)
-    self.key_norm = RMSNorm(c.head_dim, c.norm_eps)
-
-  def __call__(self, x_BTD, rope, mask_BTS, cache=None, slots_BT=None):
-    """With a cache, keys and values go to `slots_BT` and all are read.
-
-    A cache is [B, K, S, H], so that a head's slots lie together: every token
-    reads all of it, and `dot_product_attention` would transpose it first.
-    """
-    c = self.config
-    B, T, _ = x_BTD.shape
-    q_BTNH = self.query(x_BTD).reshape(B, T, c.heads, c.head_dim)
-    k_BTKH = self.key(x_BTD).reshape(B, T, c.kv_heads, c.head_dim)
-    v_BTKH = self.value(x_BTD).reshape(B, T, c.kv_heads, c.head_dim)
-    q_BTNH = apply_rope(self.query_norm(q_BTNH), rope)
-    k_BTKH = apply_rope(self.key_norm(k_BTKH), rope)
-    if cache is None:
-      y_BTNH = jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, mask=mask_BTS[:, None]
-      )
-    else:
-      slots = jnp.arange(B)[:, None], slice(None), slots_BT
-      cache = tuple(
-        old_BKSH.at[slots].set(new_BTKH, mode='drop')
-        for old_BKSH, new_BTKH in zip(cache, (k_BTKH, v_BTKH), strict=True)
-      )
-      y_BTNH = attend_cache(q_BTNH, *cache, mask_BTS)
-    return self.out(y_BTNH.reshape(B, T, -1)), cache
-
-
-class MLP(nnx.Module):
-  """Gated feed-forward, silu(x W_g) * (x W_u) W_d (arXiv 2002.05202)."""
-
-  def __init__(self, config, rngs):
-    self.gate = Linear(config.width, config.ff_width, rngs)
-    self.up = Linear(config.width, config.ff_width, rngs)
-    self.down = Linear(config.ff_width, config.width, rngs)
-
-  def __call__(self, x_BTD):
-    return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
-
-
-class Block(nnx.Module):
-  def __init__(self, config, rngs):
-    self.attention_norm = RMSNorm(config.width, config.norm_eps)
-    self.attention = Attention(config, rngs)
-    self.mlp_norm = RMSNorm(config.width, config.norm_eps)
-    self.mlp = MLP(config, rngs)
-
-  def __call__(self, x_BTD, rope, mask_BTS, cache=None, slots_BT=None):
-    y_BTD, cache = self.attention(
-      self.attention_norm(x_BTD), rope, mask_BTS, cache, slots_BT
-    )
-    x_BTD = x_BTD + y_BTD
-    return x_BTD + self.mlp(self.mlp_norm(x_BTD)), cache
 
 
 def segment_positions(segments_BT):
@@ -208,33 +113,57 @@ def segment_positions(segments_BT):
 
 def stack_blocks(config, rngs):
   """Fresh blocks, their parameters stacked along a leading L."""
-  return nnx.vmap(lambda key: Block(config, nnx.Rngs(key)))(
+  return nnx.vmap(lambda key: layers_lib.Block(config, nnx.Rngs(key)))(
     jax.random.split(rngs.params(), config.layers)
   )
 
 
-def run_blocks(config, blocks, x_BTD, segments_BT, remat=False):
+def _rope(config, positions_BT):
+  if config.learned_positions:
+    return None
+  return layers_lib.rope_tables(
+    positions_BT, config.head_dim, config.rope_theta, config.rope_scaling
+  )
+
+
+def _windows(config):
+  """The window of each layer, a number that hides nothing for none."""
+  return [window or 2**30 for window in config.windows] or None
+
+
+def run_blocks(config, blocks, x_BTD, segments_BT, remat=False, key=None):
   """Stacked blocks over whole sequences.
 
   Tokens see earlier tokens of their own segment only, and positions count from
   the start of each. `remat` recomputes each block in the backward pass instead
-  of keeping its activations.
+  of keeping its activations. `key` draws the dropout of adapters; None: there
+  is none.
   """
   T = x_BTD.shape[1]
-  rope = rope_tables(
-    segment_positions(segments_BT), config.head_dim, config.rope_theta
-  )
-  mask_BTS = jnp.tril(jnp.ones((1, T, T), bool)) & (
-    segments_BT[:, :, None] == segments_BT[:, None, :]
+  t_T = jnp.arange(T)
+  distance_1TS = t_T[None, :, None] - t_T[None, None, :]
+  same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+  context = layers_lib.Context(
+    rope=_rope(config, segment_positions(segments_BT)),
+    mask_BTS=(distance_1TS >= 0) & same_BTS,
+    distance_BTS=distance_1TS,
   )
   blocks_def, params_L = nnx.split(blocks)
+  windows = _windows(config)
+  scanned = (
+    params_L,
+    None if windows is None else jnp.array(windows),
+    None if key is None else jax.random.split(key, config.layers),
+  )
 
-  def body(x_BTD, params):
-    return nnx.merge(blocks_def, params)(x_BTD, rope, mask_BTS)[0], None
+  def body(x_BTD, scanned):
+    params, window, key = scanned
+    here = context._replace(window=window, key=key)
+    return nnx.merge(blocks_def, params)(x_BTD, here)[0], None
 
   if remat:
     body = jax.checkpoint(body, prevent_cse=False)
-  return jax.lax.scan(body, x_BTD, params_L)[0]
+  return jax.lax.scan(body, x_BTD, scanned)[0]
 
 
 class Decoder(nnx.Module):
@@ -252,29 +181,41 @@ class Decoder(nnx.Module):
     init = nnx.initializers.normal(0.02)
     shape_VD = (config.vocab_size, config.width)
     self.embedding = nnx.Param(init(rngs.params(), shape_VD))
+    if config.learned_positions:
+      self.position_embedding = nnx.Param(
+        init(rngs.params(), (config.max_length, config.width))
+      )
     self.blocks = stack_blocks(config, rngs)
-    self.final_norm = RMSNorm(config.width, config.norm_eps)
+    self.final_norm = layers_lib.make_norm(config)
     if not config.tied_head:
       self.head_weight = nnx.Param(init(rngs.params(), shape_VD))
 
   @property
   def head(self):
     tied = self.config.tied_head
-    return Head((self.embedding if tied else self.head_weight)[...])
+    weight = self.embedding if tied else self.head_weight
+    return Head(weight[...], self.config.head_cap)
 
-  def __call__(self, ids_BT, segments_BT=None, *, remat=False):
+  def _embed(self, ids_BT, positions_BT):
+    x_BTD = self.embedding[...][ids_BT]
+    if self.config.scaled_embedding:
+      x_BTD *= jnp.asarray(self.config.width**0.5, x_BTD.dtype)
+    if self.config.learned_positions:
+      x_BTD += self.position_embedding[...][positions_BT]
+    return x_BTD
+
+  def __call__(self, ids_BT, segments_BT=None, *, remat=False, key=None):
     """Hidden states of whole sequences.
 
     Args:
       ids_BT: int32 token ids.
       segments_BT: int32, see `run_blocks`; None is one segment.
-      remat: see `run_blocks`.
+      remat, key: see `run_blocks`.
     """
     if segments_BT is None:
       segments_BT = jnp.ones_like(ids_BT)
-    x_BTD = run_blocks(
-      self.config, self.blocks, self.embedding[...][ids_BT], segments_BT, remat
-    )
+    x_BTD = self._embed(ids_BT, segment_positions(segments_BT))
+    x_BTD = run_blocks(self.config, self.blocks, x_BTD, segments_BT, remat, key)
     return Outputs(self.final_norm(x_BTD), self.head)
 
   def init_cache(self, batch, slots):
@@ -308,16 +249,19 @@ class Decoder(nnx.Module):
     Returns:
       `Outputs` for the T tokens, and the cache that holds them.
     """
-    S = cache[0][0].shape[2]
-    rope = rope_tables(
-      positions_BT, self.config.head_dim, self.config.rope_theta
+    slot_S = jnp.arange(cache[0][0].shape[2])
+    distance_BTS = positions_BT[:, :, None] - slot_S[None, None, :]
+    context = layers_lib.Context(
+      rope=_rope(self.config, positions_BT),
+      mask_BTS=distance_BTS >= 0,
+      distance_BTS=distance_BTS,
     )
-    mask_BTS = jnp.arange(S)[None, None, :] <= positions_BT[:, :, None]
-    x_BTD = self.embedding[...][ids_BT]
+    windows = _windows(self.config) or [None] * len(blocks)
+    x_BTD = self._embed(ids_BT, positions_BT)
     new_cache = []
-    for block, layer_cache in zip(blocks, cache, strict=True):
+    for block, window, layer_cache in zip(blocks, windows, cache, strict=True):
       x_BTD, layer_cache = block(
-        x_BTD, rope, mask_BTS, layer_cache, positions_BT
+        x_BTD, context._replace(window=window), layer_cache, positions_BT
       )
       new_cache.append(layer_cache)
     return Outputs(self.final_norm(x_BTD), self.head), new_cache

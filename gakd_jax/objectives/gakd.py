@@ -337,7 +337,8 @@ class GAKD(base.Objective):
     C = w_VC.shape[1]
     mesh = jax.sharding.get_abstract_mesh()
     n = B * T // (1 if mesh.empty else sharding.batch_ways(mesh))
-    if self.input != 'probs' and n * (D + C) > D * C:
+    linear = self.input != 'probs' and not outputs.head.cap
+    if linear and n * (D + C) > D * C:
       return critic_lib.project(outputs, w_VC)
     return head.token_features(
       outputs,

@@ -46,8 +46,13 @@ def token_mean(token_loss, outputs, tokens, num_tokens, *, chunk):
   # Comparable logits: the ids that all vocabularies have. Rows beyond them are
   # padding of the embedding, and get no probability.
   V = min(o.head.vocab_size for o in outputs)
+
+  def capped_loss(logits, targets_N):
+    pairs = zip(outputs, logits, strict=True)
+    return token_loss(tuple(o.head.capped(z) for o, z in pairs), targets_N)
+
   return _weighted_sum(
-    token_loss,
+    capped_loss,
     chunk,
     [o.hidden_BTD for o in outputs],
     [o.head.weight_VD[:V] for o in outputs],
@@ -81,7 +86,7 @@ def token_features(outputs, w_VC, mask_BT, *, function, chunk):
 
     @jax.checkpoint
     def features(index_N):
-      head = Head(head_VD.astype(h_ND.dtype))
+      head = Head(head_VD.astype(h_ND.dtype), outputs.head.cap)
       z_NV = head(h_ND.at[index_N].get(mode='clip'))
       return (function(z_NV) @ w_VC).astype(h_ND.dtype)
 
@@ -197,7 +202,7 @@ def _loop(
     return index_N, hidden_ND, loss
 
   def logits_of(hidden_ND, head_VD):
-    return _split(Head(head_VD)(hidden_ND), P(None, 'tensor'))
+    return _split(Head(head_VD).linear(hidden_ND), P(None, 'tensor'))
 
   def body(i, carry):
     (loss, metrics), d_hiddens, d_heads = carry
