@@ -5,6 +5,7 @@ of this process holds, straight to its dtype and its shard: host memory never
 has a second copy of the model.
 """
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -16,12 +17,13 @@ import safetensors
 
 from gakd_jax import UserError, sharding
 from gakd_jax.models import families
+from gakd_jax.models.tensor_names import Part
 
 INDEX = 'model.safetensors.index.json'
 _DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
 _STORED = {name: stored for stored, name in _DTYPES.items()}
 # Buffers that old checkpoints saved though they are computed.
-IGNORED = ('rotary_emb.inv_freq',)
+IGNORED = ('rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')
 
 
 def flatten(params):
@@ -42,14 +44,48 @@ def unflatten(flat):
   return tree
 
 
-def _tensors(name, shape, hf_name):
-  """The Hugging Face tensors of one parameter: [(name, shape)]."""
-  stacked = '{}' in hf_name
-  inner = shape[1:] if stacked else shape
-  if name.endswith('kernel'):
-    inner = inner[::-1]
-  layers = range(shape[0]) if stacked else [0]
-  return [(hf_name.format(l), tuple(inner)) for l in layers]
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+  """Where a parameter of one layer lies: a tensor, or an equal part of it."""
+
+  tensor: str
+  shape: tuple  # of the whole tensor
+  transposed: bool
+  offset: int  # along our last axis
+  of: int  # parts
+
+  def index(self, index):
+    """The index into the tensor that `index` into the parameter is."""
+    *first, last = index
+    start, stop, _ = last.indices(self._ours[-1] // self.of)
+    shifted = slice(self.offset + start, self.offset + stop)
+    index = (*first, shifted)
+    return index[::-1] if self.transposed else index
+
+  @property
+  def _ours(self):
+    return self.shape[::-1] if self.transposed else self.shape
+
+
+def _stored(family, name, shape):
+  """A `_Stored` for each layer of a parameter; one, if it is not stacked."""
+  entry = family.names[name]
+  if isinstance(entry, str):
+    entry = Part(entry, 0, 1)
+  stacked = '{}' in entry.tensor
+  *rest, last = shape[1:] if stacked else shape
+  transposed = family.transposed and name.endswith('kernel')
+  whole = (*rest, last * entry.of)
+  return [
+    _Stored(
+      entry.tensor.format(l),
+      whole[::-1] if transposed else whole,
+      transposed,
+      entry.index * last,
+      entry.of,
+    )
+    for l in (range(shape[0]) if stacked else [0])
+  ]
 
 
 def _weight_files(path):
@@ -100,20 +136,19 @@ def _open(file):
     raise UserError(f'{file}: not a readable safetensors file ({e})') from e
 
 
-def _reader(files, name, shape, hf_name, dtype):
+def _reader(files, shape, stored, dtype):
   """A callback for `jax.make_array_from_callback`: index -> that part."""
 
-  def read_one(tensor, index):
+  def read_one(where, index):
     # Opened each time: a file that stays mapped stays in memory.
-    with _open(files[tensor]) as file:
-      view = file.get_slice(tensor)
-      if name.endswith('kernel'):
-        return view[index[::-1]].T
-      return view[tuple(index)]
+    file, name_there = files[where.tensor]
+    with _open(file) as tensors:
+      x = tensors.get_slice(name_there)[where.index(index)]
+      return x.T if where.transposed else x
 
   def read(index):
-    if '{}' not in hf_name:
-      return np.asarray(read_one(hf_name, index), dtype)
+    if len(index) == len(stored[0].shape):  # not stacked
+      return np.asarray(read_one(stored[0], index), dtype)
     layers = range(*index[0].indices(shape[0]))
     inner = index[1:]
     sizes = [
@@ -121,7 +156,7 @@ def _reader(files, name, shape, hf_name, dtype):
     ]
     out = np.empty((len(layers), *sizes), dtype)
     for row, l in zip(out, layers, strict=True):
-      row[...] = read_one(hf_name.format(l), inner)
+      row[...] = read_one(stored[l], inner)
     return out
 
   return read
@@ -141,36 +176,46 @@ def load_params(path, config, abstract, dtype=None, mesh=None, report=None):
   Raises:
     UserError: naming all tensors that are missing, extra or of wrong shape.
   """
-  names = families.FAMILIES[config.family].names
+  family = families.FAMILIES[config.family]
   shapes = {name: x.shape for name, x in flatten(abstract).items()}
-  files, found, stored = {}, {}, {}
-  for file in _weight_files(path):
-    with _open(file) as tensors:
-      for tensor in sorted(tensors.keys()):
-        view = tensors.get_slice(tensor)
-        files[tensor], found[tensor] = file, tuple(view.get_shape())
-        stored[tensor] = view.get_dtype()
-  expected = dict(
-    tensor
-    for name, shape in shapes.items()
-    for tensor in _tensors(name, shape, names[name])
-  )
+  where = {name: _stored(family, name, s) for name, s in shapes.items()}
+  head = family.names['head_weight']
+  files, found, dtypes = _contents(path, family.prefix, head)
+  expected = {s.tensor: s.shape for parts in where.values() for s in parts}
   # A tied model may carry its head all the same.
-  _check(expected, found, stored, {names['head_weight']}, path)
+  _check(expected, found, dtypes, {head}, path)
   flat = {}
   for name, shape in shapes.items():
-    first = _tensors(name, shape, names[name])[0][0]
-    leaf_dtype = jnp.dtype(dtype or _DTYPES[stored[first]])
+    leaf_dtype = jnp.dtype(dtype or _DTYPES[dtypes[where[name][0].tensor]])
     abstract_leaf = jax.ShapeDtypeStruct(shape, leaf_dtype)
     if mesh is None:
       place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     else:
       place = sharding.shardings({name: abstract_leaf}, mesh)[name]
-    read = _reader(files, name, shape, names[name], leaf_dtype)
+    read = _reader(files, shape, where[name], leaf_dtype)
     flat[name] = jax.make_array_from_callback(shape, place, read)
     if report:
       report(flat[name].nbytes)
   return unflatten(flat)
+
+
+def _contents(path, prefix, head):
+  """{tensor: (file, its name there)}, {tensor: shape}, {tensor: dtype}.
+
+  Models that were saved without their head have names without `prefix`.
+  """
+  there = {}
+  for file in _weight_files(path):
+    with _open(file) as tensors:
+      for name in sorted(tensors.keys()):
+        view = tensors.get_slice(name)
+        there[name] = file, tuple(view.get_shape()), view.get_dtype()
+  bare = not any(name.startswith(prefix) for name in there)
+  files, found, dtypes = {}, {}, {}
+  for name, (file, shape, dtype) in there.items():
+    full = prefix + name if bare and name != head else name
+    files[full], found[full], dtypes[full] = (file, name), shape, dtype
+  return files, found, dtypes
 
 
 def save_params(params, config, path, max_shard_bytes=5 * 10**9, report=None):
@@ -179,22 +224,24 @@ def save_params(params, config, path, max_shard_bytes=5 * 10**9, report=None):
   One file up to `max_shard_bytes`, else several with an index. One tensor at
   a time is copied.
   """
-  names = families.FAMILIES[config.family].names
-  shards, size = [{}], 0
+  family = families.FAMILIES[config.family]
+  members = {}  # tensor -> where it and its parts lie, and what they are
   for name, leaf in flatten(params).items():
-    for l, (tensor, shape) in enumerate(
-      _tensors(name, leaf.shape, names[name])
-    ):
-      n_bytes = math.prod(shape) * leaf.dtype.itemsize
-      if shards[-1] and size + n_bytes > max_shard_bytes:
-        shards.append({})
-        size = 0
-      shards[-1][tensor] = (name, leaf, l, shape, n_bytes)
-      size += n_bytes
+    stored = _stored(family, name, leaf.shape)
+    stacked = len(leaf.shape) > len(stored[0].shape)
+    for l, part in enumerate(stored):
+      index = (l,) if stacked else ()
+      members.setdefault(part.tensor, []).append((part, leaf, index))
 
-  def value(name, leaf, l):
-    x = np.asarray(leaf[l] if '{}' in names[name] else leaf)
-    return np.ascontiguousarray(x.T if name.endswith('kernel') else x)
+  shards, size = [{}], 0
+  for tensor, parts in members.items():
+    part, leaf, _ = parts[0]
+    n_bytes = math.prod(part.shape) * leaf.dtype.itemsize
+    if shards[-1] and size + n_bytes > max_shard_bytes:
+      shards.append({})
+      size = 0
+    shards[-1][tensor] = parts, n_bytes
+    size += n_bytes
 
   weight_map, total = {}, 0
   for i, shard in enumerate(shards):
@@ -203,9 +250,9 @@ def save_params(params, config, path, max_shard_bytes=5 * 10**9, report=None):
       file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
     with (path / file).open('wb') as f:
       f.write(_safetensors_header(shard))
-      for name, leaf, l, _, n_bytes in shard.values():
+      for parts, n_bytes in shard.values():
         # As bytes: numpy's buffers do not know bfloat16.
-        f.write(value(name, leaf, l).reshape(-1).view(np.uint8))
+        f.write(_joined(parts).reshape(-1).view(np.uint8))
         total += n_bytes
         if report:
           report(n_bytes)
@@ -215,13 +262,22 @@ def save_params(params, config, path, max_shard_bytes=5 * 10**9, report=None):
     (path / INDEX).write_text(json.dumps(index, indent=2))
 
 
+def _joined(parts):
+  """The tensor that parts make, on the host."""
+  parts = sorted(parts, key=lambda part: part[0].offset)
+  arrays = [np.asarray(leaf[index]) for _, leaf, index in parts]
+  x = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+  return np.ascontiguousarray(x.T if parts[0][0].transposed else x)
+
+
 def _safetensors_header(shard):
   """What comes before the data; the library itself wants all data at once."""
   header, end = {'__metadata__': {'format': 'pt'}}, 0
-  for tensor, (_, leaf, _, shape, n_bytes) in shard.items():
+  for tensor, (parts, n_bytes) in shard.items():
+    part, leaf, _ = parts[0]
     header[tensor] = {
       'dtype': _STORED[leaf.dtype.name],
-      'shape': shape,
+      'shape': part.shape,
       'data_offsets': [end, end + n_bytes],
     }
     end += n_bytes

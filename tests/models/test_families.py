@@ -87,7 +87,10 @@ YARN = {'rope_type': 'yarn', 'factor': 4.0, 'rope_theta': 1e6}
     ({'model_type': ...}, ['dir/config.json', 'model_type']),
     ({'attention_bias': True}, ['attention_bias=True', 'qwen3']),
     ({'hidden_act': 'gelu'}, ["hidden_act='gelu'", 'qwen3']),
-    ({'use_sliding_window': True}, ['use_sliding_window=True']),
+    (
+      {'use_sliding_window': True, 'sliding_window': 8, 'layer_types': ['x']},
+      ['layer_types', 'full_attention'],
+    ),
     ({'rope_scaling': {'type': 'linear'}}, ["'linear'"]),
     ({'rope_parameters': YARN}, ["'yarn'"]),
     ({'hidden_size': ...}, ['dir/config.json', 'hidden_size', 'missing']),
