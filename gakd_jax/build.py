@@ -88,6 +88,8 @@ def build(config, workdir, mesh):
     )
   tokenizer = tokenizer_lib.load(models.resolve(config.student.path))
   _check_vocabulary(config.student.path, tokenizer, config.student.shape)
+  for path in filter(None, (config.student.path, config.teacher.path)):
+    _check_positions(path, config.data.max_length)
   if config.teacher.path:
     tokenizer_lib.check_same(
       tokenizer,
@@ -150,6 +152,15 @@ def _check_vocabulary(path, tokenizer, shape):
     raise UserError(
       f'{path}: the tokenizer has {len(tokenizer)} tokens but the model only '
       f'{rows} embedding rows; use the tokenizer that belongs to the model'
+    )
+
+
+def _check_positions(path, max_length):
+  config = models.read_config(path)
+  if config.learned_positions and max_length > config.max_length:
+    raise UserError(
+      f'config.data.max_length={max_length}, and {path} has learned only '
+      f'{config.max_length} positions; lower it'
     )
 
 

@@ -263,7 +263,7 @@ def generate(
       the model does not have.
   """
   sampler = Sampler(temperature, top_k, top_p, no_repeat_ngram, valid_vocab)
-  _check(prompts, model.config.vocab_size, max_new_tokens, batch_size)
+  _check(prompts, model.config, max_new_tokens, batch_size)
   definition, params = transformer.split(model)
   mesh, batch_size = _fit_batch(params, min(batch_size, len(prompts) or 1))
   eos_ids = tuple(int(i) for i in eos_ids)
@@ -304,7 +304,7 @@ def _decode(definition, params, batch, key, sampler, max_new_tokens, eos_ids):
   )
 
 
-def _check(prompts, vocab_size, max_new_tokens, batch_size):
+def _check(prompts, config, max_new_tokens, batch_size):
   if max_new_tokens < 1 or batch_size < 1:
     raise UserError(
       f'generation: max_new_tokens={max_new_tokens} and '
@@ -313,10 +313,18 @@ def _check(prompts, vocab_size, max_new_tokens, batch_size):
   for i, prompt in enumerate(prompts):
     if not len(prompt):
       raise UserError(f'prompt {i} (counted from 0) is empty; give it a token')
-    if max(prompt) >= vocab_size:
+    if max(prompt) >= config.vocab_size:
       raise UserError(
         f'prompt {i} (counted from 0) has token id {max(prompt)}, but the '
-        f'model has ids below {vocab_size}; use the tokenizer of this model'
+        f'model has ids below {config.vocab_size}; use the tokenizer of this '
+        'model'
+      )
+    length = len(prompt) + max_new_tokens
+    if config.learned_positions and length > config.max_length:
+      raise UserError(
+        f'prompt {i} (counted from 0) and {max_new_tokens} new tokens are '
+        f'{length}, and the model has {config.max_length} positions; lower '
+        'max_new_tokens'
       )
 
 

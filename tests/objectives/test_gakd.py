@@ -273,9 +273,9 @@ def test_the_cheaper_path_is_taken(monkeypatch):
   monkeypatch.setattr(critic_lib, 'project', lambda *a: taken.append('head'))
   w_VC = jnp.zeros((V, 64))
 
-  def of(tokens, width, **settings):
+  def of(tokens, width, cap=None, **settings):
     outputs = Outputs(
-      jnp.zeros((1, tokens, width)), Head(jnp.zeros((V, width)))
+      jnp.zeros((1, tokens, width)), Head(jnp.zeros((V, width)), cap)
     )
     _objective(**settings)._input(outputs, w_VC, jnp.ones((1, tokens), bool))
 
@@ -283,7 +283,23 @@ def test_the_cheaper_path_is_taken(monkeypatch):
   of(33, 64)
   of(33, 64, input='logits')
   of(33, 64, input='probs')
-  assert taken == ['chunks', 'head', 'head', 'chunks']
+  of(33, 64, cap=30.0)  # whose logits are not linear in hidden states
+  assert taken == ['chunks', 'head', 'head', 'chunks', 'chunks']
+
+
+def test_the_critic_reads_logits_that_are_capped():
+  student = _outputs('student')
+  w_VC = jnp.asarray(np.random.default_rng(0).standard_normal((V, C)))
+  got = _objective(input='logits')._input(
+    student.replace(head=Head(student.head.weight_VD, 0.5)),
+    w_VC,
+    jnp.ones(student.hidden_BTD.shape[:2], bool),
+  )
+  z_BTV = jnp.einsum('btd,vd->btv', student.hidden_BTD, student.head.weight_VD)
+  assert jnp.abs(z_BTV).max() > 0.5
+  np.testing.assert_allclose(
+    got, 0.5 * jnp.tanh(z_BTV / 0.5) @ w_VC, rtol=1e-4, atol=1e-5
+  )
 
 
 def test_log_probs_do_not_see_a_shift_of_logits():

@@ -125,6 +125,24 @@ def test_streamed_equals_full_logits(chunk, models):
   assert all(np.abs(g).max() > 1e-3 for g in jax.tree.leaves(want[1]))
 
 
+def test_a_soft_cap_bends_logits_before_the_loss():
+  """Gemma 2's; the teacher has none, and gradients pass through it."""
+
+  def streamed(hiddens, heads, tokens):
+    capped = Outputs(hiddens[0], Head(heads[0], 2.0))
+    outputs = capped, Outputs(hiddens[1], Head(heads[1]))
+    return head.token_mean(_token_loss, outputs, tokens, 21, chunk=10)
+
+  def loss(logits, targets_N):
+    return _token_loss([2 * jnp.tanh(logits[0] / 2), logits[1]], targets_N)
+
+  tokens, arrays = _tokens(), _outputs()
+  plain = functools.partial(_streamed, token_loss=loss)
+  got, want = (_with_gradients(f)(*arrays, tokens) for f in (streamed, plain))
+  _assert_close(got, want)
+  assert abs(got[0][0] - _direct_all(*arrays, tokens)[0][0]) > 0.1
+
+
 def test_without_jit_it_is_the_same():
   hiddens, heads = _outputs()
   got = _streamed(hiddens, heads, _tokens())
