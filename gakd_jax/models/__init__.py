@@ -18,7 +18,7 @@ import jax
 from flax import nnx
 
 from gakd_jax import UserError, sharding
-from gakd_jax.models import convert, families, transformer
+from gakd_jax.models import convert, families, lora, peft, transformer
 from gakd_jax.models.transformer import Decoder, DecoderConfig
 
 __all__ = ['Decoder', 'abstract', 'init', 'load', 'read_config', 'save']
@@ -55,9 +55,15 @@ def resolve(path):
   )
 
 
+def resolve_base(path):
+  """`resolve`, and of an adapter the directory of the model it belongs on."""
+  path = resolve(path)
+  return resolve(peft.base_path(path)) if peft.is_adapter(path) else path
+
+
 def read_config(path) -> DecoderConfig:
   """The `DecoderConfig` of a directory or hub id."""
-  file = resolve(path) / 'config.json'
+  file = resolve_base(path) / 'config.json'
   return families.config_from_hf(convert.read_json(file), file)
 
 
@@ -72,7 +78,8 @@ def load(path, dtype=None, mesh=None, report=None) -> Decoder:
   """Loads a Hugging Face directory (or hub id).
 
   Args:
-    path: has config.json and one or several safetensors files.
+    path: has config.json and one or several safetensors files; or an adapter
+      as PEFT writes it, which is put on the base model that it names.
     dtype: of the weights, and so of the computation; None keeps the file's.
     mesh: where to place them; None is one device.
     report: called with bytes as they are read.
@@ -81,11 +88,14 @@ def load(path, dtype=None, mesh=None, report=None) -> Decoder:
     UserError: if the directory is not there, its architecture or a switch in
       it is not supported, or tensors do not match (all of them listed).
   """
-  path = resolve(path)
-  config = read_config(path)
-  definition, shapes = transformer.split(abstract(config, path))
-  params = convert.load_params(path, config, shapes, dtype, mesh, report)
-  return nnx.merge(definition, params)
+  base = resolve_base(path)
+  config = read_config(base)
+  definition, shapes = transformer.split(abstract(config, base))
+  params = convert.load_params(base, config, shapes, dtype, mesh, report)
+  model = nnx.merge(definition, params)
+  if peft.is_adapter(path := resolve(path)):
+    peft.load_into(model, path, mesh and sharding.replicated(mesh))
+  return model
 
 
 def init(path, seed, dtype=None, mesh=None, **shape) -> Decoder:
@@ -124,6 +134,7 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None):
   """Writes a directory that transformers loads unchanged.
 
   Weights keep their dtype; tokenizer files of the model's source come along.
+  Of a model with adapters these alone are written, as PEFT does.
   The directory appears whole or not at all: an earlier one stays until the
   new one is complete.
   """
@@ -131,25 +142,31 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None):
   is_model = path.is_dir() and any(path.glob('*.safetensors'))
   if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_model):
     raise UserError(f'{path}: is not a model that could be replaced')
-  config = model.config
-  params = transformer.split(model)[1]
-  dtype = convert.flatten(params)['embedding'].dtype.name
-  hf = families.FAMILIES[config.family].to_hf(config)
   source = Path(model.source) if model.source else None
-  if source and (source / 'config.json').exists():
-    # Fields that say nothing of the shape (token ids, say) are kept.
-    hf = convert.read_json(source / 'config.json') | hf
-  hf |= {'dtype': dtype, 'torch_dtype': dtype}
-
   new, old = (path.with_name(path.name + end) for end in ('.tmp', '.old'))
   for left_over in (new, old):
     shutil.rmtree(left_over, ignore_errors=True)
   new.mkdir(parents=True)
-  convert.save_params(params, config, new, max_shard_bytes, report)
-  (new / 'config.json').write_text(json.dumps(hf, indent=2) + '\n')
+  if lora.adapters(model):
+    peft.save(model, new)
+  else:
+    _save_whole(model, source, new, max_shard_bytes, report)
   if source:
     copy_companions(source, new)
   if path.exists():
     path.rename(old)
   new.rename(path)
   shutil.rmtree(old, ignore_errors=True)
+
+
+def _save_whole(model, source, path, max_shard_bytes, report):
+  config = model.config
+  params = transformer.split(model)[1]
+  dtype = convert.flatten(params)['embedding'].dtype.name
+  hf = families.FAMILIES[config.family].to_hf(config)
+  if source and (source / 'config.json').exists():
+    # Fields that say nothing of the shape (token ids, say) are kept.
+    hf = convert.read_json(source / 'config.json') | hf
+  hf |= {'dtype': dtype, 'torch_dtype': dtype}
+  convert.save_params(params, config, path, max_shard_bytes, report)
+  (path / 'config.json').write_text(json.dumps(hf, indent=2) + '\n')

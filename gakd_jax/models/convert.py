@@ -129,7 +129,7 @@ def _check(expected, found, stored, optional, path):
     )
 
 
-def _open(file):
+def open_safetensors(file):
   try:
     return safetensors.safe_open(file, framework='numpy')
   except (safetensors.SafetensorError, OSError) as e:
@@ -142,7 +142,7 @@ def _reader(files, shape, stored, dtype):
   def read_one(where, index):
     # Opened each time: a file that stays mapped stays in memory.
     file, name_there = files[where.tensor]
-    with _open(file) as tensors:
+    with open_safetensors(file) as tensors:
       x = tensors.get_slice(name_there)[where.index(index)]
       return x.T if where.transposed else x
 
@@ -206,7 +206,7 @@ def _contents(path, prefix, head):
   """
   there = {}
   for file in _weight_files(path):
-    with _open(file) as tensors:
+    with open_safetensors(file) as tensors:
       for name in sorted(tensors.keys()):
         view = tensors.get_slice(name)
         there[name] = file, tuple(view.get_shape()), view.get_dtype()

@@ -1,0 +1,153 @@
+"""LoRA: low-rank adapters of a model's projections (arXiv 2106.09685).
+
+A projection x W becomes x W + (alpha / rank) dropout(x) A B, with A of
+[in, rank] and B of [rank, out]; no merged copy is made. Only A and B are
+trained: `partition` cuts the parameter tree, and the rest is the frozen base,
+which keeps its own dtype, has no gradient and is in no checkpoint.
+"""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gakd_jax import UserError
+from gakd_jax.models import convert, layers
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+  rank: int = 16
+  alpha: float = 32.0
+  dropout: float = 0.0  # of what the adapter reads, in training
+  # Regex of projections: attention/{query,key,value,out}, mlp/{gate,up,down}.
+  targets: str = '.*'
+
+  def __post_init__(self):
+    for name, good, expected in (
+      ('rank', self.rank >= 1, '1 or more'),
+      ('alpha', self.alpha > 0, 'positive'),
+      ('dropout', 0 <= self.dropout < 1, '0 or more, and less than 1'),
+    ):
+      if not good:
+        raise UserError(
+          f'config.student.lora: {name}={getattr(self, name)} must be '
+          f'{expected}'
+        )
+
+
+def make_config(settings):
+  """`LoRAConfig` of `config.student.lora`; one line for what is misspelt."""
+  known = [f.name for f in dataclasses.fields(LoRAConfig)]
+  wrong = sorted(set(settings) - set(known))
+  if wrong:
+    raise UserError(
+      f'config.student.lora: no setting {wrong[0]!r}; known are '
+      f'{", ".join(known)}'
+    )
+  return LoRAConfig(**settings)
+
+
+class LoRA(nnx.Module):
+  """The adapter of one projection; of stacked layers, a leading L."""
+
+  def __init__(self, a, b, scale, dropout=0.0, index=0):
+    self.a = nnx.Param(a)
+    self.b = nnx.Param(b)
+    self.scale = scale  # alpha / rank
+    self.dropout = dropout
+    self.index = index  # tells the dropout of one projection from another's
+
+  def __call__(self, x, key=None):
+    if self.dropout and key is not None:
+      kept = jax.random.bernoulli(
+        jax.random.fold_in(key, self.index), 1 - self.dropout, x.shape
+      )
+      x = jnp.where(kept, x / (1 - self.dropout), 0)
+    return self.scale * ((x @ self.a[...]) @ self.b[...])
+
+
+def projections(model):
+  """{'attention/query': its `Linear`} of a model's (stacked) blocks."""
+  return {
+    '/'.join(map(str, path)): module
+    for path, module in sorted(nnx.iter_modules(model.blocks))
+    if isinstance(module, layers.Linear)
+  }
+
+
+def adapters(model):
+  """{'attention/query': its `LoRA`} of the projections that have one."""
+  found = projections(model).items()
+  return {name: linear.lora for name, linear in found if linear.lora}
+
+
+def attach(model, config, seed, place=None):
+  """Puts fresh adapters on a model, in place: fp32, B zero.
+
+  A is drawn as PEFT does: uniform within 1 / sqrt(in). `place` is a sharding.
+
+  Raises:
+    UserError: if no projection matches `config.targets`.
+  """
+  linears = projections(model)
+  matching = [n for n in linears if re.search(config.targets, n)]
+  if not matching:
+    raise UserError(
+      f'config.student.lora: targets={config.targets!r} matches no projection; '
+      f'they are {", ".join(linears)}'
+    )
+  keys = jax.random.split(jax.random.key(seed), len(matching))
+  for i, name in enumerate(matching):
+    *stack, n_in, n_out = linears[name].kernel.shape
+    shape = (*stack, n_in, config.rank)
+    a = jax.random.uniform(keys[i], shape, minval=-1, maxval=1) * n_in**-0.5
+    b = jnp.zeros((*stack, config.rank, n_out))
+    if place is not None:
+      a, b = jax.device_put((a, b), place)
+    scale = config.alpha / config.rank
+    linears[name].lora = LoRA(a, b, scale, config.dropout, i)
+
+
+def config_of(model):
+  """The `LoRAConfig` of a model's adapters, as far as they tell; or None."""
+  found = adapters(model)
+  if not found:
+    return None
+  first = next(iter(found.values()))
+  rank = first.a.shape[-1]
+  return LoRAConfig(
+    rank, first.scale * rank, first.dropout, f'^({"|".join(found)})$'
+  )
+
+
+def merge(model):
+  """Folds adapters into their projections and removes them, in place."""
+  for linear in projections(model).values():
+    if linear.lora:
+      kernel = linear.kernel[...]
+      added = linear.lora.scale * jnp.einsum(
+        '...ir,...ro->...io',
+        linear.lora.a[...].astype(jnp.float32),
+        linear.lora.b[...].astype(jnp.float32),
+      )
+      merged = kernel.astype(jnp.float32) + added
+      linear.kernel[...] = merged.astype(kernel.dtype)
+      del linear.lora
+
+
+def partition(params):
+  """A parameter tree as (adapters, base); `combine` joins them again."""
+  flat = convert.flatten(params)
+  mine = {name: x for name, x in flat.items() if '/lora/' in name}
+  base = {name: x for name, x in flat.items() if name not in mine}
+  return convert.unflatten(mine), convert.unflatten(base)
+
+
+def combine(params, base):
+  """Trained parameters and their frozen base (None: there is none) as one."""
+  if base is None:
+    return params
+  return convert.unflatten(convert.flatten(base) | convert.flatten(params))
