@@ -20,15 +20,18 @@ def get_config():
   c.stages = ()
 
   c.student = ml_collections.ConfigDict()
-  c.student.path = config_dict.placeholder(str)  # HF directory or hub id
+  c.student.path = config_dict.placeholder(str)  # HF directory, hub id, adapter
   # None loads the weights. A dict makes random ones: the architecture of
   # `path` with these fields of DecoderConfig replaced, such as width.
   c.student.shape = config_dict.placeholder(object)
   c.student.dtype = 'bfloat16'  # of the exported weights; training is fp32
+  # None trains all weights. A dict trains adapters of a frozen base, which is
+  # kept in `dtype`: rank, alpha, dropout, targets (see gakd_jax/models/lora).
+  c.student.lora = config_dict.placeholder(object)
   c.student.remat = True  # recompute blocks: less memory, a third more time
 
   c.teacher = ml_collections.ConfigDict()
-  c.teacher.path = config_dict.placeholder(str)  # HF directory or hub id
+  c.teacher.path = config_dict.placeholder(str)  # HF directory, hub id, adapter
   c.teacher.dtype = 'bfloat16'  # in memory; it is never trained
 
   c.data = ml_collections.ConfigDict()
@@ -138,6 +141,8 @@ def shrink(config, *, model, data, steps=2):
     config.data.validation = tiny(config.data.validation, data)
   if config.student.shape is not None:
     config.student.shape = {'width': 16, 'layers': 1}
+  if config.student.lora is not None:
+    config.student.lora = dict(config.student.lora) | {'rank': 2}
   if config.objective.name == 'gakd':
     config.objective = dict(config.objective) | {'warmup_steps': 1}
   config.critic.init_from = tiny(config.critic.init_from, model)

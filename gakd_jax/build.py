@@ -24,7 +24,7 @@ from gakd_jax import (
 )
 from gakd_jax.data import pipeline, sources
 from gakd_jax.data import tokenizer as tokenizer_lib
-from gakd_jax.models import transformer
+from gakd_jax.models import lora, transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,13 @@ class Run:
   student: Any  # model definition
   teacher: Any  # model definition, or None
   shapes: tuple  # the `DecoderConfig` of student and teacher (None)
-  frozen: dict  # {'teacher': parameters}, or {}
+  frozen: dict  # parameters that are not trained: 'teacher', 'student'
   evaluators: dict
   examples: list | None  # to train on; None: the teacher writes them first
+
+  def whole(self, params):
+    """The student's parameters, of those that are trained."""
+    return lora.combine(params, self.frozen.get('student'))
 
   @property
   def subject(self):
@@ -70,6 +74,8 @@ def build(config, workdir, mesh):
     **config.objective,
   )
   rollout.check(**config.rollout)
+  if config.student.lora is not None:
+    lora.make_config(config.student.lora)
   if config.train.steps is None and config.train.epochs is None:
     raise UserError('config.train: set steps or epochs')
   microbatch = config.train.microbatch_size or config.train.batch_size
@@ -86,14 +92,14 @@ def build(config, workdir, mesh):
     raise UserError(
       'config.teacher.path is not set, and this config needs a teacher'
     )
-  tokenizer = tokenizer_lib.load(models.resolve(config.student.path))
+  tokenizer = tokenizer_lib.load(models.tokenizer_dir(config.student.path))
   _check_vocabulary(config.student.path, tokenizer, config.student.shape)
   for path in filter(None, (config.student.path, config.teacher.path)):
     _check_positions(path, config.data.max_length)
   if config.teacher.path:
     tokenizer_lib.check_same(
       tokenizer,
-      tokenizer_lib.load(models.resolve(config.teacher.path)),
+      tokenizer_lib.load(models.tokenizer_dir(config.teacher.path)),
       config.student.path,
       config.teacher.path,
     )
@@ -114,13 +120,15 @@ def build(config, workdir, mesh):
   if config.rollout.writer == 'dataset' and config.train.steps != 0:
     examples = _examples(config, config.data.train, tokenizer)
 
-  student = _load(config.student, 'float32', mesh, config.seed)
+  student = _student(config, mesh)
   teacher = None
   if config.teacher.path:
-    teacher = _load(config.teacher, config.teacher.dtype, mesh, config.seed)
+    teacher = models.load(config.teacher.path, config.teacher.dtype, mesh)
   shapes = student.config, teacher and teacher.config
   student, student_params = transformer.split(student)
   frozen = {}
+  if config.student.lora is not None:
+    student_params, frozen['student'] = lora.partition(student_params)
   if teacher is not None:
     teacher, frozen['teacher'] = transformer.split(teacher)
   this = Run(
@@ -139,11 +147,28 @@ def build(config, workdir, mesh):
   return this, student_params
 
 
-def _load(part, dtype, mesh, seed):
-  shape = part.get('shape')
-  if shape is not None:
-    return models.init(part.path, seed, dtype=dtype, mesh=mesh, **shape)
-  return models.load(part.path, dtype=dtype, mesh=mesh)
+def _student(config, mesh):
+  """The student as it starts: with adapters if `config.student.lora` says so.
+
+  Those of an adapter's directory go on, if they are what the config asks for;
+  without `lora` they are merged, and all weights are trained.
+  """
+  c = config.student
+  # All weights are trained in fp32; a frozen base keeps its own dtype.
+  dtype = 'float32' if c.lora is None else c.dtype
+  if c.shape is not None:
+    model = models.init(c.path, config.seed, dtype=dtype, mesh=mesh, **c.shape)
+  else:
+    model = models.load(c.path, dtype=dtype, mesh=mesh)
+  found = lora.adapters(model)
+  if c.lora is None:
+    lora.merge(model)
+  elif not found:
+    wanted = lora.make_config(c.lora)
+    lora.attach(model, wanted, config.seed, sharding.replicated(mesh))
+  else:
+    lora.check_same(model, lora.make_config(c.lora), c.path)
+  return model
 
 
 def _check_vocabulary(path, tokenizer, shape):

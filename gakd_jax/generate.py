@@ -43,7 +43,7 @@ _DTYPE = flags.DEFINE_enum(
 def answers(prompts):
   """Yields the answer (a string) to each prompt as it comes."""
   model = models.load(_MODEL.value, dtype=_DTYPE.value)
-  tokenizer = tokenizers.load(models.resolve(_MODEL.value))
+  tokenizer = tokenizers.load(models.tokenizer_dir(_MODEL.value))
   template = _TEMPLATE.value
   if template is None:
     template = 'chat' if tokenizer.chat_template else 'raw'

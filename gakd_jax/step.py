@@ -13,7 +13,7 @@ import optax
 from flax import struct
 
 from gakd_jax import sharding
-from gakd_jax.models import transformer
+from gakd_jax.models import lora, transformer
 from gakd_jax.models.critic import last_of
 
 
@@ -50,8 +50,9 @@ class Models:
   """Student and teacher as functions of parameters and a batch.
 
   `student` and `teacher` are model definitions (`transformer.split`); `frozen`
-  is {'teacher': parameters}. The teacher is None for methods that need none.
-  It keeps no activations and gets no gradient.
+  has the 'teacher's parameters, and those of the 'student' that are not
+  trained, if any. The teacher is None for methods that need none. It keeps no
+  activations and gets no gradient. `key` draws dropout.
   """
 
   student: Any
@@ -59,9 +60,10 @@ class Models:
   dtype: Any  # of the computation
   remat: bool = False  # of the student's blocks
 
-  def student_outputs(self, params, batch):
+  def student_outputs(self, params, frozen, batch, key):
+    params = lora.combine(params, frozen.get('student'))
     return transformer.apply(
-      self.student, params, batch.student, self.dtype, self.remat
+      self.student, params, batch.student, self.dtype, self.remat, key
     )
 
   def teacher_outputs(self, frozen, batch):
@@ -99,8 +101,10 @@ def make_train_step(
   critic_update = _make_critic_update(objective, critic_optimizer)
   update_first = microbatches > 1 and not objective.critic_by_microbatch
 
-  def student_loss(params, critic_state, teacher, rows, numbers, rngs, step):
-    student = models.student_outputs(params['student'], rows)
+  def student_loss(
+    params, critic_state, frozen, teacher, rows, numbers, rngs, step
+  ):
+    student = models.student_outputs(params['student'], frozen, rows, rngs[2])
     critic_metrics = {}
     if critic_state[0] and not update_first:
       pair = jax.lax.stop_gradient((student, teacher))
@@ -127,7 +131,8 @@ def make_train_step(
 
   def train_step(state, frozen, batch):
     rng = jax.random.fold_in(jax.random.key(seed), state.step)
-    critic_rng = jax.random.fold_in(rng, microbatches)  # which no other has
+    # Of what is random: the objective, the critic's update, dropout.
+    rngs = rng, *(jax.random.fold_in(rng, microbatches + i) for i in range(2))
     numbers = _count(batch.student)
     rows = jax.tree.map(lambda x: _deal(x, microbatches), batch)
     critic_state = state.critic, state.critic_opt_state
@@ -135,19 +140,21 @@ def make_train_step(
     if state.critic and update_first:
       first = jax.tree.map(lambda x: x[0], rows)
 
-      def outputs(rows):
+      def outputs(i, rows):
+        key = jax.random.fold_in(rngs[2], i)
         return (
-          models.student_outputs(state.params['student'], rows),
+          models.student_outputs(state.params['student'], frozen, rows, key),
           models.teacher_outputs(frozen, rows),
         )
 
       hiddens = jax.lax.map(
-        lambda rows: [x.hidden_BTD for x in outputs(rows)], rows
+        lambda args: [x.hidden_BTD for x in outputs(*args)],
+        (jnp.arange(microbatches), rows),
       )
       # Only the heads of these are used, so that nothing else is computed.
-      heads = [x.head for x in outputs(first)]
+      heads = [x.head for x in outputs(0, first)]
       critic_state, critic_metrics = critic_update(
-        critic_state, heads, hiddens, rows, numbers, critic_rng
+        critic_state, heads, hiddens, rows, numbers, rngs[1]
       )
       t_hidden = hiddens[1]
 
@@ -159,10 +166,11 @@ def make_train_step(
       grads, (critic_state, metrics) = grad_fn(
         state.params,
         critic_state,
+        frozen,
         teacher,
         rows,
         numbers,
-        [jax.random.fold_in(r, i) for r in (rng, critic_rng)],
+        [jax.random.fold_in(r, i) for r in rngs],
         state.step,
       )
       return critic_state, (grads, metrics)

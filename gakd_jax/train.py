@@ -83,6 +83,7 @@ def _evaluate_only(this, params):
   """A run of no steps: the student as it is, and the teacher's answers."""
   if this.config.rollout.writer == 'teacher':
     build.teacher_answers(this)
+  params = this.whole(params)
   results = _evaluate(this, params, 0)
   _export(this, params)
   return results
@@ -143,7 +144,7 @@ def _loop(this, state, host, train_step, batches, total, checkpoints):
       log.step(now, metrics, size * jax.process_count())
       if due(c.eval_every, now):
         log.flush()
-        params = state.params['student']
+        params = this.whole(state.params['student'])
         host['results'] = _evaluate(this, params, now)
         log.write(now, host['results'])
         if _is_better(c.checkpoint, host['results'], host['best']):
@@ -257,9 +258,10 @@ def _is_better(config, results, best):
 
 
 def _export(this, params):
-  """The student as a Hugging Face directory, best/."""
-  dtype = this.config.student.dtype
-  params = jax.tree.map(lambda x: x.astype(dtype), params)
+  """The student as a Hugging Face directory, best/: its adapters, if any."""
+  if this.config.student.lora is None:  # Adapters are fp32, as PEFT has them.
+    dtype = this.config.student.dtype
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
   models.save(nnx.merge(this.student, params), this.workdir / 'best')
 
 

@@ -158,7 +158,7 @@ def _run(**variant):
 class _NoModels:
   """The student's outputs are its parameters; there is no teacher."""
 
-  def student_outputs(self, params, batch):
+  def student_outputs(self, params, frozen, batch, key):
     return params
 
   def teacher_outputs(self, frozen, batch):
@@ -305,12 +305,12 @@ def test_the_student_meets_the_updated_critic(microbatches, by_microbatch):
   """The critic w loses a share of 1 a step; the student's gradient is w."""
 
   class Outputs(_NoModels):
-    def student_outputs(self, params, batch):
+    def student_outputs(self, params, frozen, batch, key):
       hidden_BTD = params * jnp.ones((*batch.student.ids_BT.shape, 1))
       return transformer.Outputs(hidden_BTD, transformer.Head(jnp.ones((1, 1))))
 
     def teacher_outputs(self, frozen, batch):
-      return self.student_outputs(frozen['teacher'], batch)
+      return self.student_outputs(frozen['teacher'], {}, batch, None)
 
   class Fake(objectives.base.Objective):
     critic_steps = 2

@@ -61,6 +61,13 @@ def resolve_base(path):
   return resolve(peft.base_path(path)) if peft.is_adapter(path) else path
 
 
+def tokenizer_dir(path):
+  """Where the tokenizer of a model or an adapter lies."""
+  path = resolve(path)
+  has_its_own = any(path.glob('tokenizer*'))
+  return path if has_its_own else resolve_base(path)
+
+
 def read_config(path) -> DecoderConfig:
   """The `DecoderConfig` of a directory or hub id."""
   file = resolve_base(path) / 'config.json'

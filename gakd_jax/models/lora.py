@@ -111,16 +111,25 @@ def attach(model, config, seed, place=None):
     linears[name].lora = LoRA(a, b, scale, config.dropout, i)
 
 
-def config_of(model):
-  """The `LoRAConfig` of a model's adapters, as far as they tell; or None."""
-  found = adapters(model)
-  if not found:
-    return None
-  first = next(iter(found.values()))
-  rank = first.a.shape[-1]
-  return LoRAConfig(
-    rank, first.scale * rank, first.dropout, f'^({"|".join(found)})$'
-  )
+def check_same(model, config, path):
+  """Refuses to go on with adapters of other rank, scale or place."""
+  linears, found = projections(model), adapters(model)
+  for name, linear in linears.items():
+    wanted = bool(re.search(config.targets, name))
+    if wanted != (name in found):
+      problem = f'{"no" if wanted else "an"} adapter of {name}'
+    elif wanted and linear.lora.a.shape[-1] != config.rank:
+      problem = f'rank {linear.lora.a.shape[-1]}, not {config.rank}'
+    elif wanted and linear.lora.scale != config.alpha / config.rank:
+      problem = f'alpha {linear.lora.scale * config.rank:g}, not {config.alpha}'
+    else:
+      continue
+    raise UserError(
+      f'{path} has {problem}, as config.student.lora asks: change that, or '
+      'merge the adapters first (tools/convert_weights.py to_hf --merge)'
+    )
+  for adapter in found.values():
+    adapter.dropout = config.dropout
 
 
 def merge(model):

@@ -138,7 +138,7 @@ def save(model, path):
   settings = {
     'peft_type': 'LORA',
     'task_type': 'CAUSAL_LM',
-    'base_model_name_or_path': str(model.source),
+    'base_model_name_or_path': str(Path(model.source).absolute()),
     'target_modules': sorted(map(_suffix, ranks)),
     'r': r,
     'lora_alpha': alpha,

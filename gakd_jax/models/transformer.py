@@ -282,11 +282,12 @@ def split(model):
   return definition, nnx.to_pure_dict(state)
 
 
-def apply(definition, params, tokens, dtype, remat=False):
+def apply(definition, params, tokens, dtype, remat=False, key=None):
   """`Outputs` of a split model on `data.pipeline.Tokens`, computed in `dtype`.
 
-  Master weights stay as they are: their gradient passes through the cast.
+  Master weights stay as they are: their gradient passes through the cast. For
+  `remat` and `key` see `run_blocks`.
   """
   params = jax.tree.map(lambda x: x.astype(dtype), params)
   model = nnx.merge(definition, params)
-  return model(tokens.ids_BT, tokens.segments_BT, remat=remat)
+  return model(tokens.ids_BT, tokens.segments_BT, remat=remat, key=key)

@@ -38,7 +38,7 @@ from flax import nnx
 
 from gakd_jax import UserError, models, report, sharding
 from gakd_jax.models import critic as critic_lib
-from gakd_jax.models import transformer
+from gakd_jax.models import lora, transformer
 from gakd_jax.objectives import base, divergences, head
 
 softplus = jax.nn.softplus
@@ -172,6 +172,7 @@ class GAKD(base.Objective):
     params = jax.jit(make, out_shardings=places)(rng)
     if self.critic.get('init_from'):
       trunk = models.load(self.critic['init_from'], 'float32', mesh)
+      lora.merge(trunk)
       trunk = transformer.split(trunk)[1]
       params |= {name: trunk[name] for name in ('blocks', 'final_norm')}
     return {}, params
