@@ -2,11 +2,15 @@
 
   python tools/convert_weights.py to_flax SRC DST [--dtype bfloat16]
   python tools/convert_weights.py to_hf SRC DST
+  python tools/convert_weights.py to_hf --merge ADAPTER DST
 
 A Flax directory has `params/`, an Orbax checkpoint of the parameter tree
 (nested dicts; kernels [in, out]; layers stacked along a leading axis), beside
 the config.json and the tokenizer of the Hugging Face directory. Weights keep
 every bit unless a dtype is asked for, and memory never holds them twice.
+
+With --merge, the source is a directory of adapters as PEFT and training write
+it, and the result is their base model with them folded in.
 """
 
 import argparse
@@ -21,7 +25,7 @@ import rich.progress
 from flax import nnx
 
 from gakd_jax import UserError, models
-from gakd_jax.models import convert, transformer
+from gakd_jax.models import convert, lora, transformer
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -55,6 +59,18 @@ def to_hf(source, destination):
     report(_bytes(params))
     report = _task(progress, 'writing', _bytes(params))
     models.save(nnx.merge(definition, params), destination, report=report)
+
+
+def merge(source, destination):
+  """Writes the Hugging Face directory of a base model and its adapters."""
+  with _progress() as progress:
+    size = _loaded_bytes(models.resolve_base(source), None)
+    model = models.load(source, report=_task(progress, 'reading', size))
+    if not lora.adapters(model):
+      raise UserError(f'{source}: has no adapters to merge')
+    lora.merge(model)
+    report = _task(progress, 'writing', size)
+    models.save(model, destination, report=report)
 
 
 def _restore(path, shapes):
@@ -133,14 +149,21 @@ def main(argv=None):
   parser.add_argument('source', help='directory, or hub id for to_flax')
   parser.add_argument('destination', help='a directory that is not there yet')
   parser.add_argument('--dtype', choices=DTYPES, help='cast, for to_flax')
+  parser.add_argument(
+    '--merge', action='store_true', help='fold adapters in, for to_hf'
+  )
   args = parser.parse_args(argv)
   if args.direction == 'to_hf' and args.dtype:
     parser.error('--dtype goes with to_flax')
+  if args.direction == 'to_flax' and args.merge:
+    parser.error('--merge goes with to_hf')
   try:
     if Path(args.destination).exists():
       raise UserError(f'{args.destination}: exists already; name a new one')
     if args.direction == 'to_flax':
       to_flax(args.source, args.destination, args.dtype)
+    elif args.merge:
+      merge(args.source, args.destination)
     else:
       to_hf(args.source, args.destination)
   except UserError as e:

@@ -117,7 +117,7 @@ def check_same(model, config, path):
   for name, linear in linears.items():
     wanted = bool(re.search(config.targets, name))
     if wanted != (name in found):
-      problem = f'{"no" if wanted else "an"} adapter of {name}'
+      problem = f'{name} has {"none" if wanted else "one"}'
     elif wanted and linear.lora.a.shape[-1] != config.rank:
       problem = f'rank {linear.lora.a.shape[-1]}, not {config.rank}'
     elif wanted and linear.lora.scale != config.alpha / config.rank:
@@ -125,8 +125,9 @@ def check_same(model, config, path):
     else:
       continue
     raise UserError(
-      f'{path} has {problem}, as config.student.lora asks: change that, or '
-      'merge the adapters first (tools/convert_weights.py to_hf --merge)'
+      f'{path}: its adapters are not those of config.student.lora: {problem}; '
+      'change that, or merge them first (tools/convert_weights.py to_hf '
+      '--merge)'
     )
   for adapter in found.values():
     adapter.dropout = config.dropout
