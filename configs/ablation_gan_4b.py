@@ -3,7 +3,7 @@
   python -m gakd_jax.main --config=configs/ablation_gan_4b.py
 
 Every claim about the critic is a difference from this run.
-Hardware: four 80 GB GPUs (fsdp).
+Hardware: one 80 GB GPU.
 Not yet run at full size.
 """
 

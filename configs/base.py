@@ -151,6 +151,7 @@ def shrink(config, *, model, data, steps=2):
   config.data.max_length = 96
   config.data.max_prompt_length = 64
   config.data.buckets = None
+  config.optimizer.warmup_steps = 0
   if config.train.steps != 0:
     config.train.steps, config.train.epochs = steps, None
   config.train.batch_size = 8

@@ -5,6 +5,9 @@
 
 from configs import base
 
+# The authors' adapters, on all projections (GAKD's recipes).
+LORA = {'rank': 16, 'alpha': 32.0, 'dropout': 0.1, 'targets': '.*'}
+
 
 def get_config():
   c = base.get_config()
@@ -20,3 +23,74 @@ def get_config():
   }
   c.checkpoint.best_metric = 'generation/rouge_l'
   return c
+
+
+def pipeline(teacher, student, methods):
+  """Teacher SFT, student SFT, each method from both, and all on the test set.
+
+  teacher, student: SFT configs. methods: {name: config}, whose models become
+  those stages.
+  """
+  c = base.get_config()
+  stages = [('teacher', teacher), ('sft', student)]
+  for name, stage in methods.items():
+    stage.student.path = 'stage:sft'
+    stage.teacher.path = 'stage:teacher'
+    stages.append((name, stage))
+  for name in ('teacher', 'sft', *methods):
+    stages.append((f'test_{name}', _test(name, teacher)))
+  c.stages = tuple(stages)
+  return c
+
+
+def _test(name, teacher):
+  """The best model of a stage on the test set, with the field's protocol."""
+  c = get_config()
+  c.data.template = teacher.data.template
+  c.student.path = f'stage:{name}'
+  c.train.steps = 0
+  c.data.train = None
+  c.evals = {
+    'loss': {'data': 'data/dolly/test.jsonl', 'batch_size': 32},
+    'generation': {'data': 'data/dolly/test.jsonl', 'batch_size': 128},
+  }
+  c.checkpoint.best_metric = None
+  return c
+
+
+def pair(teacher, student, *, template, teacher_sft, student_sft, rate):
+  """`pipeline` of two models with one tokenizer: forward and reverse KL, GAKD
+  and its ablation.
+
+  teacher, student: HF directories or hub ids. teacher_sft, student_sft: dicts
+  of `lora` (None: all weights), `learning_rate` and `epochs`. rate: of
+  distillation, which trains what the student's SFT trained, as long.
+  """
+
+  def stage(path, objective, *, lora, learning_rate, epochs):
+    c = get_config()
+    c.student.path, c.student.lora = path, lora
+    c.data.template = template
+    c.objective = objective
+    c.optimizer.learning_rate = learning_rate
+    c.train.epochs = epochs
+    c.train.microbatch_size = 8
+    return c
+
+  first = stage(student, {'name': 'sft'}, **student_sft)
+  first.checkpoint.best_metric, first.checkpoint.best_mode = 'loss/ce', 'min'
+  rgan = {'name': 'gakd', 'kind': 'rgan', 'g': 0.1}
+  objectives = {
+    'forward_kl': {'name': 'kld', 'divergence': 'forward_kl'},
+    'reverse_kl': {'name': 'kld', 'divergence': 'reverse_kl'},
+    'rgan': rgan,
+    'rgan_without_critic': rgan | {'g': 0.0},
+  }
+  return pipeline(
+    stage(teacher, {'name': 'sft'}, **teacher_sft),
+    first,
+    {
+      name: stage(None, objective, **student_sft | {'learning_rate': rate})
+      for name, objective in objectives.items()
+    },
+  )

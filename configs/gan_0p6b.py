@@ -4,8 +4,8 @@
   python -m gakd_jax.main --config=configs/sft_0p6b.py
   python -m gakd_jax.main --config=configs/gan_0p6b.py
 
-Loss 0.5 CE + 0.5 x 1 reverse KL + 0.1 L_G, L_G from the second epoch on. The
-rate is the authors', who train LoRA of rank 16; here all weights are trained.
+Loss 0.5 CE + 0.5 x 1 reverse KL + 0.1 L_G, L_G from the second epoch on, LoRA
+of rank 16.
 Hardware: one 80 GB GPU; the teacher takes 16 GB.
 The checkpoint is chosen by validation ROUGE-L. What to expect: no numbers are
 published; the gain is the difference from `ablation_gan_0p6b`, and a seed is
@@ -18,6 +18,7 @@ from configs import dolly
 def get_config():
   c = dolly.get_config()
   c.student.path = 'runs/sft_0p6b/best'
+  c.student.lora = dolly.LORA
   c.teacher.path = 'runs/sft_8b/best'
   c.objective = {
     'name': 'gakd',

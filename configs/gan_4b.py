@@ -4,9 +4,9 @@
   python -m gakd_jax.main --config=configs/sft_4b.py
   python -m gakd_jax.main --config=configs/gan_4b.py
 
-Loss 0.5 CE + 0.5 x 15 reverse KL + 0.1 L_G, L_G from the second epoch on. The
-rate is the authors', who train LoRA of rank 16; here all weights are trained.
-Hardware: four 80 GB GPUs (fsdp); the teacher takes 16 GB.
+Loss 0.5 CE + 0.5 x 15 reverse KL + 0.1 L_G, L_G from the second epoch on, LoRA
+of rank 16.
+Hardware: one 80 GB GPU; the teacher takes 16 GB.
 The checkpoint is chosen by validation ROUGE-L. What to expect: no numbers are
 published; the gain is the difference from `ablation_gan_4b`, and a seed is
 worth 0.2 to 0.6 ROUGE-L. Not yet run at full size.
@@ -18,6 +18,7 @@ from configs import dolly
 def get_config():
   c = dolly.get_config()
   c.student.path = 'runs/sft_4b/best'
+  c.student.lora = dolly.LORA
   c.teacher.path = 'runs/sft_8b/best'
   c.objective = {
     'name': 'gakd',
@@ -28,6 +29,5 @@ def get_config():
   }
   c.optimizer.learning_rate = 1e-5
   c.train.epochs = 10
-  c.train.microbatch_size = 32
-  c.mesh.data, c.mesh.fsdp = 1, -1
+  c.train.microbatch_size = 8
   return c

@@ -5,8 +5,8 @@
 The critic's trunk is Qwen3-0.6B, all of it trained; it reads raw logits of
 whole rows, padded to 512 tokens, in bf16, is scored at the last position, and
 updated after every microbatch; penalties have no gradient. See
-gakd_jax/objectives/gakd.py. Hardware: one 80 GB GPU: weights and AdamW of
-student and critic 20 GB, the teacher 16 GB. Not yet run at full size.
+gakd_jax/objectives/gakd.py. Hardware: one 80 GB GPU: the critic's weights and
+AdamW take 7 GB, the teacher 16 GB. Not yet run at full size.
 """
 
 from configs import rgan_0p6b

@@ -4,8 +4,8 @@
   python -m gakd_jax.main --config=configs/sft_1p7b.py
   python -m gakd_jax.main --config=configs/rkl_1p7b.py
 
-Loss 0.5 CE + 0.5 reverse KL, all weights trained. Hardware: one 80 GB GPU;
-the teacher takes 16 GB of it. The checkpoint is chosen by validation ROUGE-L.
+Loss 0.5 CE + 0.5 reverse KL, LoRA of rank 16. Hardware: one 80 GB GPU; the
+teacher takes 16 GB of it. The checkpoint is chosen by validation ROUGE-L.
 Not yet run at full size.
 """
 
@@ -15,6 +15,7 @@ from configs import dolly
 def get_config():
   c = dolly.get_config()
   c.student.path = 'runs/sft_1p7b/best'
+  c.student.lora = dolly.LORA
   c.teacher.path = 'runs/sft_8b/best'
   c.objective = {'name': 'kld', 'divergence': 'reverse_kl', 'kd': 0.5}
   c.optimizer.learning_rate = 5e-6

@@ -2,7 +2,7 @@
 
   python -m gakd_jax.main --config=configs/sft_4b.py
 
-Hardware: four 80 GB GPUs (fsdp).
+LoRA of rank 16. Hardware: one 80 GB GPU.
 The checkpoint is chosen by validation loss. Not yet run at full size.
 """
 
@@ -12,11 +12,11 @@ from configs import dolly
 def get_config():
   c = dolly.get_config()
   c.student.path = 'Qwen/Qwen3-4B'
+  c.student.lora = dolly.LORA
   c.objective = {'name': 'sft'}
   c.optimizer.learning_rate = 5e-6
   c.train.epochs = 10
-  c.train.microbatch_size = 32
-  c.mesh.data, c.mesh.fsdp = 1, -1
+  c.train.microbatch_size = 8
   c.checkpoint.best_metric = 'loss/ce'
   c.checkpoint.best_mode = 'min'
   return c

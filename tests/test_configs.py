@@ -35,11 +35,15 @@ def shrunk(name, model):
   config.stages = tuple(
     (stage.replace('-seed0', ''), c) for stage, c in config.stages
   )
-  if name == 'pipeline_0p6b':  # Of stages side by side, one; see the recipes.
-    kept = ('teacher', 'sft', 'rgan', 'test_rgan')
-    config.stages = tuple(s for s in config.stages if s[0] in kept)
+  # Of stages side by side, one, unless each is another method.
+  kept = ('teacher', 'sft', 'rgan', 'test_rgan', 'gkd_t2', 'seqkd', 'gakd')
+  config.stages = tuple(s for s in config.stages if s[0] in kept)
   for c in (config, *(stage for _, stage in config.stages)):
     c.optimizer.learning_rate = 1e-3
+    if c.data.template == 'alpaca':  # Too long for a tokenizer of 300 tokens.
+      c.data.template = 'chat'
+    if c.student.lora is not None or name.startswith('pipeline'):
+      c.student.lora = {'rank': 2}
     c.student.path = c.student.path and c.student.path.replace('-seed0', '')
     if 'rkl_scale' in c.objective:
       c.objective.rkl_scale = 1.0
@@ -71,7 +75,7 @@ def test_every_config_trains(name, trained, small_model):
   config = shrunk(name, small_model)
   where = trained(config)
   last = where / config.stages[-1][0] if config.stages else where
-  assert (last / 'best' / 'model.safetensors').exists()
+  assert list((last / 'best').glob('*model.safetensors'))  # or an adapter's
   assert (where / 'report.html').exists()
 
 
@@ -227,4 +231,4 @@ def test_disk_full_while_saving(broken, monkeypatch):
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr('gakd_jax.models.convert.save_params', full)
-  assert 'the disk is full' in broken()
+  assert 'the disk is full' in broken(**{'student.lora': None})

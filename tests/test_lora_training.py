@@ -1,0 +1,221 @@
+"""A run that trains adapters: what moves, what is saved, who goes on."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from configs import base
+from gakd_jax import UserError, models, objectives, optim, step, train
+from gakd_jax.data import pipeline
+from gakd_jax.models import lora, transformer
+
+B, T, V, D = 4, 10, 90, 16
+CONFIG = models.DecoderConfig(
+  vocab_size=V,
+  width=D,
+  layers=2,
+  heads=2,
+  kv_heads=1,
+  head_dim=8,
+  ff_width=24,
+  tied_head=True,
+  rope_theta=1e4,
+  norm_eps=1e-6,
+  max_length=T,
+)
+RATE = 1e-2
+
+
+def _batch():
+  rng = np.random.default_rng(0)
+  bins = [
+    [(rng.integers(0, V, 2, np.int32), rng.integers(0, V, n, np.int32))]
+    for n in (8, 3, 5, 1)
+  ]
+  tokens = pipeline.collate(bins, T, pad_id=0)
+  return pipeline.Batch(student=tokens, teacher=tokens, align={})
+
+
+def _student(dropout=0.0):
+  """A definition, its adapters (B random) and its base."""
+  model = models.Decoder(CONFIG, nnx.Rngs(0))
+  lora.attach(model, lora.LoRAConfig(3, 6.0, dropout), seed=0)
+  definition, params = transformer.split(model)
+  rng = np.random.default_rng(1)
+  params = jax.tree.map(
+    lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape, np.float32)),
+    params,
+  )
+  return definition, *lora.partition(params)
+
+
+def _step(definition, mine, objective=None, microbatches=1):
+  schedule = optim.make_schedule(RATE, 10)
+  optimizer = optim.make(schedule, eps=1e-4)
+  state = step.init_state(mine, optimizer)
+  fn = step.make_train_step(
+    step.Models(definition, None, jnp.float32),
+    objective or objectives.make('sft', head_chunk=7),
+    optimizer,
+    schedule,
+    seed=0,
+    microbatches=microbatches,
+  )
+  return fn, state
+
+
+def test_a_step_moves_the_adapters_as_optax_does_and_nothing_else():
+  definition, mine, frozen = _student()
+  batch = _batch()
+
+  def loss(mine):
+    model = nnx.merge(definition, lora.combine(mine, frozen))
+    tokens = batch.student
+    log_q = jax.nn.log_softmax(model.logits(tokens.ids_BT, tokens.segments_BT))
+    b, t = np.nonzero(tokens.mask_BT)
+    return -jnp.mean(log_q[b, t - 1, tokens.ids_BT[b, t]])
+
+  @jax.jit
+  def by_hand(mine):
+    adam = optax.adamw(RATE, eps=1e-4, weight_decay=0.0)
+    grads = jax.grad(loss)(mine)
+    updates, _ = adam.update(grads, adam.init(mine), mine)
+    return optax.apply_updates(mine, updates)
+
+  want = by_hand(mine)
+  for microbatches in (1, 2):
+    fn, state = _step(
+      definition, jax.tree.map(jnp.copy, mine), None, microbatches
+    )
+    got, _ = fn(state, {'student': frozen}, batch)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+      got.params['student'],
+      want,
+    )
+  assert (
+    sum(x.size for x in jax.tree.leaves(got.opt_state))
+    <= 1 + 2 * sum(x.size for x in jax.tree.leaves(mine)) + 1
+  )
+
+
+def test_dropout_is_drawn_anew_each_step_and_not_in_another_run():
+  definition, mine, frozen = _student(dropout=0.3)
+  fn, state = _step(definition, mine)
+
+  def losses(at):
+    now = jax.tree.map(jnp.copy, state.replace(step=jnp.int32(at)))
+    return float(fn(now, {'student': frozen}, _batch())[1]['loss'])
+
+  assert losses(0) == losses(0)
+  assert abs(losses(0) - losses(1)) > 1e-3
+
+
+def test_a_frozen_head_has_no_gradient():
+  """Arrays of its size that the loop over chunks carries: itself alone."""
+  definition, mine, frozen = _student()
+  plain = models.Decoder(CONFIG, nnx.Rngs(0))
+  whole_definition, whole = transformer.split(plain)
+  carried = []
+  for args, frozen_now in (
+    ((definition, mine), {'student': frozen}),
+    ((whole_definition, whole), {}),
+  ):
+    fn, state = _step(*args)
+    text = fn.lower(state, frozen_now, _batch()).compile().as_text()
+    loops = [line for line in text.split('\n') if re.search(r' while\(', line)]
+    carried.append(max(line.count(f'f32[{V},{D}]') for line in loops))
+  assert carried == [1, 2]
+
+
+@pytest.fixture(scope='module')
+def data_file(tmp_path_factory):
+  path = tmp_path_factory.mktemp('data') / 'rows.jsonl'
+  words = ('one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight')
+  rows = [{'prompt': f'Repeat {w}.', 'response': w} for w in words]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return str(path)
+
+
+@pytest.fixture
+def config(tiny_model_dir, data_file):
+  c = base.get_config()
+  c.student.path = str(tiny_model_dir())
+  c.student.lora = {'rank': 2, 'alpha': 4.0, 'dropout': 0.1, 'targets': 'mlp'}
+  c.student.dtype = c.train.precision = 'float32'
+  c.data.train = c.data.validation = data_file
+  c.data.template = 'chat'
+  c.data.max_length = 48
+  c.data.max_prompt_length = 32
+  c.data.buckets = (48,)
+  c.objective = {'name': 'sft'}
+  c.optimizer.learning_rate = 1e-2
+  c.train.batch_size = 8
+  c.train.steps = 3
+  c.train.head_chunk = 16
+  c.mesh.data = 1
+  c.evals = {'loss': {'batch_size': 8}}
+  return c
+
+
+def _adapters(workdir):
+  return safetensors.numpy.load_file(
+    workdir / 'best' / 'adapter_model.safetensors'
+  )
+
+
+def test_a_run_writes_adapters_and_the_next_goes_on_with_them(config, tmp_path):
+  config.train.steps = 3
+  first = train.run(config, tmp_path / 'first')
+  best = tmp_path / 'first' / 'best'
+  # The best model, loaded, is the one that was measured.
+  assert (best / 'tokenizer.json').exists()
+  assert not (best / 'model.safetensors').exists()
+  assert len(_adapters(tmp_path / 'first')) == 3 * 2 * 2
+  saved = (tmp_path / 'first/checkpoints/3/state/_METADATA').read_text()
+  assert 'lora' in saved
+  assert 'kernel' not in saved
+  assert 'embedding' not in saved
+
+  config.student.path = str(best)
+  config.optimizer.learning_rate = 1e-9
+  second = train.run(config, tmp_path / 'second')
+  assert second['loss/ce'] == pytest.approx(first['loss/ce'], rel=1e-5)
+
+  # As a teacher it is base and adapter; to train all weights, it is merged.
+  config.teacher.path = str(best)
+  config.student.lora = None
+  config.objective = {'name': 'kld'}
+  third = train.run(config, tmp_path / 'third')
+  assert third['loss/ce'] == pytest.approx(first['loss/ce'], rel=1e-4)
+  assert third['loss/forward_kl'] == pytest.approx(0, abs=1e-5)
+  assert (tmp_path / 'third' / 'best' / 'model.safetensors').exists()
+
+
+@pytest.mark.parametrize(
+  ('changes', 'word'),
+  [
+    ({'rank': 3}, 'rank 2, not 3'),
+    ({'alpha': 8.0}, 'alpha 4, not 8.0'),
+    ({'targets': 'up'}, 'mlp/down has one'),
+    ({'targets': ''}, 'attention/query has none'),
+    ({'rnak': 3}, "no setting 'rnak'"),
+  ],
+)
+def test_other_adapters_than_the_ones_it_starts_from_are_refused(
+  config, changes, word, tmp_path
+):
+  model = models.load(config.student.path)
+  lora.attach(model, lora.make_config(config.student.lora), 0)
+  models.save(model, tmp_path / 'adapter')
+  config.student.path = str(tmp_path / 'adapter')
+  config.student.lora = dict(config.student.lora) | changes
+  with pytest.raises(UserError, match=word):
+    train.run(config, tmp_path / 'run')
