@@ -5,6 +5,7 @@ of this process holds, straight to its dtype and its shard: host memory never
 has a second copy of the model.
 """
 
+import concurrent.futures
 import dataclasses
 import json
 import math
@@ -139,27 +140,41 @@ def open_safetensors(file):
 def _reader(files, shape, stored, dtype):
   """A callback for `jax.make_array_from_callback`: index -> that part."""
 
-  def read_one(where, index):
+  def read_into(out, where, index):
     # Opened each time: a file that stays mapped stays in memory.
     file, name_there = files[where.tensor]
     with open_safetensors(file) as tensors:
       x = tensors.get_slice(name_there)[where.index(index)]
-      return x.T if where.transposed else x
+    _copy(out, x.T if where.transposed else x)
 
   def read(index):
-    if len(index) == len(stored[0].shape):  # not stacked
-      return np.asarray(read_one(stored[0], index), dtype)
-    layers = range(*index[0].indices(shape[0]))
-    inner = index[1:]
     sizes = [
-      len(range(*i.indices(n))) for i, n in zip(inner, shape[1:], strict=True)
+      len(range(*i.indices(n))) for i, n in zip(index, shape, strict=True)
     ]
-    out = np.empty((len(layers), *sizes), dtype)
-    for row, l in zip(out, layers, strict=True):
-      row[...] = read_one(stored[l], inner)
+    out = np.empty(sizes, dtype)
+    if len(index) == len(stored[0].shape):  # not stacked
+      read_into(out, stored[0], index)
+      return out
+    here = stored[index[0]]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      list(pool.map(lambda *x: read_into(*x, index[1:]), out, here))
     return out
 
   return read
+
+
+def _copy(out, x):
+  """out[...] = x; fast for matrices of which one is transposed.
+
+  In 16 columns at a time, else nearly every number of a large matrix would
+  miss the cache; and as integers, which numpy copies faster than bfloat16.
+  """
+  if out.dtype == x.dtype:
+    bits = f'u{out.dtype.itemsize}'
+    out, x = out.view(bits), x.view(bits)
+  step = 16 if out.ndim == 2 and not x.flags.c_contiguous else out.shape[-1]
+  for i in range(0, out.shape[-1], step):
+    out[..., i : i + step] = x[..., i : i + step]
 
 
 def load_params(path, config, abstract, dtype=None, mesh=None, report=None):
@@ -267,7 +282,11 @@ def _joined(parts):
   parts = sorted(parts, key=lambda part: part[0].offset)
   arrays = [np.asarray(leaf[index]) for _, leaf, index in parts]
   x = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
-  return np.ascontiguousarray(x.T if parts[0][0].transposed else x)
+  if not parts[0][0].transposed:
+    return np.ascontiguousarray(x)
+  out = np.empty(x.shape[::-1], x.dtype)
+  _copy(out, x.T)
+  return out
 
 
 def _safetensors_header(shard):
