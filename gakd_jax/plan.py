@@ -22,6 +22,14 @@ from gakd_jax.data import pipeline
 
 GB = 1e9
 
+# A CPU multiplies in float32. Left to itself, its compiler takes the conversion
+# of all layers' weights out of the loop over layers: a second copy of a model
+# in twice the bytes, which no accelerator has.
+_NO_HOISTING = {
+  'xla_disable_hlo_passes': 'while-loop-invariant-code-motion,'
+  'while-loop-expensive-invariant-code-motion'
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -73,7 +81,9 @@ def make(config, mesh):
   total = config.train.steps or 10**9
   train_step, _, state = build.make_train_step(this, student_params, 0, total)
   batch = _batch(config, mesh)
-  compiled = train_step.lower(state, this.frozen, batch).compile()
+  compiled = train_step.lower(state, this.frozen, batch).compile(
+    compiler_options=_NO_HOISTING if _widens(config) else None
+  )
   parts = _resident(state, this.frozen, batch)
   temporary = _temporary(compiled)
   # Gradients and logits are among the temporaries, but need not be there at
@@ -290,14 +300,18 @@ def _show(plan, config, mesh, memory_gb, tflops):
   print(_sources(config))
 
 
+def _widens(config):
+  """Whether the compiler computes in more than the config's precision."""
+  return jax.default_backend() == 'cpu' and config.train.precision != 'float32'
+
+
 def _sources(config):
-  backend = jax.default_backend()
   text = (
     'from: shapes and shardings; temporaries by the compiler for '
-    f'{backend} (jax {jax.__version__}); operations by formula, every token a '
-    'response; evaluations not included'
+    f'{jax.default_backend()} (jax {jax.__version__}); operations by formula, '
+    'every token a response; evaluations not included'
   )
-  if backend == 'cpu' and config.train.precision != 'float32':
+  if _widens(config):
     text += (
       f'; a CPU multiplies {config.train.precision} in float32, so that '
       'temporaries are larger here than on an accelerator'
