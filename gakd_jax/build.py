@@ -32,16 +32,17 @@ class Run:
   """What a run is made of: all that does not change from step to step."""
 
   config: Any
-  workdir: Path
   mesh: jax.sharding.Mesh
-  tokenizer: Any
   objective: objectives.base.Objective
   student: Any  # model definition
   teacher: Any  # model definition, or None
   shapes: tuple  # the `DecoderConfig` of student and teacher (None)
   frozen: dict  # parameters that are not trained: 'teacher', 'student'
-  evaluators: dict
-  examples: list | None  # to train on; None: the teacher writes them first
+  # Of a run that is only planned, there are none of these.
+  workdir: Path | None = None
+  tokenizer: Any = None
+  evaluators: dict = dataclasses.field(default_factory=dict)
+  examples: list | None = None  # None: the teacher writes them first
 
   def whole(self, params):
     """The student's parameters, of those that are trained."""
@@ -68,30 +69,7 @@ class Run:
 
 def build(config, workdir, mesh):
   """A `Run` and the student's first parameters, in fp32."""
-  objective = objectives.make(
-    head_chunk=config.train.head_chunk,
-    critic=config.critic.to_dict(),
-    **config.objective,
-  )
-  rollout.check(**config.rollout)
-  if config.student.lora is not None:
-    lora.make_config(config.student.lora)
-  if config.train.steps is None and config.train.epochs is None:
-    raise UserError('config.train: set steps or epochs')
-  microbatch = config.train.microbatch_size or config.train.batch_size
-  sharding.check_batch_size(config.train.batch_size, microbatch, mesh)
-  if objective.whole_rows and config.data.packing:
-    raise UserError(
-      'config.data.packing: this objective reads rows whole, one document '
-      'each; set it to False'
-    )
-  for settings in (config.optimizer, config.critic_optimizer):
-    optimizer(settings, 1)
-  uses_teacher = objective.needs_teacher or config.rollout.writer == 'teacher'
-  if uses_teacher and config.teacher.path is None:
-    raise UserError(
-      'config.teacher.path is not set, and this config needs a teacher'
-    )
+  objective = _checked_objective(config, mesh)
   tokenizer = tokenizer_lib.load(models.tokenizer_dir(config.student.path))
   _check_vocabulary(config.student.path, tokenizer, config.student.shape)
   for path in filter(None, (config.student.path, config.teacher.path)):
@@ -120,10 +98,84 @@ def build(config, workdir, mesh):
   if config.rollout.writer == 'dataset' and config.train.steps != 0:
     examples = _examples(config, config.data.train, tokenizer)
 
-  student = _student(config, mesh)
-  teacher = None
+  def load(part, dtype):
+    shape = part.get('shape')
+    if shape is None:
+      model = models.load(part.path, dtype=dtype, mesh=mesh)
+    else:
+      model = models.init(
+        part.path, config.seed, dtype=dtype, mesh=mesh, **shape
+      )
+    if part is config.student:
+      return _with_adapters(model, config, mesh)
+    return model
+
+  return _assemble(
+    config,
+    mesh,
+    objective,
+    load,
+    workdir=workdir,
+    tokenizer=tokenizer,
+    evaluators=evaluators,
+    examples=examples,
+  )
+
+
+def abstract(config, mesh):
+  """`build` with shapes for parameters, to plan a run with.
+
+  Of the models, config.json is read and nothing else; there is no data.
+  """
+  objective = _checked_objective(config, mesh)
+
+  def shapes(part, dtype):
+    shape = models.read_config(part.path, **(part.get('shape') or {}))
+    settings = part.get('lora')
+    adapters = None if settings is None else lora.make_config(settings)
+    definition, params = transformer.split(models.abstract(shape, '', adapters))
+    return nnx.merge(definition, sharding.abstract(params, mesh, dtype))
+
+  return _assemble(config, mesh, objective, shapes)
+
+
+def _checked_objective(config, mesh):
+  """The objective; refuses what is wrong whatever the models and the data."""
+  objective = objectives.make(
+    head_chunk=config.train.head_chunk,
+    critic=config.critic.to_dict(),
+    **config.objective,
+  )
+  rollout.check(**config.rollout)
+  if config.student.lora is not None:
+    lora.make_config(config.student.lora)
+  if config.train.steps is None and config.train.epochs is None:
+    raise UserError('config.train: set steps or epochs')
+  microbatch = config.train.microbatch_size or config.train.batch_size
+  sharding.check_batch_size(config.train.batch_size, microbatch, mesh)
+  if objective.whole_rows and config.data.packing:
+    raise UserError(
+      'config.data.packing: this objective reads rows whole, one document '
+      'each; set it to False'
+    )
+  for settings in (config.optimizer, config.critic_optimizer):
+    optimizer(settings, 1)
+  uses_teacher = objective.needs_teacher or config.rollout.writer == 'teacher'
+  if uses_teacher and config.teacher.path is None:
+    raise UserError(
+      'config.teacher.path is not set, and this config needs a teacher'
+    )
+  return objective
+
+
+def _assemble(config, mesh, objective, load, **rest):
+  """A `Run` of models that `load(part of the config, dtype)` gives."""
+  # All weights are trained in fp32; a frozen base keeps its own dtype.
+  trains_all = config.student.lora is None
+  dtype = 'float32' if trains_all else config.student.dtype
+  student, teacher = load(config.student, dtype), None
   if config.teacher.path:
-    teacher = models.load(config.teacher.path, config.teacher.dtype, mesh)
+    teacher = load(config.teacher, config.teacher.dtype)
   shapes = student.config, teacher and teacher.config
   student, student_params = transformer.split(student)
   frozen = {}
@@ -133,41 +185,31 @@ def build(config, workdir, mesh):
     teacher, frozen['teacher'] = transformer.split(teacher)
   this = Run(
     config=config,
-    workdir=workdir,
     mesh=mesh,
-    tokenizer=tokenizer,
     objective=objective,
     student=student,
     teacher=teacher,
     shapes=shapes,
     frozen=frozen,
-    evaluators=evaluators,
-    examples=examples,
+    **rest,
   )
   return this, student_params
 
 
-def _student(config, mesh):
+def _with_adapters(model, config, mesh):
   """The student as it starts: with adapters if `config.student.lora` says so.
 
   Those of an adapter's directory go on, if they are what the config asks for;
   without `lora` they are merged, and all weights are trained.
   """
-  c = config.student
-  # All weights are trained in fp32; a frozen base keeps its own dtype.
-  dtype = 'float32' if c.lora is None else c.dtype
-  if c.shape is not None:
-    model = models.init(c.path, config.seed, dtype=dtype, mesh=mesh, **c.shape)
-  else:
-    model = models.load(c.path, dtype=dtype, mesh=mesh)
-  found = lora.adapters(model)
-  if c.lora is None:
+  settings = config.student.lora
+  if settings is None:
     lora.merge(model)
-  elif not found:
-    wanted = lora.make_config(c.lora)
-    lora.attach(model, wanted, config.seed, sharding.replicated(mesh))
+  elif lora.adapters(model):
+    lora.check_same(model, lora.make_config(settings), config.student.path)
   else:
-    lora.check_same(model, lora.make_config(c.lora), c.path)
+    place = sharding.replicated(mesh)
+    lora.attach(model, lora.make_config(settings), config.seed, place)
   return model
 
 
@@ -287,21 +329,64 @@ def optimizer(config, total_steps):
   return optim.make(schedule, **settings), schedule
 
 
-def first_state(this, student_params, optimizer, critic_optimizer):
-  """The state at step 0, on the mesh. Consumes the student's parameters."""
-  extra, critic = this.objective.init(
-    jax.random.key(this.config.seed), *this.shapes, this.mesh
-  )
+def make_train_step(this, student_params, steps_per_epoch, total):
+  """The jitted step of a run, and how its state comes about.
+
+  Nothing is allocated, and `student_params` may be shapes.
+
+  Returns:
+    train_step: see `step.make_train_step`.
+    make: (student's parameters, extra, critic) -> `TrainState`.
+    state: what `make` makes, as shapes with their places on the mesh.
+  """
+  c = this.config
+  main, schedule = optimizer(c.optimizer, total)
+  critic_optimizer, _ = optimizer(c.critic_optimizer, total)
 
   def make(student_params, extra, critic):
     return step.init_state(
       student_params,
-      optimizer,
+      main,
       extra=extra,
       critic=critic,
       critic_optimizer=critic_optimizer,
     )
 
-  args = student_params, extra, critic
-  places, _ = step.state_shardings(jax.eval_shape(make, *args), this.mesh)
-  return jax.jit(make, out_shardings=places, donate_argnums=(0, 1, 2))(*args)
+  extra, critic = this.objective.shapes(*this.shapes)
+  state = jax.eval_shape(make, student_params, extra, critic)
+  train_step = step.make_train_step(
+    step.Models(
+      this.student,
+      this.teacher if this.objective.needs_teacher else None,
+      jnp.dtype(c.train.precision),
+      c.student.remat,
+    ),
+    this.objective.for_run(steps_per_epoch, total),
+    main,
+    schedule,
+    critic_optimizer=critic_optimizer,
+    seed=c.seed,
+    microbatches=microbatches(c),
+    out_shardings=step.state_shardings(state, this.mesh),
+  )
+  return train_step, make, sharding.abstract(state, this.mesh)
+
+
+def microbatches(config):
+  """How many of them make an optimizer step."""
+  c = config.train
+  return c.batch_size // (c.microbatch_size or c.batch_size)
+
+
+def first_state(this, student_params, make, state):
+  """The state at step 0. Consumes the student's parameters.
+
+  `make` and `state` are those of `make_train_step`.
+  """
+  extra, critic = this.objective.init(
+    jax.random.key(this.config.seed), *this.shapes, this.mesh
+  )
+  places = jax.tree.map(lambda x: x.sharding, state)
+  return jax.jit(make, out_shardings=places, donate_argnums=(0, 1, 2))(
+    student_params, extra, critic
+  )

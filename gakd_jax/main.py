@@ -3,7 +3,7 @@
   python -m gakd_jax.main --config=configs/quickstart.py --workdir=runs/first
 
 `--config.a.b=value` overrides a setting. Run again, the same command continues
-where it stopped.
+where it stopped. `--plan` says what it would take, and runs nothing.
 """
 
 import errno
@@ -15,11 +15,26 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from gakd_jax import UserError, train
+from gakd_jax import UserError, plan, train
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where it all goes; default: runs/<name of the config>.'
+)
+_PLAN = flags.DEFINE_bool(
+  'plan', False, 'Print memory, operations and time of a step; run nothing.'
+)
+_PLAN_DEVICES = flags.DEFINE_integer(
+  'plan_devices',
+  None,
+  'Plan for so many devices, all of them of this CPU.',
+  lower_bound=1,
+)
+_PLAN_MEMORY_GB = flags.DEFINE_float(
+  'plan_memory_gb', None, 'Memory of a device: what batch fits in it?'
+)
+_PLAN_TFLOPS = flags.DEFINE_float(
+  'plan_tflops', None, 'What a device sustains: how long is a step?'
 )
 
 
@@ -30,6 +45,16 @@ def _main(argv):
     raise UserError('--config is missing; try --config=configs/quickstart.py')
   _use_compilation_cache()
   config = _CONFIG.value
+  if _PLAN.value:
+    if _PLAN_DEVICES.value is not None:
+      # In time: the backend has not started.
+      jax.config.update('jax_platforms', 'cpu')
+      jax.config.update('jax_num_cpu_devices', _PLAN_DEVICES.value)
+    plan.run(config, _PLAN_MEMORY_GB.value, _PLAN_TFLOPS.value)
+    return
+  for flag in (_PLAN_DEVICES, _PLAN_MEMORY_GB, _PLAN_TFLOPS):
+    if flag.value is not None:
+      raise UserError(f'--{flag.name} is of --plan; give both, or none')
   workdir = _WORKDIR.value or default_workdir()
   if config.stages:
     train.run_stages(config, workdir)

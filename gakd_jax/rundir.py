@@ -39,6 +39,40 @@ def resolve_stages(config, root):
   return config
 
 
+def stage_shapes(config, stages):
+  """A copy whose 'stage:<name>' models are what these stages start from.
+
+  Those have not run, but the shape of what they will write is known.
+  """
+  config = config.copy_and_resolve_references()
+
+  def origin(path, shape, seen=()):
+    if not str(path).startswith(STAGE):
+      return path, shape
+    name = path.removeprefix(STAGE)
+    if name not in stages or name in seen:
+      raise UserError(
+        f'{path}: config.stages has no stage {name} to start from'
+      )
+    student = stages[name].student
+    below = student.shape
+    if below is not None or shape is not None:
+      below = dict(below or {}) | dict(shape or {})
+    return origin(student.path, below, (*seen, name))
+
+  with config.ignore_type(), config.unlocked():
+    for part in (config.student, config.teacher):
+      part.path, part.shape = origin(part.path, part.get('shape'))
+    path, shape = origin(config.critic.init_from, None)
+    if shape:
+      raise UserError(
+        f'config.critic.init_from={config.critic.init_from}: the shape of this '
+        'stage is its own, and cannot be planned before the stage has run'
+      )
+    config.critic.init_from = path
+  return config
+
+
 def _finished(root, spec):
   directory = Path(root) / spec.removeprefix(STAGE)
   if not is_finished(directory):

@@ -79,6 +79,17 @@ def shardings(tree, mesh):
   )
 
 
+def abstract(tree, mesh, dtype=None):
+  """Shapes that know their place: what `jax.jit` compiles for, unallocated."""
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(
+      x.shape, dtype or x.dtype, sharding=place
+    ),
+    tree,
+    shardings(tree, mesh),
+  )
+
+
 def replicated(mesh):
   return NamedSharding(mesh, P())
 

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -23,7 +22,6 @@ from gakd_jax import (
   report,
   rundir,
   sharding,
-  step,
   summary,
 )
 from gakd_jax import checkpoint as checkpoint_lib
@@ -93,25 +91,10 @@ def _train(this, student_params):
   c = this.config
   batches = build.training_batches(this)
   total = build.total_steps(c, batches.steps_per_epoch)
-  optimizer, schedule = build.optimizer(c.optimizer, total)
-  critic_optimizer, _ = build.optimizer(c.critic_optimizer, total)
-  state = build.first_state(this, student_params, optimizer, critic_optimizer)
-  microbatch_size = c.train.microbatch_size or c.train.batch_size
-  train_step = step.make_train_step(
-    step.Models(
-      this.student,
-      this.teacher if this.objective.needs_teacher else None,
-      jnp.dtype(c.train.precision),
-      c.student.remat,
-    ),
-    this.objective.for_run(batches.steps_per_epoch, total),
-    optimizer,
-    schedule,
-    critic_optimizer=critic_optimizer,
-    seed=c.seed,
-    microbatches=c.train.batch_size // microbatch_size,
-    out_shardings=step.state_shardings(state, this.mesh),
+  train_step, make, shapes = build.make_train_step(
+    this, student_params, batches.steps_per_epoch, total
   )
+  state = build.first_state(this, student_params, make, shapes)
   checkpoints = checkpoint_lib.Checkpoints(
     this.workdir / 'checkpoints', c.checkpoint.keep
   )

@@ -17,9 +17,9 @@ ALL = PACKAGE + [
 # From the top; what stands on one line may import each other, in no circle.
 LEVELS = (
   ('main', 'evaluate', 'generate'),
-  ('train',),
+  ('train', 'plan'),
   ('build',),
-  ('step', 'rollout', 'evals'),
+  ('step', 'rollout', 'evals', 'flops'),
   ('objectives', 'sampling'),
   ('models', 'data'),
   (

@@ -205,7 +205,7 @@ def test_a_run_writes_adapters_and_the_next_goes_on_with_them(config, tmp_path):
     ({'rank': 3}, 'rank 2, not 3'),
     ({'alpha': 8.0}, 'alpha 4, not 8.0'),
     ({'targets': 'up'}, 'mlp/down has one'),
-    ({'targets': ''}, 'attention/query has none'),
+    ({'targets': ''}, 'attention/key has none'),
     ({'rnak': 3}, "no setting 'rnak'"),
   ],
 )

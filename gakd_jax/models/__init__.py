@@ -36,15 +36,20 @@ _COMPANIONS = (
 )
 
 
-def resolve(path):
-  """The local directory of a path or hub id; hub ids are downloaded."""
+def resolve(path, files=None):
+  """The local directory of a path or hub id; hub ids are downloaded.
+
+  `files`: a pattern of those that are needed; None: all of them.
+  """
   local = Path(path).expanduser()
   if local.is_dir():
     return local
   looks_like_hub = str(path).count('/') == 1 and not str(path).startswith('.')
   if looks_like_hub and not local.parent.exists():
     try:
-      return Path(huggingface_hub.snapshot_download(str(path)))
+      return Path(
+        huggingface_hub.snapshot_download(str(path), allow_patterns=files)
+      )
     except Exception as e:  # The hub's errors have no common base.
       raise UserError(
         f'model {path}: no such directory, and the hub could not provide it '
@@ -55,10 +60,10 @@ def resolve(path):
   )
 
 
-def resolve_base(path):
+def resolve_base(path, files=None):
   """`resolve`, and of an adapter the directory of the model it belongs on."""
-  path = resolve(path)
-  return resolve(peft.base_path(path)) if peft.is_adapter(path) else path
+  path = resolve(path, files)
+  return resolve(peft.base_path(path), files) if peft.is_adapter(path) else path
 
 
 def tokenizer_dir(path):
@@ -68,17 +73,36 @@ def tokenizer_dir(path):
   return path if has_its_own else resolve_base(path)
 
 
-def read_config(path) -> DecoderConfig:
-  """The `DecoderConfig` of a directory or hub id."""
-  file = resolve_base(path) / 'config.json'
-  return families.config_from_hf(convert.read_json(file), file)
+def read_config(path, **shape) -> DecoderConfig:
+  """The `DecoderConfig` of a directory or hub id, whose weights stay there.
+
+  `shape` replaces some of its fields, such as `width` or `layers`.
+  """
+  file = resolve_base(path, '*config.json') / 'config.json'
+  config = families.config_from_hf(convert.read_json(file), file)
+  try:
+    return dataclasses.replace(config, **shape)
+  except TypeError:
+    known = [f.name for f in dataclasses.fields(DecoderConfig)]
+    wrong = sorted(set(shape) - set(known))
+    raise UserError(
+      f'unknown model shape {", ".join(wrong)}; known are {", ".join(known)}'
+    ) from None
 
 
-def abstract(config, source='') -> Decoder:
-  """The model with shapes for parameters, at no cost in memory."""
-  return nnx.eval_shape(
-    lambda: Decoder(config, nnx.Rngs(0), source=str(source))
-  )
+def abstract(config, source='', adapters=None) -> Decoder:
+  """The model with shapes for parameters, at no cost in memory.
+
+  `adapters` is a `lora.LoRAConfig`.
+  """
+
+  def make():
+    model = Decoder(config, nnx.Rngs(0), source=str(source))
+    if adapters is not None:
+      lora.attach(model, adapters, 0)
+    return model
+
+  return nnx.eval_shape(make)
 
 
 def load(path, dtype=None, mesh=None, report=None) -> Decoder:
@@ -108,17 +132,10 @@ def load(path, dtype=None, mesh=None, report=None) -> Decoder:
 def init(path, seed, dtype=None, mesh=None, **shape) -> Decoder:
   """Random weights: the architecture and tokenizer of a directory.
 
-  `shape` replaces fields of its `DecoderConfig`, such as `width` or `layers`.
+  `shape` replaces fields of its `DecoderConfig`.
   """
   path = resolve(path)
-  try:
-    config = dataclasses.replace(read_config(path), **shape)
-  except TypeError:
-    known = [f.name for f in dataclasses.fields(DecoderConfig)]
-    wrong = sorted(set(shape) - set(known))
-    raise UserError(
-      f'unknown model shape {", ".join(wrong)}; known are {", ".join(known)}'
-    ) from None
+  config = read_config(path, **shape)
   definition, shapes = transformer.split(abstract(config, path))
 
   def make():

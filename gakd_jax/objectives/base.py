@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+
 from gakd_jax import UserError
 
 
@@ -21,6 +23,10 @@ class Objective:
   # Whether the critic is updated by every microbatch alone instead of once by
   # the whole batch.
   critic_by_microbatch = False
+  # What an update of the critic and what `loss` cost, in forward passes of the
+  # critic over one model's sequences: a gradient counts 2, without that of the
+  # weights 1.
+  critic_passes = 0, 0
   whole_rows = False  # Whether a row must hold one document: no packing.
 
   def __post_init__(self):
@@ -42,6 +48,12 @@ class Objective:
     """
     del rng, student, teacher, mesh
     return {}, {}
+
+  def shapes(self, student, teacher):
+    """What `init` returns, as shapes; no weight is read."""
+    return jax.eval_shape(
+      lambda: self.init(jax.random.key(0), student, teacher)
+    )
 
   def loss(self, student, teacher, batch, extra, critic, rng, step):
     """The loss of a (micro)batch.

@@ -146,6 +146,11 @@ class GAKD(base.Objective):
   def whole_rows(self):
     return self.reference
 
+  @property
+  def critic_passes(self):
+    penalty = 0 if self.kind == 'gan' else 2 if self.reference else 6
+    return 6 + penalty, 3 if self.kind == 'rgan' else 2
+
   def for_run(self, steps_per_epoch, total_steps):
     steps = self.warmup_steps
     if steps is None:
@@ -158,18 +163,23 @@ class GAKD(base.Objective):
       )
     return dataclasses.replace(self, warmup_steps=steps)
 
+  def shapes(self, student, teacher):
+    if self.g == 0:
+      return {}, {}
+    config = self.critic_config(student, teacher)
+    return {}, jax.eval_shape(
+      lambda: critic_lib.init(config, jax.random.key(0), self.input)
+    )
+
   def init(self, rng, student, teacher, mesh=None):
     if self.g == 0:
       return {}, {}
-    V = min(student.vocab_size, teacher.vocab_size)
-    config = critic_lib.config_of(self.critic, V)
-
-    def make(rng):
-      return critic_lib.init(config, rng, self.input)
-
-    shapes = jax.eval_shape(make, rng)
+    config = self.critic_config(student, teacher)
+    _, shapes = self.shapes(student, teacher)
     places = None if mesh is None else sharding.shardings(shapes, mesh)
-    params = jax.jit(make, out_shardings=places)(rng)
+    params = jax.jit(
+      lambda rng: critic_lib.init(config, rng, self.input), out_shardings=places
+    )(rng)
     if self.critic.get('init_from'):
       trunk = models.load(self.critic['init_from'], 'float32', mesh)
       lora.merge(trunk)
@@ -282,6 +292,10 @@ class GAKD(base.Objective):
       'hidden_grad_generator': norms[1],
       'hidden_grad_cosine': dot / jnp.maximum(norms[0] * norms[1], 1e-30),
     }
+
+  def critic_config(self, student, teacher):
+    V = min(student.vocab_size, teacher.vocab_size)
+    return critic_lib.config_of(self.critic, V)
 
   def _token_loss(self, logits, targets_N):
     log_q_NV, log_p_NV = map(jax.nn.log_softmax, logits)

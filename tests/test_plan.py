@@ -1,0 +1,263 @@
+"""A run that is planned: what it says, against what the run then takes."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import jax
+import pytest
+
+from configs import base
+from gakd_jax import UserError, build, plan, rundir, sharding
+
+B, T = 8, 32
+WIDTH, LAYERS, VOCABULARY = 32, 2, 304  # of conftest's TINY
+HEADS, KV_HEADS, HEAD_DIM, FF = 4, 2, 16, 48
+BLOCK = WIDTH * HEAD_DIM * 2 * (HEADS + KV_HEADS) + 3 * WIDTH * FF
+NORMS = 2 * HEAD_DIM + 2 * WIDTH
+
+
+@pytest.fixture(scope='module')
+def bare(tiny_model_dir, tmp_path_factory):
+  """`bare(**shape)` -> a directory with a config.json and nothing else."""
+
+  def make(**shape):
+    path = tmp_path_factory.mktemp('bare')
+    shutil.copy(tiny_model_dir(**shape) / 'config.json', path)
+    return str(path)
+
+  return make
+
+
+@pytest.fixture(scope='module')
+def pair(bare):
+  return bare(), bare(width=48)
+
+
+@pytest.fixture
+def config(pair):
+  c = base.get_config()
+  c.student.path, c.teacher.path = pair
+  c.teacher.dtype = c.train.precision = 'float32'
+  c.data.max_length = T
+  c.objective = {'name': 'kld'}
+  c.train.batch_size, c.train.head_chunk = B, 64
+  c.train.steps = 6
+  c.mesh.data = 1
+  return c
+
+
+def planned(config):
+  mesh = sharding.make_mesh(**config.mesh)
+  with jax.set_mesh(mesh):
+    return plan.make(config, mesh)
+
+
+@pytest.fixture(scope='module')
+def kld(pair):
+  return planned(config.__wrapped__(pair))
+
+
+def test_parameters_are_counted_one_by_one(kld):
+  student = VOCABULARY * WIDTH + LAYERS * (BLOCK + NORMS) + WIDTH
+  assert kld.parameters['student'] == student
+  assert list(kld.parameters) == ['student', 'teacher']
+
+
+def test_bytes_are_those_of_fp32_adamw(kld):
+  size = 4 * kld.parameters['student']
+  assert kld.bytes['student'] == size
+  assert 2 * size < kld.bytes['optimizer state'] <= 2 * size + 16  # counters
+  assert kld.bytes['gradients'] == size
+  assert kld.bytes['head: logits of a chunk'] == 2 * 64 * VOCABULARY * 4
+  assert kld.bytes['batch'] == B * T * (4 + 4 + 1)
+  assert kld.bytes['activations and other temporaries'] > 0
+  assert kld.peak == sum(kld.bytes.values())
+
+
+def test_fsdp_halves_what_a_device_holds_of_the_weights(kld, config):
+  config.mesh.fsdp = 2
+  half = planned(config)
+  assert half.parameters == kld.parameters
+  assert half.flops == kld.flops
+  for part in ('student', 'teacher', 'optimizer state'):
+    assert half.bytes[part] == pytest.approx(kld.bytes[part] / 2, rel=0.02)
+
+
+def test_operations_equal_a_count_by_hand(kld):
+  attention = 4 * T * HEADS * HEAD_DIM  # of a token and layer
+  forward = LAYERS * (2 * BLOCK + attention)
+  teacher = LAYERS * (2 * (BLOCK // WIDTH * 48) + attention)
+  head = 2 * VOCABULARY
+  assert kld.flops == {
+    'student forward': B * T * forward,
+    'student backward': B * T * 3 * forward,  # remat: forward once more
+    'teacher forward': B * T * teacher,
+    'teacher head': B * T * head * 48,
+    'student head': B * T * 3 * head * WIDTH,
+  }
+
+
+@pytest.mark.parametrize(
+  'objective',
+  [
+    {'name': 'kld'},
+    {'name': 'gakd', 'kind': 'rgan'},
+  ],
+  ids=lambda o: o['name'],
+)
+def test_operations_are_near_the_compilers_count(objective, bare, config):
+  # Loops of one pass, whose count is right: a layer, a chunk, a microbatch.
+  # Wide enough for what the formula leaves out (norms, softmax) to be little.
+  shape = {'layers': 1, 'width': 256, 'ff_width': 512}
+  config.student.path = bare(**shape)
+  config.teacher.path = bare(**shape)
+  config.objective = objective
+  config.student.remat = False
+  config.train.head_chunk = B * T
+  config.critic.layers = 1
+  this = planned(config)
+  total = sum(this.flops.values())
+  compiled = this.compiled.cost_analysis()['flops']
+  assert total == pytest.approx(compiled, rel=0.05)
+
+
+def test_is_what_the_compiler_says_of_the_real_step(
+  tiny_model_dir, tmp_path, config
+):
+  rows = tmp_path / 'rows.jsonl'
+  row = {'instruction': 'Say yes.', 'input': '', 'output': ['yes']}
+  rows.write_text((json.dumps(row) + '\n') * B)
+  model = str(tiny_model_dir())
+  config.student.path = config.teacher.path = model
+  config.objective = {'name': 'gakd', 'warmup_steps': 1}
+  config.data.train = config.data.validation = str(rows)
+  config.data.template = 'chat'
+  config.data.max_prompt_length = T - 1
+  config.data.buckets = (T,)
+  config.critic.init_from = model
+  before = len(jax.live_arrays())
+  this = planned(config)
+  assert len(jax.live_arrays()) == before
+
+  mesh = sharding.make_mesh(**config.mesh)
+  with jax.set_mesh(mesh):
+    run, params = build.build(config, tmp_path, mesh)
+    batches = build.training_batches(run)
+    step, make, shapes = build.make_train_step(
+      run, params, batches.steps_per_epoch, 6
+    )
+    state = build.first_state(run, params, make, shapes)
+    batch = sharding.put_batch(next(batches), mesh)
+    memory = step.lower(state, run.frozen, batch).compile().memory_analysis()
+    arrays = jax.tree.leaves((state, run.frozen, batch.student))
+  temporary = (
+    memory.temp_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+  )
+  assert this.peak == sum(x.nbytes for x in arrays) + temporary
+  assert this.parameters['critic'] == sum(
+    x.size for x in jax.tree.leaves(state.critic)
+  )
+
+
+@pytest.mark.parametrize('rows', [1, 2, 100])
+@pytest.mark.parametrize(
+  ('memory', 'most'), [(0.5, 0), (1.05, 1), (4, 31), (30, 137), (1e9, None)]
+)
+def test_the_rows_that_fit_are_found(monkeypatch, config, rows, memory, most):
+  def make(config, mesh):
+    rows = config.train.microbatch_size // sharding.batch_ways(mesh)
+    assert config.train.batch_size == 3 * config.train.microbatch_size
+    compiled.append(rows)
+    return types.SimpleNamespace(rows=rows, peak=peak(rows))
+
+  def peak(rows):  # one phase has a floor, another grows faster
+    return max(0.9 + rows / 10, rows / 4 - 4.25)
+
+  compiled = []
+  monkeypatch.setattr(plan, 'make', make)
+  config.mesh.data = 2
+  mesh = sharding.make_mesh(**config.mesh)
+  config.train.microbatch_size = 2 * rows
+  config.train.batch_size = 6 * rows
+  first = make(config, mesh)
+  found = plan.rows_that_fit(first, config, mesh, memory)
+  assert len(compiled) <= 7
+  if most is None:
+    assert found == rows * 8**5
+  else:
+    assert 0.9 * most - 1 <= found <= most
+    assert not found or peak(found) <= memory
+
+
+def test_prints_through_the_binary(pair, tmp_path, tmp_path_factory):
+  flags = (
+    '--plan --plan_devices=4 --plan_memory_gb=0.0001 --plan_tflops=0.5 '
+    f'--config=configs/base.py --config.student.path={pair[0]} '
+    '--config.mesh.data=2 --config.mesh.fsdp=2 --config.train.steps=3 '
+    f'--config.train.batch_size=8 --config.data.max_length={T} '
+    f'--workdir={tmp_path}'
+  )
+  done = subprocess.run(
+    [sys.executable, '-m', 'gakd_jax.main', *flags.split()],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=Path(__file__).parents[1],
+    env=os.environ
+    | {
+      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+      'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('compiled')),
+    },
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'data=2, fsdp=2, tensor=1 (4 devices)' in done.stdout
+  assert re.search(r'student +\|\s+31,456 ', done.stdout)
+  assert re.search(r'peak +\| 0\.\d\d ', done.stdout)
+  assert 'does not fit in 0.0001 GB; not even 1 row' in done.stdout
+  assert 'at 0.5 TFLOP/s a device' in done.stdout
+  assert 'teacher' not in done.stdout  # sft
+  assert done.stdout.splitlines()[-1].startswith('from: ')
+  assert not list(tmp_path.iterdir())
+
+
+def test_stages_are_planned_from_what_they_start_from(pair, config, capsys):
+  first = config.copy_and_resolve_references()
+  first.student.shape = {'layers': 1}
+  first.objective, first.teacher.path = {'name': 'sft'}, None
+  second = config.copy_and_resolve_references()
+  second.student.path = second.teacher.path = 'stage:first'
+  last = config.copy_and_resolve_references()
+  last.student.path, last.train.steps = 'stage:second', 0
+  stages = {'first': first, 'second': second, 'last': last}
+  assert rundir.stage_shapes(last, stages).student.path == pair[0]
+  config.stages = tuple(stages.items())
+  plan.run(config)
+  text = capsys.readouterr().out
+  assert re.findall('== (.+)', text) == list(stages)
+  a, b, c = text.split('== ')[1:]
+  student = re.search(r'student +\|\s+([\d,]+) ', a)[1]
+  assert f'| teacher | {student} |' in re.sub(' +', ' ', b)
+  assert 'no step to plan' in c
+
+
+def test_errors_of_the_user_are_one_line(config):
+  config.mesh.fsdp = 16
+  with pytest.raises(UserError, match=r'--plan_devices=16'):
+    plan.run(config)
+  config.mesh.fsdp = 1
+  with pytest.raises(UserError, match='memory_gb=-1'):
+    plan.run(config, memory_gb=-1)
+  config.teacher.path = 'stage:nowhere'
+  with pytest.raises(UserError, match='no stage nowhere'):
+    plan.run(config)
+  config.teacher.path = None
+  with pytest.raises(UserError, match='needs a teacher'):
+    plan.run(config)
