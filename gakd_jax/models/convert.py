@@ -141,17 +141,17 @@ def _reader(files, shape, stored, dtype):
   """A callback for `jax.make_array_from_callback`: index -> that part."""
 
   def read_into(out, where, index):
-    # Opened each time: a file that stays mapped stays in memory.
-    file, name_there = files[where.tensor]
-    with open_safetensors(file) as tensors:
-      x = tensors.get_slice(name_there)[where.index(index)]
+    # Mapped each time: what stays mapped stays in memory.
+    file, offset, stored_dtype = files[where.tensor]
+    x = np.memmap(file, stored_dtype, 'r', offset, where.shape)
+    x = x[where.index(index)]
     _copy(out, x.T if where.transposed else x)
 
   def read(index):
     sizes = [
       len(range(*i.indices(n))) for i, n in zip(index, shape, strict=True)
     ]
-    out = np.empty(sizes, dtype)
+    out = _aligned(sizes, dtype)
     if len(index) == len(stored[0].shape):  # not stacked
       read_into(out, stored[0], index)
       return out
@@ -161,6 +161,14 @@ def _reader(files, shape, stored, dtype):
     return out
 
   return read
+
+
+def _aligned(shape, dtype):
+  """An empty array that jax takes as it is on a CPU, instead of a copy."""
+  size = math.prod(shape) * jnp.dtype(dtype).itemsize
+  buffer = np.empty(size + 64, np.uint8)
+  start = -buffer.ctypes.data % 64
+  return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def _copy(out, x):
@@ -200,7 +208,9 @@ def load_params(path, config, abstract, dtype=None, mesh=None, report=None):
   # A tied model may carry its head all the same.
   _check(expected, found, dtypes, {head}, path)
   flat = {}
-  for name, shape in shapes.items():
+  # The largest first, while there is room for it twice.
+  for name in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
+    shape = shapes[name]
     leaf_dtype = jnp.dtype(dtype or _DTYPES[dtypes[where[name][0].tensor]])
     abstract_leaf = jax.ShapeDtypeStruct(shape, leaf_dtype)
     if mesh is None:
@@ -215,21 +225,29 @@ def load_params(path, config, abstract, dtype=None, mesh=None, report=None):
 
 
 def _contents(path, prefix, head):
-  """{tensor: (file, its name there)}, {tensor: shape}, {tensor: dtype}.
+  """{tensor: (file, offset in it, dtype)}, {tensor: shape}, {tensor: dtype}.
 
-  Models that were saved without their head have names without `prefix`.
+  The last are the files' own names of dtypes. Models that were saved without
+  their head have names without `prefix`.
   """
   there = {}
   for file in _weight_files(path):
-    with open_safetensors(file) as tensors:
-      for name in sorted(tensors.keys()):
-        view = tensors.get_slice(name)
-        there[name] = file, tuple(view.get_shape()), view.get_dtype()
+    with open_safetensors(file):  # A readable file, as far as it can tell.
+      pass
+    with file.open('rb') as f:
+      size = int.from_bytes(f.read(8), 'little')
+      header = json.loads(f.read(size))
+    header.pop('__metadata__', None)
+    for name, tensor in header.items():
+      there[name] = file, 8 + size + tensor['data_offsets'][0], tensor
   bare = not any(name.startswith(prefix) for name in there)
   files, found, dtypes = {}, {}, {}
-  for name, (file, shape, dtype) in there.items():
+  for name, (file, offset, tensor) in sorted(there.items()):
     full = prefix + name if bare and name != head else name
-    files[full], found[full], dtypes[full] = (file, name), shape, dtype
+    dtypes[full] = tensor['dtype']
+    found[full] = tuple(tensor['shape'])
+    dtype = jnp.dtype(_DTYPES.get(tensor['dtype'], 'uint8'))
+    files[full] = file, offset, dtype
   return files, found, dtypes
 
 
