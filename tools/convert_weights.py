@@ -106,7 +106,12 @@ def _checkpointer(params):
   gigabytes = 1.01 * largest / 10**9
   return ocp.Checkpointer(
     ocp.PyTreeCheckpointHandler(
-      save_concurrent_gb=gigabytes, restore_concurrent_gb=gigabytes
+      save_concurrent_gb=gigabytes,
+      restore_concurrent_gb=gigabytes,
+      # A directory for each parameter, as it is: weights do not get smaller,
+      # and it takes a fifth of the time.
+      use_ocdbt=False,
+      use_compression=False,
     )
   )
 
