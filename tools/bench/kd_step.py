@@ -34,17 +34,20 @@ def inputs(response):
   return ids_BT, mask_BT
 
 
-def jax_step(response, chunk, **objective):
-  """A function that takes one step and returns its loss."""
+def jax_step(response, chunk, adapters=None, **objective):
+  """A function that takes one step and returns its loss.
+
+  adapters: settings of `LoRAConfig`, to train these alone; None: all weights.
+  """
   import jax
   import jax.numpy as jnp
   from flax import nnx
 
   from gakd_jax import objectives, optim, step
   from gakd_jax.data.pipeline import Batch, Tokens
-  from gakd_jax.models import Decoder, DecoderConfig, transformer
+  from gakd_jax.models import Decoder, DecoderConfig, lora, transformer
 
-  def model(shape, seed):
+  def model(shape, seed, adapters=None):
     config = DecoderConfig(
       vocab_size=V,
       kv_heads=2,
@@ -55,10 +58,16 @@ def jax_step(response, chunk, **objective):
       max_length=T,
       **shape,
     )
-    return config, *transformer.split(Decoder(config, nnx.Rngs(seed)))
+    decoder = Decoder(config, nnx.Rngs(seed))
+    if adapters is not None:
+      lora.attach(decoder, lora.LoRAConfig(**adapters), seed)
+    return config, *transformer.split(decoder)
 
-  student_config, student, params = model(STUDENT, 0)
+  student_config, student, params = model(STUDENT, 0, adapters)
   teacher_config, teacher, t_params = model(TEACHER, 1)
+  frozen = {'teacher': t_params}
+  if adapters is not None:
+    params, frozen['student'] = lora.partition(params)
   objective = objectives.make(head_chunk=chunk, **objective)
   schedule = optim.make_schedule(1e-4, 100)
   optimizer = optim.make(schedule, weight_decay=0.01, clip_norm=1.0)
@@ -83,7 +92,7 @@ def jax_step(response, chunk, **objective):
 
   def take():
     nonlocal state
-    state, metrics = train_step(state, {'teacher': t_params}, batch)
+    state, metrics = train_step(state, frozen, batch)
     return float(metrics['loss'])
 
   return take
