@@ -4,7 +4,6 @@ Everything that can be wrong is checked before any weight is loaded.
 """
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from flax import nnx
 from gakd_jax import (
   UserError,
   evals,
+  inputs,
   models,
   objectives,
   optim,
@@ -22,7 +22,6 @@ from gakd_jax import (
   sharding,
   step,
 )
-from gakd_jax.data import pipeline, sources
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.models import lora, transformer
 
@@ -96,7 +95,7 @@ def build(config, workdir, mesh):
 
   examples = None
   if config.rollout.writer == 'dataset' and config.train.steps != 0:
-    examples = _examples(config, config.data.train, tokenizer)
+    examples = inputs.examples(config, config.data.train, tokenizer)
 
   def load(part, dtype):
     shape = part.get('shape')
@@ -229,91 +228,6 @@ def _check_positions(path, max_length):
       f'config.data.max_length={max_length}, and {path} has learned only '
       f'{config.max_length} positions; lower it'
     )
-
-
-def _examples(config, spec, tokenizer):
-  """The tokenised rows of a data spec; says what was left out and why."""
-  if spec is None:
-    raise UserError('config.data.train is not set: name a data file')
-  c = config.data
-  rows, bad = sources.load(spec, on_bad_row=c.on_bad_row)
-  examples, bad_too = pipeline.encode_rows(
-    rows,
-    tokenizer,
-    template=c.template,
-    max_length=c.max_length,
-    max_prompt_length=c.max_prompt_length,
-    on_bad_row=c.on_bad_row,
-  )
-  size = pipeline.stats(examples)
-  facts = [
-    f'data: {size["examples"]:,} rows',
-    f'tokens: {size["prompt_tokens"]:,} of prompts, '
-    f'{size["response_tokens"]:,} of responses',
-    *([f'{size["truncated"]} truncated'] if size['truncated'] else []),
-    *(f'{n} skipped: {why}' for why, n in sorted((bad + bad_too).items())),
-  ]
-  print('; '.join(facts), flush=True)
-  return examples
-
-
-def training_batches(this):
-  """The data iterator."""
-  c = this.config
-  examples = this.examples
-  if examples is None:
-    examples = _examples(c, teacher_answers(this), this.tokenizer)
-  batches = pipeline.batches(
-    examples,
-    batch_size=c.train.batch_size,
-    max_length=c.data.max_length,
-    pad_id=tokenizer_lib.pad_id(this.tokenizer),
-    buckets=c.data.buckets,
-    packing=c.data.packing,
-    seed=c.seed,
-    workers=c.data.workers,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
-  print(
-    f'batches: {batches.steps_per_epoch} an epoch, '
-    f'{batches.padding:.0%} of their slots empty',
-    flush=True,
-  )
-  return batches
-
-
-def total_steps(config, steps_per_epoch):
-  """How many optimizer steps the run takes."""
-  if config.train.steps is not None:
-    return config.train.steps
-  return math.ceil(config.train.epochs * steps_per_epoch)
-
-
-def teacher_answers(this):
-  """The data file that the teacher wrote; it is written if it is not there."""
-  c = this.config
-  path = this.workdir / 'answers.jsonl'
-  if not path.exists():
-    if c.data.train is None:
-      raise UserError('config.data.train is not set: name a file of prompts')
-    rows, _ = sources.load(
-      c.data.train, on_bad_row=c.data.on_bad_row, need_response=False
-    )
-    settings = c.rollout.to_dict()
-    settings.pop('writer')
-    left_out = rollout.answer(
-      nnx.merge(this.teacher, this.frozen['teacher']),
-      this.tokenizer,
-      rows,
-      path,
-      template=c.data.template,
-      max_prompt_length=c.data.max_prompt_length,
-      seed=c.seed,
-      **settings,
-    )
-    print(f'answers: {len(rows)} prompts, {left_out} left out', flush=True)
-  return path
 
 
 def optimizer(config, total_steps):

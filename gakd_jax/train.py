@@ -18,6 +18,7 @@ from flax import nnx
 from gakd_jax import (
   UserError,
   build,
+  inputs,
   models,
   report,
   rundir,
@@ -80,7 +81,7 @@ def run(config, workdir, root=None):
 def _evaluate_only(this, params):
   """A run of no steps: the student as it is, and the teacher's answers."""
   if this.config.rollout.writer == 'teacher':
-    build.teacher_answers(this)
+    inputs.teacher_answers(this)
   params = this.whole(params)
   results = _evaluate(this, params, 0)
   _export(this, params)
@@ -89,8 +90,8 @@ def _evaluate_only(this, params):
 
 def _train(this, student_params):
   c = this.config
-  batches = build.training_batches(this)
-  total = build.total_steps(c, batches.steps_per_epoch)
+  batches = inputs.training_batches(this)
+  total = inputs.total_steps(c, batches.steps_per_epoch)
   train_step, make, shapes = build.make_train_step(
     this, student_params, batches.steps_per_epoch, total
   )

@@ -18,7 +18,7 @@ ALL = PACKAGE + [
 LEVELS = (
   ('main', 'evaluate', 'generate'),
   ('train', 'plan'),
-  ('build',),
+  ('build', 'inputs'),
   ('step', 'rollout', 'evals', 'flops'),
   ('objectives', 'sampling'),
   ('models', 'data'),

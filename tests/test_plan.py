@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from configs import base
-from gakd_jax import UserError, build, plan, rundir, sharding
+from gakd_jax import UserError, build, inputs, plan, rundir, sharding
 
 B, T = 8, 32
 WIDTH, LAYERS, VOCABULARY = 32, 2, 304  # of conftest's TINY
@@ -148,7 +148,7 @@ def test_is_what_the_compiler_says_of_the_real_step(
   mesh = sharding.make_mesh(**config.mesh)
   with jax.set_mesh(mesh):
     run, params = build.build(config, tmp_path, mesh)
-    batches = build.training_batches(run)
+    batches = inputs.training_batches(run)
     step, make, shapes = build.make_train_step(
       run, params, batches.steps_per_epoch, 6
     )
