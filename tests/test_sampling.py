@@ -318,6 +318,15 @@ def test_a_sharded_model_says_the_same(model):
   assert generate(sharded, SHORT) == generate(model, SHORT)
 
 
+def test_learned_positions_have_an_end():
+  """256 of them: 250 of the prompt and 6 new ones fit, 7 do not."""
+  config = dataclasses.replace(CONFIG, learned_positions=True)
+  model = transformer.Decoder(config, nnx.Rngs(0))
+  assert len(generate(model, [[1] * 250], max_new_tokens=6)[0]) == 6
+  with pytest.raises(UserError, match='are 257, and the model has 256'):
+    generate(model, [[1] * 250], max_new_tokens=7)
+
+
 def test_nothing_to_do(model):
   assert generate(model, []) == []
 

@@ -1,5 +1,6 @@
 """Whole runs: trained, stopped, continued, exported, compared."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import safetensors.numpy
 
 from configs import base
 from gakd_jax import UserError, models, report, rundir, train
+from tools import make_goldens
 
 ROWS = [
   {'instruction': f'Repeat {word}.', 'input': '', 'output': [word, word + '!']}
@@ -184,6 +186,45 @@ def test_best_is_the_best_and_not_the_last(config, tmp_path, monkeypatch):
   config.checkpoint.best_mode = 'max'
   train.run(config, tmp_path / 'run')
   assert len(exported) == 2
+
+
+@pytest.mark.parametrize(
+  ('family', 'objective'),
+  [('gpt2', {'name': 'kld'}), ('gemma2', {'name': 'gakd', 'warmup_steps': 1})],
+)
+def test_another_family_is_distilled(
+  config, family, objective, tmp_path, tiny_tokenizer_dir
+):
+  """Into a student of one layer; a critic beside soft-capped logits."""
+  case = make_goldens.CASES[family] | {'vocab_size': 304}
+  path = make_goldens.write_directory(case, tmp_path / 'model')
+  models.copy_companions(tiny_tokenizer_dir, path)
+  config.student.path = config.teacher.path = str(path)
+  config.student.shape = {'layers': 1}
+  config.objective = objective
+  config.critic.width, config.critic.layers, config.critic.ff_width = 16, 1, 16
+  config.train.steps = 2
+  config.evals = {
+    name: dict(settings) | {'limit': 2, 'batch_size': 2}
+    for name, settings in config.evals.items()
+  }
+  results = train.run(config, tmp_path / 'run')
+  assert 0 < results['loss/reverse_kl'] < 10
+  best = models.load(tmp_path / 'run' / 'best')
+  assert best.config == dataclasses.replace(
+    models.read_config(path), layers=1, windows=best.config.windows[:1]
+  )
+
+
+def test_more_positions_than_were_learned_are_refused(config, tmp_path):
+  path = make_goldens.write_directory(
+    make_goldens.CASES['gpt2'] | {'vocab_size': 304}, tmp_path / 'model'
+  )
+  models.copy_companions(models.tokenizer_dir(config.student.path), path)
+  config.student.path = config.teacher.path = str(path)
+  config.data.max_length, config.data.buckets = 65, None
+  with pytest.raises(UserError, match='has learned only 64 positions'):
+    train.run(config, tmp_path / 'run')
 
 
 def test_stages_build_on_each_other(config, data_file, tmp_path, capsys):

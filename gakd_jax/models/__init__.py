@@ -9,6 +9,7 @@
 
 import dataclasses
 import fnmatch
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 import huggingface_hub
 import jax
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from gakd_jax import UserError, sharding
 from gakd_jax.models import convert, families, lora, peft, transformer
@@ -80,8 +82,11 @@ def read_config(path, **shape) -> DecoderConfig:
   """
   file = resolve_base(path, '*config.json') / 'config.json'
   config = families.config_from_hf(convert.read_json(file), file)
+  layers = shape.get('layers', config.layers)
+  # Of other layers, windows go on in the pattern of the first.
+  windows = tuple(itertools.islice(itertools.cycle(config.windows), layers))
   try:
-    return dataclasses.replace(config, **shape)
+    return dataclasses.replace(config, **{'windows': windows} | shape)
   except TypeError:
     known = [f.name for f in dataclasses.fields(DecoderConfig)]
     wrong = sorted(set(shape) - set(known))
@@ -160,7 +165,8 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None):
   Weights keep their dtype; tokenizer files of the model's source come along.
   Of a model with adapters these alone are written, as PEFT does.
   The directory appears whole or not at all: an earlier one stays until the
-  new one is complete.
+  new one is complete. Of several processes all must call this; the first one
+  writes, of each tensor what the others hold.
   """
   path = Path(path).resolve()
   is_model = path.is_dir() and any(path.glob('*.safetensors'))
@@ -168,19 +174,23 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None):
     raise UserError(f'{path}: is not a model that could be replaced')
   source = Path(model.source) if model.source else None
   new, old = (path.with_name(path.name + end) for end in ('.tmp', '.old'))
-  for left_over in (new, old):
-    shutil.rmtree(left_over, ignore_errors=True)
-  new.mkdir(parents=True)
-  if lora.adapters(model):
-    peft.save(model, new)
-  else:
+  first = jax.process_index() == 0
+  if first:
+    for left_over in (new, old):
+      shutil.rmtree(left_over, ignore_errors=True)
+    new.mkdir(parents=True)
+  if not lora.adapters(model):
     _save_whole(model, source, new, max_shard_bytes, report)
-  if source:
-    copy_companions(source, new)
-  if path.exists():
-    path.rename(old)
-  new.rename(path)
-  shutil.rmtree(old, ignore_errors=True)
+  elif first:
+    peft.save(model, new)
+  if first:
+    if source:
+      copy_companions(source, new)
+    if path.exists():
+      path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+  multihost_utils.sync_global_devices(f'saved {path}')
 
 
 def _save_whole(model, source, path, max_shard_bytes, report):
@@ -193,4 +203,5 @@ def _save_whole(model, source, path, max_shard_bytes, report):
     hf = convert.read_json(source / 'config.json') | hf
   hf |= {'dtype': dtype, 'torch_dtype': dtype}
   convert.save_params(params, config, path, max_shard_bytes, report)
-  (path / 'config.json').write_text(json.dumps(hf, indent=2) + '\n')
+  if jax.process_index() == 0:
+    (path / 'config.json').write_text(json.dumps(hf, indent=2) + '\n')

@@ -9,12 +9,14 @@ import concurrent.futures
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from jax.experimental import multihost_utils
 
 from gakd_jax import UserError, sharding
 from gakd_jax.models import families
@@ -255,8 +257,9 @@ def save_params(params, config, path, max_shard_bytes=5 * 10**9, report=None):
   """Writes a parameter tree as safetensors, in files like transformers'.
 
   One file up to `max_shard_bytes`, else several with an index. One tensor at
-  a time is copied.
+  a time is copied; of several processes, all take part and the first writes.
   """
+  first = jax.process_index() == 0
   family = families.FAMILIES[config.family]
   members = {}  # tensor -> where it and its parts lie, and what they are
   for name, leaf in flatten(params).items():
@@ -281,7 +284,7 @@ def save_params(params, config, path, max_shard_bytes=5 * 10**9, report=None):
     file = 'model.safetensors'
     if len(shards) > 1:
       file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
-    with (path / file).open('wb') as f:
+    with open(path / file if first else os.devnull, 'wb') as f:
       f.write(_safetensors_header(shard))
       for parts, n_bytes in shard.values():
         # As bytes: numpy's buffers do not know bfloat16.
@@ -290,7 +293,7 @@ def save_params(params, config, path, max_shard_bytes=5 * 10**9, report=None):
         if report:
           report(n_bytes)
     weight_map |= dict.fromkeys(shard, file)
-  if len(shards) > 1:
+  if len(shards) > 1 and first:
     index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
     (path / INDEX).write_text(json.dumps(index, indent=2))
 
@@ -298,13 +301,19 @@ def save_params(params, config, path, max_shard_bytes=5 * 10**9, report=None):
 def _joined(parts):
   """The tensor that parts make, on the host."""
   parts = sorted(parts, key=lambda part: part[0].offset)
-  arrays = [np.asarray(leaf[index]) for _, leaf, index in parts]
+  arrays = [_on_host(leaf[index]) for _, leaf, index in parts]
   x = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
   if not parts[0][0].transposed:
     return np.ascontiguousarray(x)
   out = np.empty(x.shape[::-1], x.dtype)
   _copy(out, x.T)
   return out
+
+
+def _on_host(x):
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    x = multihost_utils.process_allgather(x, tiled=True)
+  return np.asarray(x)
 
 
 def _safetensors_header(shard):
