@@ -36,7 +36,7 @@ def shrunk(name, model):
     (stage.replace('-seed0', ''), c) for stage, c in config.stages
   )
   # Of stages side by side, one, unless each is another method.
-  kept = ('teacher', 'sft', 'rgan', 'test_rgan', 'gkd_t2', 'seqkd', 'gakd')
+  kept = ('teacher', 'sft', 'rgan', 'test_rgan', 'gkd_t2', 'gakd')
   config.stages = tuple(s for s in config.stages if s[0] in kept)
   for c in (config, *(stage for _, stage in config.stages)):
     c.optimizer.learning_rate = 1e-3

@@ -1,5 +1,6 @@
 """Two processes that share a model: each reads its part, one writes all."""
 
+import re
 import socket
 import subprocess
 import sys
@@ -34,7 +35,7 @@ mesh = sharding.make_mesh(data=1, fsdp=4)
 model = models.load(source, mesh=mesh)
 read = copied
 models.save(model, out)
-print(read)
+print('read', read, flush=True)
 """
 
 
@@ -56,8 +57,9 @@ def test_each_reads_its_part_and_one_writes_all(tiny_model_dir, tmp_path):
     )
     for i in range(2)
   ]
-  read = [int(p.communicate(timeout=120)[0].split()[-1]) for p in running]
+  said = [p.communicate(timeout=120)[0] for p in running]
   assert [p.returncode for p in running] == [0, 0]
+  read = [int(re.search(r'^read (\d+)$', text, re.M)[1]) for text in said]
   before, after = (
     safetensors.numpy.load_file(path / 'model.safetensors')
     for path in (source, out)

@@ -42,8 +42,8 @@ class Toy(nnx.Module):
       for _ in range(2)
     )
 
-  def __call__(self, ids_BT, segments_BT, remat):
-    del remat
+  def __call__(self, ids_BT, segments_BT, remat, key):
+    del remat, key
     x_BTD = jnp.cumsum(self.embedding[...][ids_BT], axis=1)
     x_BTD *= (segments_BT > 0)[:, :, None]
     return transformer.Outputs(
@@ -99,7 +99,7 @@ def _loss(name, dtype='float32', chunk=5):
 
   def run(student, teacher, batch):
     return objective.loss(
-      models.student_outputs(student, batch),
+      models.student_outputs(student, {}, batch, None),
       models.teacher_outputs({'teacher': teacher}, batch),
       batch,
       extra,
