@@ -103,6 +103,21 @@ def test_operations_equal_a_count_by_hand(kld):
   }
 
 
+def test_adapters_are_trained_beside_a_frozen_base(kld, config):
+  config.student.lora = {'rank': 3, 'targets': 'mlp'}
+  config.student.dtype = 'bfloat16'
+  adapted = planned(config)
+  adapters = LAYERS * 3 * 3 * (WIDTH + FF)
+  assert adapted.parameters['student'] == adapters
+  assert adapted.parameters['student, frozen'] == kld.parameters['student']
+  assert adapted.bytes['student'] == adapted.bytes['gradients'] == 4 * adapters
+  assert adapted.bytes['student, frozen'] == 2 * kld.parameters['student']
+  assert adapted.bytes['optimizer state'] <= 8 * adapters + 16
+  # The head has a gradient of its inputs alone.
+  assert adapted.flops['student head'] == 2 / 3 * kld.flops['student head']
+  assert adapted.flops['student backward'] < kld.flops['student backward']
+
+
 @pytest.mark.parametrize(
   'objective',
   [
