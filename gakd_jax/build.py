@@ -205,7 +205,7 @@ def _with_adapters(model, config, mesh):
   if settings is None:
     lora.merge(model)
   elif lora.adapters(model):
-    lora.check_same(model, lora.make_config(settings), config.student.path)
+    lora.resume(model, lora.make_config(settings), config.student.path)
   else:
     place = sharding.replicated(mesh)
     lora.attach(model, lora.make_config(settings), config.seed, place)

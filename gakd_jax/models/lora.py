@@ -111,8 +111,12 @@ def attach(model, config, seed, place=None):
     linears[name].lora = LoRA(a, b, scale, config.dropout, i)
 
 
-def check_same(model, config, path):
-  """Refuses to go on with adapters of other rank, scale or place."""
+def resume(model, config, path):
+  """Goes on with a model's adapters, under the dropout of `config`.
+
+  Raises:
+    UserError: if their ranks, scales or places are not those of `config`.
+  """
   linears, found = projections(model), adapters(model)
   for name, linear in linears.items():
     wanted = bool(re.search(config.targets, name))

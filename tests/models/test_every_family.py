@@ -1,6 +1,4 @@
-"""What must hold for every family: sizes, files, cached decoding, LoRA."""
-
-import json
+"""What must hold for every family: sizes, files, cached decoding."""
 
 import jax
 import numpy as np
@@ -8,7 +6,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from gakd_jax import UserError, models
+from gakd_jax import UserError, models, sharding
 from gakd_jax.models import convert, families
 from gakd_jax.models.transformer import split
 from tools import make_goldens
@@ -207,8 +205,6 @@ def test_gpt2_as_it_is_published(tmp_path):
 
 def test_a_part_of_a_tensor_can_be_sharded(tmp_path):
   """Columns of queries, keys and values, of one tensor on eight devices."""
-  from gakd_jax import sharding
-
   directory = make_goldens.write_directory(make_goldens.CASES['gpt2'], tmp_path)
   mesh = sharding.make_mesh(data=1, fsdp=2, tensor=4)
   got, want = (
@@ -249,4 +245,3 @@ def test_gemmas_gelu_is_the_approximation_under_either_name():
   )
   assert a == b
   assert a.gelu
-  assert json.loads(json.dumps(families.FAMILIES['gemma'].to_hf(a)))
