@@ -88,16 +88,23 @@ def _attention(config, length):
 def _critic(objective, shapes, critic, n, length, microbatches):
   """Its projection W of both heads, W'W, and its trunk (`objectives/gakd`)."""
   V, C = critic['projection'].shape
-  D, E = (shape.width for shape in shapes)
   update, loss = objective.critic_passes
   config = objective.critic_config(*shapes)
   trunk = 2 * block_weights(critic) + _attention(config, length)
-  # E'W once a microbatch, then every token; forward, and the gradient of W.
-  a_width = 2 * C * (V * microbatches + n)
+
+  def read(shape):
+    """Of the critic's input, for all tokens of one model."""
+    if objective.input == 'probs' or shape.head_cap:  # through logits
+      return 2 * n * V * (shape.width + C)
+    # E'W once a microbatch, then every token.
+    return 2 * C * (V * microbatches + n) * shape.width
+
+  student, teacher = map(read, shapes)
   # W'W is of the penalty, and has as many products as that has passes.
   gram = (update - 6) * V * C * C * microbatches
-  per_update = n * update * trunk + 2 * a_width * (D + E) + gram
+  # Forward, and the gradient of W.
+  per_update = n * update * trunk + 2 * (student + teacher) + gram
   # Of L_G: forward, of the teacher if its third pass is there, and the
   # gradients of the student's hidden states and head.
-  per_loss = n * loss * trunk + a_width * ((loss - 2) * E + 3 * D)
+  per_loss = n * loss * trunk + (loss - 2) * teacher + 3 * student
   return objective.critic_steps * per_update + per_loss

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import rich.console
 import rich.progress
@@ -86,17 +87,11 @@ def _restore(path, shapes):
     raise UserError(
       f'{path}: does not match config.json in {", ".join(dict.fromkeys(wrong))}'
     )
-  place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  abstract = convert.unflatten(
-    {
-      k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-      for k, x in stored.items()
-    }
-  )
-  restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-  with _checkpointer(abstract) as checkpointer:
+  # To numpy: on the way to a device a parameter would be there twice.
+  restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), shapes)
+  with _checkpointer(shapes) as checkpointer:
     return checkpointer.restore(
-      path, args=ocp.args.PyTreeRestore(abstract, restore_args)
+      path, args=ocp.args.PyTreeRestore(shapes, restore_args)
     )
 
 

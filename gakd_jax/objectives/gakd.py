@@ -29,7 +29,6 @@ of RKL. Their trunk is a pretrained model: `config.critic.init_from`.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -39,53 +38,7 @@ from flax import nnx
 from gakd_jax import UserError, models, report, sharding
 from gakd_jax.models import critic as critic_lib
 from gakd_jax.models import lora, transformer
-from gakd_jax.objectives import base, divergences, head
-
-softplus = jax.nn.softplus
-
-
-def _r1_r2(read, x_t, x_s, norm_t, norm_s, rng):
-  del read, x_t, x_s, rng
-  return 0.5 * (norm_t + norm_s)
-
-
-def _unit_norm(read, x_t, x_s, norm_t, norm_s, rng):
-  del norm_t, norm_s
-  dtype = jnp.promote_types(x_t.dtype, jnp.float32)
-  a_B11 = jax.random.uniform(rng, (x_t.shape[0], 1, 1), dtype)
-  _, norm = read((a_B11 * x_t + (1 - a_B11) * x_s).astype(x_t.dtype))
-  return jnp.square(jnp.sqrt(jnp.maximum(norm, 1e-12)) - 1)
-
-
-def _no_penalty(read, x_t, x_s, norm_t, norm_s, rng):
-  del read, x_t, x_s, norm_s, rng
-  return jnp.zeros_like(norm_t)
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-  critic: Callable  # (d_t, d_s) -> loss of each pair
-  generator: Callable
-  penalty: Callable  # -> of each pair, to be multiplied by gamma
-
-
-VARIANTS = {
-  'rgan': Variant(
-    critic=lambda d_t, d_s: softplus(d_s - d_t),
-    generator=lambda d_t, d_s: softplus(d_t - d_s),
-    penalty=_r1_r2,
-  ),
-  'gan': Variant(
-    critic=lambda d_t, d_s: softplus(-d_t) + softplus(d_s),
-    generator=lambda d_t, d_s: softplus(-d_s),
-    penalty=_no_penalty,
-  ),
-  'wgan': Variant(
-    critic=lambda d_t, d_s: d_s - d_t,
-    generator=lambda d_t, d_s: -d_s,
-    penalty=_unit_norm,
-  ),
-}
+from gakd_jax.objectives import adversarial, base, divergences, head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +62,7 @@ class GAKD(base.Objective):
       object.__setattr__(self, 'input', 'logits')
       object.__setattr__(self, 'pooling', 'last')
     for name, known in (
-      ('kind', tuple(VARIANTS)),
+      ('kind', tuple(adversarial.VARIANTS)),
       ('input', critic_lib.INPUTS),
       ('pooling', ('mean', 'last')),
     ):
@@ -206,7 +159,9 @@ class GAKD(base.Objective):
 
     def deception(student):
       x_t, x_s, score, is_last_BT = self._pair(critic, student, teacher, batch)
-      loss_BT = VARIANTS[self.kind].generator(score(x_t), score(x_s))
+      loss_BT = adversarial.VARIANTS[self.kind].generator(
+        score(x_t), score(x_s)
+      )
       loss = jnp.sum(loss_BT, where=is_last_BT) / batch.num_sequences
       return weight * loss, loss
 
@@ -248,7 +203,7 @@ class GAKD(base.Objective):
     (d_t_BT, d_s_BT), (norm_t_BT, norm_s_BT) = jax.vmap(read)(
       jnp.stack([x_t, x_s])
     )
-    variant = VARIANTS[self.kind]
+    variant = adversarial.VARIANTS[self.kind]
     penalty_BT = self.gamma * variant.penalty(
       read, x_t, x_s, norm_t_BT, norm_s_BT, rng
     )

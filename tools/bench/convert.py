@@ -11,6 +11,8 @@ its own, in turns; memory is the peak above the interpreter with its imports.
 
 import argparse
 import json
+import math
+import os
 import resource
 import shutil
 import subprocess
@@ -41,7 +43,7 @@ FILE = 'model.safetensors'
 
 
 def make(path, **changes):
-  """Writes a random checkpoint of the shape, tensor by tensor."""
+  """Writes a random checkpoint of the shape, in a small part of its memory."""
   import jax
   import jax.numpy as jnp
   import numpy as np
@@ -52,11 +54,21 @@ def make(path, **changes):
 
   config = families.config_from_hf(CONFIG | changes, path)
   definition, shapes = transformer.split(models.abstract(config))
+  # Parameters are windows of one block: each layer is another, and all differ.
+  step = 1009
+  size = config.layers * step + max(
+    math.prod(x.shape[-2:]) for x in jax.tree.leaves(shapes)
+  )
   block = np.random.default_rng(0).standard_normal(2**20, np.float32)
+  block = np.resize(block.astype(jnp.bfloat16), size)
 
   def weights(x):
-    flat = jnp.asarray(np.resize(block, x.size), jnp.bfloat16)
-    return flat.reshape(x.shape)
+    strides = [2 * math.prod(x.shape[i + 1 :]) for i in range(x.ndim)]
+    if x.ndim > 2 or x.shape[0] == config.layers:  # stacked
+      strides[0] = 2 * step
+    return np.lib.stride_tricks.as_strided(
+      block, x.shape, strides, writeable=False
+    )
 
   model = nnx.merge(definition, jax.tree.map(weights, shapes))
   models.save(model, path)
@@ -82,6 +94,7 @@ def copy(source, scratch):
   with (source / 'hf' / FILE).open('rb') as a, (scratch / 'x').open('wb') as b:
     while chunk := a.read(2**24):
       b.write(chunk)
+    os.fsync(b.fileno())  # as Orbax does
 
 
 def to_flax(source, scratch):
