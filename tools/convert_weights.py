@@ -41,8 +41,12 @@ def to_flax(source, destination, dtype=None):
     params = transformer.split(models.load(source, dtype, report=report))[1]
     size = _bytes(params)
     report = _task(progress, 'writing', size)
+    # In pieces, of which reading holds a few beside the parameter.
+    pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2**26), params)
     with _checkpointer(params) as checkpointer:
-      checkpointer.save(new / 'params', args=ocp.args.PyTreeSave(params))
+      checkpointer.save(
+        new / 'params', args=ocp.args.PyTreeSave(params, save_args=pieces)
+      )
     report(size)
   shutil.copyfile(source / 'config.json', new / 'config.json')
   models.copy_companions(source, new)
