@@ -56,16 +56,9 @@ def answer(
     tokenizer_lib.fit_prompt(tokenizer, row, template, max_prompt_length)
     for row in rows
   ]
-  done = 0
+  answers, count = [None] * len(rows), 0
   with report.Progress(len(rows), 0, 'teacher answers') as progress:
-
-    def count(n_rows, n_tokens):
-      nonlocal done
-      del n_tokens
-      done += n_rows
-      progress.update(done)
-
-    answers = sampling.generate(
+    for batch, responses in sampling.stream(
       model,
       prompts,
       max_new_tokens=max_new_tokens,
@@ -75,8 +68,11 @@ def answer(
       seed=seed,
       batch_size=batch_size,
       valid_vocab=len(tokenizer),
-      report=count,
-    )
+    ):
+      for i, ids in zip(batch, responses, strict=True):
+        answers[i] = ids
+      count += len(batch)
+      progress.update(count)
   lines = []
   for row, ids in zip(rows, answers, strict=True):
     text = tokenizer_lib.decode(tokenizer, ids)

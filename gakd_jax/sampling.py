@@ -1,8 +1,9 @@
 """Sampling: prompts in, responses out, through a key-value cache.
 
-`generate` is what evaluation and the command line call; `decode_batch` is the
-same decoding as a function under `jax.jit`, for rollouts; `Sampler` and the
-filters below it turn logits into tokens, for speculative decoding too.
+`stream` is what evaluation and the command line call (`generate`: all at once);
+`decode_batch` is the same decoding as a function under `jax.jit`, for rollouts;
+`Sampler` and the filters below it turn logits into tokens, for speculative
+decoding too.
 
 A row's slot in the cache is its position, so rows of different length share a
 batch without a common index, and no row waits for another. What a row draws
@@ -226,7 +227,16 @@ def decode_batch(
   return ids_BS, end_B
 
 
-def generate(
+def generate(model, prompts, **settings):
+  """Responses to prompts, in their order: see `stream` for the arguments."""
+  responses = [[] for _ in prompts]
+  for rows, written in stream(model, prompts, **settings):
+    for i, response in zip(rows, written, strict=True):
+      responses[i] = response
+  return responses
+
+
+def stream(
   model,
   prompts,
   *,
@@ -239,9 +249,14 @@ def generate(
   seed=0,
   batch_size=32,
   valid_vocab=None,
-  report=None,
+  done=frozenset(),
 ):
-  """Responses to prompts, in their order.
+  """Yields (rows, their responses), a batch at a time.
+
+  While the caller works on one batch the next is being decoded. Prompts of
+  similar length share a batch, the longest first: what does not fit in memory
+  fails at once. Which do is a function of `prompts` and `batch_size` alone, so
+  a caller that was interrupted gets the same batches again.
 
   Args:
     model: the `Decoder`. One on a mesh decodes on the whole mesh; every
@@ -252,11 +267,12 @@ def generate(
     eos_ids: ids that end a response.
     seed: the same seed gives the same responses.
     batch_size: rows decoded together; it does not change the result.
-    report: called with the rows and tokens that each batch adds.
+    done: rows that are not wanted; a batch of nothing else is left out.
 
-  Returns:
-    Lists of token ids, without prompt and EOS. One of `max_new_tokens` tokens
-    was cut off there; a shorter one ended in an EOS.
+  Yields:
+    Indices into `prompts`, and for each a list of token ids, without prompt
+    and EOS. One of `max_new_tokens` tokens was cut off there; a shorter one
+    ended in an EOS.
 
   Raises:
     UserError: for settings that make no sense, an empty prompt, or ids that
@@ -268,26 +284,39 @@ def generate(
   mesh, batch_size = _fit_batch(params, min(batch_size, len(prompts) or 1))
   eos_ids = tuple(int(i) for i in eos_ids)
   key = jax.random.key(seed)
-  # Longest first: what does not fit in memory fails at once.
   order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-  responses = [[] for _ in prompts]
-  for start in range(0, len(order), batch_size):
-    rows = order[start : start + batch_size]
-    batch = _pad(prompts, rows, batch_size)
-    length_B = batch[1]
-    batch = _place(batch, mesh, P(sharding.BATCH_AXES))
+
+  def start(rows):
+    batch = _place(
+      _pad(prompts, rows, batch_size), mesh, P(sharding.BATCH_AXES)
+    )
     written = _decode(
       definition, params, batch, key, sampler, max_new_tokens, eos_ids
     )
-    # A process can read only what it has whole.
-    ids_BS, end_B = jax.device_get(_place(written, mesh, P()))
+    return rows, _place(
+      written, mesh, P()
+    )  # A process reads what it has whole.
+
+  def finish(rows, written):
+    ids_BS, end_B = jax.device_get(written)
+    responses = []
     for b, i in enumerate(rows):
-      response = ids_BS[b, length_B[b] : end_B[b]].tolist()
+      response = ids_BS[b, len(prompts[i]) : end_B[b]].tolist()
       ended = response and response[-1] in eos_ids
-      responses[i] = response[:-1] if ended else response
-    if report:
-      report(len(rows), int(np.sum(end_B - length_B)))
-  return responses
+      responses.append(response[:-1] if ended else response)
+    return rows, responses
+
+  plan = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+  running = None
+  for rows in plan:
+    if done.issuperset(rows):
+      continue
+    started = start(rows)
+    if running:
+      yield finish(*running)
+    running = started
+  if running:
+    yield finish(*running)
 
 
 @functools.partial(

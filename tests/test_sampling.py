@@ -238,14 +238,25 @@ def test_each_row_ends_at_its_eos(model):
   expected = [cut(r) for r in plain]
   assert len({len(r) for r in expected}) > 2, 'rows must end apart'
   assert any(len(r) == 9 for r in expected), 'one row must not end'
-  reports = []
-  result = generate(
-    model, eos_ids=eos_ids, report=lambda *counts: reports.append(counts)
+  assert generate(model, eos_ids=eos_ids) == expected
+
+
+def test_batches_come_one_by_one_and_go_on_where_they_were(model):
+  settings = {'max_new_tokens': 9, 'seed': 5, 'batch_size': 2}
+  batches = list(sampling.stream(model, PROMPTS, **settings))
+  assert sorted(i for rows, _ in batches for i in rows) == list(
+    range(len(PROMPTS))
   )
-  assert result == expected
-  with_eos = sum(len(r) + (len(r) < 9) for r in expected)
-  assert [rows for rows, _ in reports] == [3, 2]
-  assert sum(tokens for _, tokens in reports) == with_eos
+  lengths = [len(PROMPTS[i]) for rows, _ in batches for i in rows]
+  assert lengths == sorted(lengths, reverse=True)
+  first = batches[0][0]
+  rest = sampling.stream(model, PROMPTS, **settings, done={*first, 10**6})
+  assert list(rest) == batches[1:]
+  # Part of a batch does not do: its rows would move to another.
+  rest = sampling.stream(model, PROMPTS, **settings, done={first[0]})
+  assert list(rest) == batches
+  everything = set(range(len(PROMPTS)))
+  assert not list(sampling.stream(model, PROMPTS, **settings, done=everything))
 
 
 def test_decoding_stops_with_the_last_row(model):
