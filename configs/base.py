@@ -90,7 +90,7 @@ def get_config():
   c.train.precision = 'bfloat16'  # compute dtype; master weights are fp32
   c.train.head_chunk = 512  # tokens a device whose logits exist at a time
 
-  # name: settings, see gakd_jax/evals; `kind` if the name is your own.
+  # name: settings, see gakd_jax/evals/*.py; `kind` if the name is your own.
   c.evals = ml_collections.ConfigDict({'loss': {}})
   c.eval_every = 500  # steps; 0: at the end only
 
@@ -166,6 +166,8 @@ def shrink(config, *, model, data, steps=2):
 
 
 def _small(name, settings, data):
+  if 'of' in settings:
+    return {}
   small = {'limit': 4}
   if settings.get('kind', name) == 'generation':
     small |= {'max_new_tokens': 4, 'batch_size': 4, 'seeds': (0,)}

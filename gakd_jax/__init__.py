@@ -24,3 +24,7 @@ class UserError(Exception):
   The binaries print the line and exit with status 2; anything else that is
   raised is a bug and keeps its traceback.
   """
+
+
+class Interrupted(Exception):
+  """A run was asked to stop; it has saved and can be continued."""

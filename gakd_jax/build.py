@@ -13,7 +13,6 @@ from flax import nnx
 
 from gakd_jax import (
   UserError,
-  evals,
   inputs,
   models,
   objectives,
@@ -23,6 +22,7 @@ from gakd_jax import (
   step,
 )
 from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.evals import evaluator
 from gakd_jax.models import lora, transformer
 
 
@@ -51,7 +51,7 @@ class Run:
   def subject(self):
     """The run as its evaluators see it."""
     c = self.config
-    return evals.Subject(
+    return evaluator.Subject(
       student=self.student,
       teacher=self.teacher,
       frozen=self.frozen,
@@ -81,10 +81,7 @@ def build(config, workdir, mesh):
       config.teacher.path,
     )
     _check_vocabulary(config.teacher.path, tokenizer, None)
-  evaluators = {
-    name: evals.make(name, kind, config.data.validation)
-    for name, kind in config.evals.items()
-  }
+  evaluators = evaluator.make(config.evals, config.data.validation)
 
   best = config.checkpoint.best_metric
   if best is not None and best.partition('/')[0] not in evaluators:

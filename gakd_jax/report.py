@@ -143,6 +143,7 @@ class Progress:
 
   def __init__(self, total_steps, start_step=0, description='training'):
     self._total = total_steps
+    self._step = start_step
     self._description = description
     self._console = rich.console.Console()
     self._start_time = time.monotonic()
@@ -178,7 +179,13 @@ class Progress:
     elif self._unprinted:
       self.say(self._unprinted)
 
+  def advance(self, steps, **status):
+    """`update` by so many steps more."""
+    self._step += steps
+    self.update(self._step, **status)
+
   def update(self, step, *, loss=None, tokens_per_second=None):
+    self._step = step
     status = [] if loss is None else [f'loss {loss:.4f}']
     if tokens_per_second is not None:
       status.append(f'{tokens_per_second:,.0f} tokens/s')

@@ -377,6 +377,16 @@ def _bucket(length):
   return smaller if _SHORTEST_PROMPT <= length <= smaller else power
 
 
+def padding(prompts, batch_size):
+  """The share of prompt slots that `stream` fills with nothing."""
+  lengths = sorted(map(len, prompts), reverse=True)
+  batch_size = min(batch_size, len(lengths))
+  slots = sum(
+    _bucket(lengths[i]) * batch_size for i in range(0, len(lengths), batch_size)
+  )
+  return 1 - sum(lengths) / slots
+
+
 def _pad(prompts, rows, batch_size):
   """Prompts of `rows` on a grid [B, T]; missing rows have length 0."""
   longest = max(len(prompts[i]) for i in rows)

@@ -141,6 +141,7 @@ def _settings(runs):
       json.loads((Path(directory) / 'config.json').read_text())['config']
     )
     for name, directory in runs.items()
+    if (Path(directory) / 'config.json').exists()
   }
   keys = dict.fromkeys(key for config in configs.values() for key in config)
   pairs = []

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from gakd_jax import (
+  Interrupted,
   UserError,
   build,
   inputs,
@@ -26,10 +27,6 @@ from gakd_jax import (
   summary,
 )
 from gakd_jax import checkpoint as checkpoint_lib
-
-
-class Interrupted(Exception):
-  """The run was asked to stop; it has saved and can be continued."""
 
 
 def run_stages(config, workdir):

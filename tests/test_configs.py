@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from configs import base, tiny_teacher
-from gakd_jax import main, objectives, train
+from gakd_jax import binary, objectives, train
 
 FOLDER = Path(base.__file__).parent
 EXPERIMENTS = sorted(
   path.stem
   for path in FOLDER.glob('*.py')
   if path.stem not in ('__init__', 'base', 'dolly')
+  and not path.stem.startswith('eval_')
 )
 
 
@@ -158,7 +159,7 @@ def broken(tiny_model_dir, tmp_path, capsys):
     with config.unlocked():
       config.update_from_flattened_dict(settings)
     with pytest.raises(SystemExit) as stopped:
-      main.guarded(lambda argv: train.run(config, tmp_path / 'run'), ['x'])
+      binary.guarded(lambda argv: train.run(config, tmp_path / 'run'), ['x'])
     assert stopped.value.code == 2
     text = capsys.readouterr().err.strip()
     assert '\n' not in text

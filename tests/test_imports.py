@@ -30,6 +30,8 @@ LEVELS = (
     'summary',
     'report',
     'report_html',
+    'binary',
+    'partial',
   ),
 )
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

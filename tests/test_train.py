@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from configs import base
-from gakd_jax import UserError, models, report, rundir, train
+from gakd_jax import Interrupted, UserError, models, report, rundir, train
 from tools import make_goldens
 
 ROWS = [
@@ -134,7 +134,7 @@ def test_an_interrupted_run_continues_bit_for_bit(
 
   with monkeypatch.context() as patch:
     patch.setattr(train, '_Log', Log)
-    with pytest.raises(train.Interrupted, match=f'step {stop_at} of 6'):
+    with pytest.raises(Interrupted, match=f'step {stop_at} of 6'):
       train.run(config, workdir)
   assert sorted(losses(workdir)) == list(range(1, stop_at + 1))
   results = train.run(config, workdir)

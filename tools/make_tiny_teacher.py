@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs import tiny_teacher
-from gakd_jax import main, train
+from gakd_jax import binary, train
 from gakd_jax.data import synthetic
 from gakd_jax.models import DecoderConfig, families
 
@@ -42,4 +42,4 @@ def _main(argv):
 
 
 if __name__ == '__main__':
-  main.guarded(_main, sys.argv)
+  binary.guarded(_main, sys.argv)

@@ -6,15 +6,21 @@ SOURCE is anything that `config.data.train` takes: a file, a directory or a hub
 id (org/name:split). Rows are checked and written as JSON Lines with the fields
 `instruction`, `input`, `output` (a list if there are several references), or
 `messages`; bad rows are left out, counted by reason.
+
+  python tools/prepare_data.py test.ne data/flores_ne_en/test.jsonl \\
+    --target=test.en --languages=Nepali,English
+
+makes translation rows of two texts, line by line.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from gakd_jax import UserError, main, report
+from gakd_jax import UserError, report
 from gakd_jax.data import sources
 
 
@@ -25,18 +31,62 @@ def to_record(row):
     return {'messages': [*row.messages, answer]}
   references = list(row.references)
   output = references if len(references) > 1 else references[0]
-  return {'instruction': row.instruction, 'input': row.input, 'output': output}
+  record = {
+    'instruction': row.instruction,
+    'input': row.input,
+    'output': output,
+  }
+  return record | ({'answer': row.answer} if row.answer else {})
 
 
-def _main(argv):
-  if len(argv) != 3:
-    raise UserError('usage: python tools/prepare_data.py SOURCE FILE.jsonl')
-  rows, bad = sources.load(argv[1])
+def translations(source, target, languages):
+  """The rows of two files of text whose lines belong together."""
+  one, other = (
+    Path(file).read_text('utf-8').split('\n') for file in (source, target)
+  )
+  if len(one) != len(other):
+    raise UserError(
+      f'{source} has {len(one)} lines and {target} {len(other)}: these are not '
+      'translations line by line'
+    )
+  task = 'Translate the following {} text into {}.'.format(*languages)
+  return [
+    sources.Row(task, text, (translation,), where=f'{source}:{i + 1}')
+    for i, (text, translation) in enumerate(zip(one, other, strict=True))
+    if text.strip() and translation.strip()
+  ]
+
+
+def _prepare(args):
+  if args.target:
+    languages = args.languages.split(',')
+    if len(languages) != 2:
+      raise UserError('--languages: name two, as in Nepali,English')
+    rows, bad = translations(args.source, args.target, languages), {}
+  else:
+    rows, bad = sources.load(args.source)
   lines = (json.dumps(to_record(r), ensure_ascii=False) + '\n' for r in rows)
-  report.write_atomically(argv[2], ''.join(lines))
+  report.write_atomically(args.file, ''.join(lines))
   skipped = ''.join(f', {n} skipped: {why}' for why, n in sorted(bad.items()))
-  print(f'{argv[2]}: {len(rows)} rows{skipped}')
+  print(f'{args.file}: {len(rows)} rows{skipped}')
+
+
+def main(argv=None):
+  """Returns the exit status: 2 if the user can put it right."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('source')
+  parser.add_argument('file', help='.jsonl')
+  parser.add_argument('--target', help='text; the source is text as well')
+  parser.add_argument('--languages', default='', help='as in Nepali,English')
+  try:
+    _prepare(parser.parse_args(argv))
+  except (UserError, OSError) as e:
+    print(f'error: {e}', file=sys.stderr)
+    return 2
+  return 0
 
 
 if __name__ == '__main__':
-  main.guarded(_main, sys.argv)
+  sys.exit(main())

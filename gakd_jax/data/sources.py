@@ -3,9 +3,10 @@
 A spec names where rows come from: a JSON Lines file, a JSON array (either may
 end in .gz), a Parquet file, a directory of such files, `org/name[:split]` on
 the hub, or `synthetic:<split>:<n>[:<seed>]`. A row holds `messages`, or
-`instruction, input, output`, or `question, answer`, or `prompt, response`; the
-first of these that is there counts, since some data sets also store a rendered
-`prompt`. `output` and `response` may be a list of references.
+`instruction, input, output`, or `question, answer`, or `prompt, response`, or
+`dialogue, summary` (`summary1` and so on are several references); the first of
+these that is there counts, since some data sets also store a rendered `prompt`.
+`output` and `response` may be a list of references.
 """
 
 import collections
@@ -45,7 +46,9 @@ class Row:
   `references`: train on the first, score against all; empty if there is only a
   prompt. `messages`: the turns before the answer (role and content), for rows
   with a system message or several turns, else None. `where`: 'file:line', or
-  'file[index]' where a file has no lines.
+  'file[index]' where a file has no lines. `answer`: the short answer of a row
+  with an `answer` beside its `output`, which shows how one comes to it (math
+  and multiple choice of LLM-Adapters); it alone tells right from wrong.
   """
 
   instruction: str
@@ -53,6 +56,7 @@ class Row:
   references: tuple[str, ...] = ()
   messages: tuple[dict, ...] | None = None
   where: str = ''
+  answer: str = ''
 
 
 def load(spec, *, on_bad_row='skip', need_response=True):
@@ -225,6 +229,8 @@ def _row(where, record, need_response):
   record = {key: value for key, value in record.items() if value is not None}
   if 'messages' in record:
     row = _conversation(where, record['messages'])
+  elif 'dialogue' in record:
+    row = _pair(where, _dialogue(record), need_response)
   else:
     row = _pair(where, record, need_response)
   if need_response and not row.references:
@@ -248,7 +254,10 @@ def _pair(where, record, need_response):
   prompt = record[prompt_key]
   # Only instruction rows have an input; elsewhere `input` means something else.
   extra = record.get('input', '') if prompt_key == 'instruction' else ''
+  answer = str(record.get('answer', '')) if response_key == 'output' else ''
   response = record.get(response_key, [])
+  if response == '':
+    response = answer
   references = response if isinstance(response, list) else [response]
   fields = {prompt_key: [prompt], 'input': [extra], response_key: references}
   for key, values in fields.items():
@@ -261,7 +270,21 @@ def _pair(where, record, need_response):
     input=extra if extra.strip() else '',
     references=tuple(text for text in references if text.strip()),
     where=where,
+    answer=answer,
   )
+
+
+def _dialogue(record):
+  """A DialogSum record as an instruction."""
+  return {
+    'instruction': 'Summarize the following dialogue.',
+    'input': record['dialogue'],
+    'output': [
+      text
+      for key, text in sorted(record.items())
+      if re.fullmatch(r'summary\d*', key)
+    ],
+  }
 
 
 def _conversation(where, messages):

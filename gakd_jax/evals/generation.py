@@ -7,22 +7,30 @@ With temperature 0 one seed is enough.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import statistics
+import time
+from typing import ClassVar
 
+import jax
 from flax import nnx
+from jax.experimental import multihost_utils
 
-from gakd_jax import report, sampling
+from gakd_jax import partial, report, sampling
 from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
-from gakd_jax.evals import scores
+from gakd_jax.evals import scores, tasks
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
+  needs_teacher: ClassVar[bool] = False
+
   name: str
   rows: tuple
+  task: str = 'instruct'  # what makes an answer good, see `tasks`
   max_new_tokens: int = 256
   temperature: float = 1.0
   top_k: int = 0
@@ -30,14 +38,20 @@ class Generation:
   no_repeat_ngram: int = 6
   seeds: tuple = (10, 20, 30, 40, 50)
   batch_size: int = 32
+  first_reference: bool = False  # scored against it alone, not the best of all
+
+  def __post_init__(self):
+    tasks.get(self.task)
 
   def run(self, subject, params, tag):
-    """ROUGE-L and exact match (0 to 100), and answer length in tokens.
+    """{metric: value} of the answers, means over rows and seeds.
 
-    `rouge_l_11-50` and the like are of the prompts whose first reference has so
-    many tokens.
+    Metrics are those of the task (0 to 100), `answer_tokens`, and `unfinished`,
+    the percentage that was cut off at `max_new_tokens`. `rouge_l_11-50` and the
+    like are of the prompts whose first reference has so many tokens. With
+    several seeds, `<metric>_std` is the deviation over them.
     Answers go to <workdir>/answers/<name>-<seed>.jsonl, those of the last
-    evaluation; with several seeds, `rouge_l_std` is the deviation over them.
+    evaluation.
     """
     prompts = [
       tokenizer_lib.fit_prompt(
@@ -45,24 +59,78 @@ class Generation:
       )
       for row in self.rows
     ]
-    lengths = [
-      len(subject.tokenizer.encode(r.references[0], add_special_tokens=False))
+    buckets = [
+      scores.length_bucket(
+        len(subject.tokenizer.encode(r.references[0], add_special_tokens=False))
+      )
       for r in self.rows
     ]
     model = nnx.merge(subject.student, subject.cast(params))
-    metrics = [
-      self._one_seed(subject, model, prompts, lengths, seed, tag)
-      for seed in self.seeds
-    ]
-    result = {
-      key: statistics.fmean(m[key] for m in metrics) for key in metrics[0]
-    }
-    if len(metrics) > 1:
-      result['rouge_l_std'] = statistics.stdev(m['rouge_l'] for m in metrics)
+    n = len(self.rows) * len(self.seeds)
+    pool = tasks.Pool(self.task, expected=n, first_only=self.first_reference)
+    progress = contextlib.nullcontext()
+    if subject.identity is not None:
+      progress = report.Progress(n, 0, f'{subject.workdir.name}: {self.name}')
+    with pool, progress:
+      metrics = [
+        self._one_seed(
+          subject, model, prompts, buckets, seed, tag, pool, progress
+        )
+        for seed in self.seeds
+      ]
+    result = {}
+    for key in metrics[0]:
+      values = [m[key] for m in metrics]
+      result[key] = statistics.fmean(values)
+      if len(values) > 1:
+        result[f'{key}_std'] = statistics.stdev(values)
     return result
 
-  def _one_seed(self, subject, model, prompts, lengths, seed, tag):
-    answers = sampling.generate(
+  def _one_seed(
+    self, subject, model, prompts, buckets, seed, tag, pool, progress
+  ):
+    path = subject.workdir / 'answers' / f'{self.name}-{seed}.jsonl'
+    answers = self._answers(subject, model, prompts, seed, path, pool, progress)
+    scored = pool.results()
+    lines = []
+    for i, row in enumerate(self.rows):
+      line = {
+        'index': i,
+        'step': tag,
+        'instruction': row.instruction,
+        'input': row.input,
+        'references': row.references,
+      } | answers[i]
+      if tasks.TASKS[self.task].extract:
+        line['extracted'] = tasks.extracted(self.task, row, line['answer'])
+        line['gold'] = tasks.gold(self.task, row)
+      lines.append(line | {'scores': scored[i]})
+    if jax.process_index() == 0:
+      report.write_atomically(path, ''.join(map(_to_line, lines)))
+    return self._summary(lines, buckets)
+
+  def _answers(self, subject, model, prompts, seed, path, pool, progress):
+    """{index: {'answer', 'tokens'}}; on their way they go to `pool`.
+
+    Those that an interrupted evaluation has written are not written again.
+    """
+    log, answers = None, {}
+    if subject.identity is not None:
+      log = partial.Partial(
+        path.with_suffix('.partial'),
+        [subject.identity, subject.template, self._settings(), prompts],
+      )
+      answers = {line.pop('index'): line for line in log.read()}
+      progress.advance(len(answers))
+      # Before the first process adds to what others are reading.
+      multihost_utils.sync_global_devices(f'read {path}')
+
+    def add(new):
+      pool.add({i: (self.rows[i], x['answer']) for i, x in new.items()})
+
+    add(answers)
+    start, new_tokens = time.perf_counter(), 0
+    for indices, written in sampling.stream(
       model,
       prompts,
       max_new_tokens=self.max_new_tokens,
@@ -74,35 +142,69 @@ class Generation:
       seed=seed,
       batch_size=self.batch_size,
       valid_vocab=len(subject.tokenizer),
-    )
-    lines, rouge, exact = [], [], []
-    for row, answer_ids in zip(self.rows, answers, strict=True):
-      answer = tokenizer_lib.decode(subject.tokenizer, answer_ids)
-      rouge.append(scores.rouge_l(answer, row.references))
-      exact.append(scores.exact_match(answer, row.references))
-      lines.append(
-        {
-          'step': tag,
-          'instruction': row.instruction,
-          'input': row.input,
-          'references': row.references,
-          'answer': answer,
-          'rouge_l': rouge[-1],
+      done=set(answers),
+    ):
+      new = {
+        i: {
+          'answer': tokenizer_lib.decode(subject.tokenizer, ids),
+          'tokens': len(ids),
         }
+        for i, ids in zip(indices, written, strict=True)
+      }
+      answers |= new
+      add(new)
+      if log:
+        log.append([{'index': i} | x for i, x in new.items()])
+        new_tokens += sum(x['tokens'] for x in new.values())
+        speed = new_tokens / (time.perf_counter() - start)
+        progress.advance(len(new), tokens_per_second=speed)
+    if log and new_tokens:
+      _record_speed(
+        subject.workdir,
+        f'{self.name}-{seed}',
+        {
+          'tokens_per_second': speed,
+          'seconds': time.perf_counter() - start,
+          'answers': len(self.rows),
+          'padding': sampling.padding(prompts, self.batch_size),
+        },
       )
-    report.write_atomically(
-      subject.workdir / 'answers' / f'{self.name}-{seed}.jsonl',
-      ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in lines),
-    )
-    buckets = collections.defaultdict(list)
-    for length, score in zip(lengths, rouge, strict=True):
-      buckets[scores.length_bucket(length)].append(score)
-    by_length = {
-      f'rouge_l_{bucket}': statistics.fmean(buckets[bucket])
-      for bucket in sorted(buckets)
-    }
+    return answers
+
+  def _settings(self):
+    """What an answer depends on, but for its seed."""
     return {
-      'rouge_l': statistics.fmean(rouge),
-      'exact_match': statistics.fmean(exact),
-      'answer_tokens': statistics.fmean(map(len, answers)),
-    } | by_length
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(self)
+      if field.name not in ('name', 'rows', 'task', 'seeds', 'first_reference')
+    }
+
+  def _summary(self, lines, buckets):
+    metrics = collections.defaultdict(list)
+    main = tasks.TASKS[self.task].scores[0]
+    for line, bucket in zip(lines, buckets, strict=True):
+      for metric, value in line['scores'].items():
+        metrics[metric].append(value)
+      metrics['answer_tokens'].append(line['tokens'])
+      cut = line['tokens'] >= self.max_new_tokens
+      metrics['unfinished'].append(100.0 * cut)
+      metrics[f'{main}_{bucket}'].append(line['scores'][main])
+    means = {key: statistics.fmean(metrics[key]) for key in sorted(metrics)}
+    return means | tasks.corpus_scores(
+      self.task,
+      self.rows,
+      [line['answer'] for line in lines],
+      self.first_reference,
+    )
+
+
+def _to_line(x):
+  return json.dumps(x, ensure_ascii=False) + '\n'
+
+
+def _record_speed(workdir, name, speed):
+  """Adds to speed.json: no result, as it is never twice the same."""
+  if jax.process_index() == 0:
+    file = workdir / 'speed.json'
+    known = json.loads(file.read_text()) if file.exists() else {}
+    report.write_atomically(file, json.dumps(known | {name: speed}, indent=2))

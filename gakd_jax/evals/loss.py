@@ -1,15 +1,23 @@
 """Held-out loss: cross-entropy, and how far the student is from its teacher.
 
 Means over the response tokens of the first reference of every row: `ce`
-(nats), and with a teacher `forward_kl`, `reverse_kl` (nats) and `agreement`,
-the share of tokens on which both have the same most likely next token.
+(nats), `ece`, and with a teacher `forward_kl`, `reverse_kl`, `jsd` (nats, the
+last with beta 0.5) and `agreement`, the share of tokens on which both have the
+same most likely next token.
+
+`ece` is the expected calibration error (arXiv 1706.04599) of next-token
+predictions: with tokens in 15 bins of equal width by the probability of the
+most likely token, the mean over tokens of their bin's difference between that
+probability and how often the text goes on with it; 0 to 1.
 """
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gakd_jax import sharding
 from gakd_jax.data import pipeline
@@ -17,49 +25,60 @@ from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.models import transformer
 from gakd_jax.objectives import divergences, head
 
+_BINS = 15
+
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
+  needs_teacher: ClassVar[bool] = True
+
   name: str
   rows: tuple
   batch_size: int = 16
 
   def run(self, subject, params, tag):
     del tag
-    examples, _ = pipeline.encode_rows(
-      self.rows,
-      subject.tokenizer,
-      template=subject.template,
-      max_length=subject.max_length,
-      max_prompt_length=subject.max_prompt_length,
+    return measure(subject, params, self.rows, self.batch_size)
+
+
+def measure(subject, params, rows, batch_size):
+  """{metric: mean over response tokens}; see above."""
+  examples, _ = pipeline.encode_rows(
+    rows,
+    subject.tokenizer,
+    template=subject.template,
+    max_length=subject.max_length,
+    max_prompt_length=subject.max_prompt_length,
+  )
+  ways = sharding.batch_ways(subject.mesh)
+  batches = pipeline.batches(
+    examples,
+    # Empty rows fill up what the mesh cannot divide.
+    batch_size=-(-batch_size // ways) * ways,
+    max_length=subject.max_length,
+    pad_id=tokenizer_lib.pad_id(subject.tokenizer),
+    epochs=1,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  totals = {}
+  for batch in batches:
+    batch = sharding.put_batch(batch, subject.mesh)
+    sums = _sums(
+      subject.student,
+      subject.teacher,
+      subject.dtype,
+      subject.head_chunk,
+      params,
+      subject.frozen,
+      batch,
     )
-    ways = sharding.batch_ways(subject.mesh)
-    batches = pipeline.batches(
-      examples,
-      # Empty rows fill up what the mesh cannot divide.
-      batch_size=-(-self.batch_size // ways) * ways,
-      max_length=subject.max_length,
-      pad_id=tokenizer_lib.pad_id(subject.tokenizer),
-      epochs=1,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-    totals = {}
-    for batch in batches:
-      batch = sharding.put_batch(batch, subject.mesh)
-      sums = _sums(
-        subject.student,
-        subject.teacher,
-        subject.dtype,
-        subject.head_chunk,
-        params,
-        subject.frozen,
-        batch,
-      )
-      for name, value in jax.device_get(sums).items():
-        totals[name] = totals.get(name, 0.0) + float(value)
-    tokens = totals.pop('tokens')
-    return {name: total / tokens for name, total in totals.items()}
+    for name, value in jax.device_get(sums).items():
+      totals[name] = totals.get(name, 0.0) + value.astype(float)
+  tokens = totals.pop('tokens')
+  off = totals.pop('overconfidence')
+  means = {name: float(total / tokens) for name, total in totals.items()}
+  return means | {'ece': float(np.sum(np.abs(off)) / tokens)}
 
 
 @functools.partial(
@@ -80,13 +99,25 @@ def _sums(student, teacher, dtype, head_chunk, params, frozen, batch):
 def _measure(logits, targets_N):
   log_q_NV = jax.nn.log_softmax(logits[0])
   ce_N = divergences.cross_entropy(log_q_NV, targets_N)
-  measured = {'ce': ce_N}
+  measured = {
+    'ce': ce_N,
+    'overconfidence': _overconfidence(log_q_NV, targets_N),
+  }
   if len(logits) == 2:
     log_p_NV = jax.nn.log_softmax(logits[1])
     same_N = jnp.argmax(log_p_NV, -1) == jnp.argmax(log_q_NV, -1)
     measured |= {
       'forward_kl': divergences.forward_kl(log_p_NV, log_q_NV),
       'reverse_kl': divergences.reverse_kl(log_p_NV, log_q_NV),
+      'jsd': divergences.jsd(log_p_NV, log_q_NV, beta=0.5),
       'agreement': same_N.astype(jnp.float32),
     }
   return ce_N, measured
+
+
+def _overconfidence(log_q_NV, targets_N):
+  """Confidence less correctness of each token, in the column of its bin."""
+  confidence_N = jnp.exp(jnp.max(log_q_NV, axis=-1))
+  right_N = jnp.argmax(log_q_NV, axis=-1) == targets_N
+  bin_N = jnp.minimum((confidence_N * _BINS).astype(int), _BINS - 1)
+  return jax.nn.one_hot(bin_N, _BINS) * (confidence_N - right_N)[:, None]

@@ -1,9 +1,9 @@
 """Scores of generated text against reference texts.
 
-ROUGE-L and BLEU are the rouge_score and sacrebleu packages, as in the papers
-that report them; exact match uses SQuAD's normalisation. Every score lies in
-[0, 100]; of several references the best one counts, and an answer that is
-blank scores 0.
+ROUGE-L, BLEU and chrF are the rouge_score and sacrebleu packages, as in the
+papers that report them; exact match uses SQuAD's normalisation. Every score
+lies in [0, 100]; of several references the best one counts, and an answer that
+is blank scores 0.
 """
 
 import functools
@@ -47,6 +47,10 @@ def bleu(prediction, references):
 
 def corpus_bleu(predictions, references_lists):
   """Corpus BLEU-4; a prediction may match n-grams of all its references."""
+  return _corpus(_bleu(sentence=False), predictions, references_lists)
+
+
+def _corpus(metric, predictions, references_lists):
   rows = [_as_list(references) for references in references_lists]
   if len(predictions) != len(rows):
     raise ValueError(f'{len(predictions)} predictions, {len(rows)} references')
@@ -56,8 +60,22 @@ def corpus_bleu(predictions, references_lists):
   width = max(map(len, rows))
   padded = [row + [None] * (width - len(row)) for row in rows]
   streams = list(zip(*padded, strict=True))
-  score = _bleu(sentence=False).corpus_score(predictions, streams).score
-  return min(score, 100.0)
+  return min(metric.corpus_score(predictions, streams).score, 100.0)
+
+
+def chrf(prediction, references):
+  """chrF of character 6-grams (Popovic 2015), as sacrebleu's defaults."""
+  score = _chrf().sentence_score
+  return _best(
+    lambda reference: score(prediction, [reference]).score,
+    prediction,
+    references,
+  )
+
+
+def corpus_chrf(predictions, references_lists):
+  """chrF of all answers; of several references the best of each counts."""
+  return _corpus(_chrf(), predictions, references_lists)
 
 
 def length_bucket(n_tokens):
@@ -103,3 +121,10 @@ def _bleu(*, sentence):
 
   # `force` only silences the advice on answers that end in ' .'.
   return BLEU(effective_order=sentence, force=True)
+
+
+@functools.cache
+def _chrf():
+  from sacrebleu.metrics import CHRF
+
+  return CHRF()

@@ -32,7 +32,7 @@ def token_mean(token_loss, outputs, tokens, num_tokens, *, chunk):
 
   Args:
     token_loss: (tuple of fp32 logits [N, V], one for each of `outputs`;
-      targets [N]) -> (loss [N], {name: metric [N]}).
+      targets [N]) -> (loss [N], {name: metric [N], or [N, K]}).
     outputs: tuple of `models.transformer.Outputs`, all [B, T, .].
     tokens: `data.pipeline.Tokens`; the loss of token t stands at t - 1.
     num_tokens: scalar to divide by: the response tokens of the whole optimizer
@@ -40,7 +40,7 @@ def token_mean(token_loss, outputs, tokens, num_tokens, *, chunk):
     chunk: tokens whose logits exist at a time, on each device.
 
   Returns:
-    Loss and metrics, scalars in fp32. Only the loss has a gradient.
+    Loss and metrics, scalars (or [K]) in fp32. Only the loss has a gradient.
   """
   targets_BT = jnp.roll(tokens.ids_BT, -1, axis=1)
   # Comparable logits: the ids that all vocabularies have. Rows beyond them are
@@ -106,16 +106,58 @@ def token_features(outputs, w_VC, mask_BT, *, function, chunk):
     return out_NC.at[order_N].set(x_NC, mode='drop').reshape(*mask_BT.shape, -1)
 
   head_VD = outputs.head.weight_VD[: w_VC.shape[0]]
+  args = outputs.hidden_BTD, head_VD, w_VC, mask_BT
+  return _by_rows(local, (True, False, False, True))(*args)
+
+
+def token_log_probs(outputs, tokens, *, chunk):
+  """log q(next token) in fp32, [B, T]; 0 where it is not of a response.
+
+  Args:
+    outputs: `models.transformer.Outputs`, [B, T, .].
+    tokens: `data.pipeline.Tokens`.
+    chunk: tokens whose logits exist at a time, on each device.
+  """
+
+  def local(h_BTD, head_VD, targets_BT, mask_BT):
+    h_ND, mask_N = h_BTD.reshape(-1, h_BTD.shape[-1]), mask_BT.reshape(-1)
+    targets_N = targets_BT.reshape(-1)
+    size = min(chunk, mask_N.size)
+    order_N = _response_first(mask_N, size)
+
+    def body(i, out_N):
+      index_N = jax.lax.dynamic_slice_in_dim(order_N, i * size, size)
+      z_NV = Head(head_VD, outputs.head.cap)(h_ND.at[index_N].get(mode='clip'))
+      target_N1 = targets_N.at[index_N].get(mode='clip')[:, None]
+      log_q_NV = jax.nn.log_softmax(z_NV)
+      log_q_N = jnp.take_along_axis(log_q_NV, target_N1, axis=1)[:, 0]
+      return out_N.at[index_N].set(log_q_N, mode='drop')
+
+    n_chunks = -(-jnp.sum(mask_N) // size)
+    zeros_N = jnp.zeros(mask_N.size, jnp.float32)
+    out_N = jax.lax.fori_loop(0, n_chunks, body, zeros_N)
+    return jnp.where(mask_N, out_N, 0).reshape(mask_BT.shape)
+
+  targets_BT = jnp.roll(tokens.ids_BT, -1, axis=1)
+  args = outputs.hidden_BTD, outputs.head.weight_VD, targets_BT
+  return _by_rows(local, (True, False, True, True))(*args, tokens.predicts_BT)
+
+
+def _by_rows(local, by_row):
+  """`local` on each device's own rows; without a mesh, on all of them.
+
+  by_row: of each argument, whether it is split or whole.
+  """
   if jax.sharding.get_abstract_mesh().empty:
-    return local(outputs.hidden_BTD, head_VD, w_VC, mask_BT)
-  rows, whole = P(sharding.BATCH_AXES), P()
+    return local
+  rows = P(sharding.BATCH_AXES)
   return jax.shard_map(
     local,
-    in_specs=(rows, whole, whole, rows),
+    in_specs=tuple(rows if split else P() for split in by_row),
     out_specs=rows,
     axis_names=set(sharding.BATCH_AXES),
     check_vma=False,
-  )(outputs.hidden_BTD, head_VD, w_VC, mask_BT)
+  )
 
 
 def _weighted_sum(token_loss, chunk, hiddens, heads, targets_BT, weights_BT):
@@ -196,7 +238,8 @@ def _loop(
     def loss(*logits):
       loss_N, metrics = token_loss(logits, target_N)
       return jnp.sum(weight_N * loss_N), {
-        name: jnp.sum(weight_N * x) for name, x in metrics.items()
+        name: jnp.sum(weight_N.reshape(-1, *(1,) * (x.ndim - 1)) * x, axis=0)
+        for name, x in metrics.items()
       }
 
     return index_N, hidden_ND, loss

@@ -1,0 +1,41 @@
+"""Eight sets of multiple choice, by what is answered and by likelihood.
+
+  python -m gakd_jax.evaluate --config=configs/eval_commonsense.py --model=DIR
+
+LLM-Adapters' files (arXiv 2304.01933), read from its `dataset` folder. `boolq`
+and the like generate greedily, and the option that is named first counts;
+`boolq_likelihood` takes the option whose text has the highest mean
+log-probability, and needs no model that keeps to the format.
+"""
+
+from configs import base
+
+SETS = {
+  'boolq': 'boolq',
+  'piqa': 'piqa',
+  'siqa': 'social_i_qa',
+  'hellaswag': 'hellaswag',
+  'winogrande': 'winogrande',
+  'arc_easy': 'ARC-Easy',
+  'arc_challenge': 'ARC-Challenge',
+  'openbookqa': 'openbookqa',
+}
+
+
+def get_config():
+  c = base.get_config()
+  c.evals = {}
+  for name, folder in SETS.items():
+    data = f'data/llm_adapters/dataset/{folder}/test.json'
+    c.evals[name] = {
+      'kind': 'generation',
+      'task': 'choice',
+      'data': data,
+      'max_new_tokens': 32,
+      'temperature': 0.0,
+      'no_repeat_ngram': 0,
+      'seeds': (0,),
+      'batch_size': 128,
+    }
+    c.evals[f'{name}_likelihood'] = {'kind': 'multiple_choice', 'data': data}
+  return c

@@ -1,0 +1,66 @@
+"""What the binaries have in common: flags, and how they end."""
+
+import errno
+import os
+import re
+import sys
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from gakd_jax import Interrupted, UserError
+
+
+def default_workdir():
+  """runs/rkl_0p6b for --config=configs/rkl_0p6b.py."""
+  file = config_flags.get_config_filename(flags.FLAGS['config'])
+  return os.path.join('runs', os.path.splitext(os.path.basename(file))[0])
+
+
+def use_compilation_cache():
+  """A restarted run compiles nothing; JAX_COMPILATION_CACHE_DIR overrides."""
+  if jax.config.jax_compilation_cache_dir is None:
+    cache = os.path.expanduser('~/.cache/gakd_jax/compiled')
+    jax.config.update('jax_compilation_cache_dir', cache)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+
+
+def one_line(error):
+  """What to tell the user about an error of theirs; None for a bug."""
+  text = str(error)
+  if isinstance(error, UserError):
+    return text
+  if isinstance(error, flags.Error):
+    return text.splitlines()[0]
+  # ml_collections names a key that does not exist in one of these ways.
+  near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
+  if near:
+    return f'config has no key {near[2]!r}; did you mean {near[1]!r}?'
+  unknown = re.search(r'Key "(\w+)" does not exist', text)
+  if unknown:
+    return f'config has no key {unknown[1]!r}; see configs/base.py'
+  if 'Failed loading config file' in text:
+    return f'--config: {text.splitlines()[-1].strip()}'
+  full = getattr(error, 'errno', None) == errno.ENOSPC
+  if full or 'No space left on device' in text:
+    return (
+      'the disk is full: free some space and run the same command again, '
+      'which continues from the last complete checkpoint'
+    )
+  return None
+
+
+def guarded(main, argv):
+  """Runs a binary's main: user errors are one line and exit status 2."""
+  try:
+    main(flags.FLAGS(argv))
+  except (Interrupted, KeyboardInterrupt) as e:
+    print(str(e) or 'interrupted', file=sys.stderr)
+    sys.exit(130)
+  except Exception as e:
+    text = one_line(e)
+    if text is None:
+      raise
+    print(f'error: {text}', file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,59 @@
+"""COMET of translations (Rei et al., arXiv 2009.09025), an optional extra.
+
+It reads the source text as well as answer and reference, with a model of half
+a billion parameters: `pip install 'gakd_jax[comet]'`, which brings PyTorch, and
+a checkpoint from the hub, or its file.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+from typing import ClassVar
+
+from gakd_jax import UserError
+from gakd_jax.evals.generation import Generation
+
+
+@dataclasses.dataclass(frozen=True)
+class Comet:
+  needs_teacher: ClassVar[bool] = False
+
+  name: str
+  of: Generation  # whose answers; a row's `input` is the text to translate
+  model: str = 'Unbabel/wmt22-comet-da'  # or the file of a checkpoint
+  batch_size: int = 16
+
+  def __post_init__(self):
+    _package()
+
+  def run(self, subject, params, tag):
+    """{'comet': 0 to 100, mean over rows and seeds}, by the first reference."""
+    del params, tag
+    comet = _package()
+    path = self.model
+    if not os.path.exists(path):
+      path = comet.download_model(path)
+    model = comet.load_from_checkpoint(path)
+    means = []
+    for seed in self.of.seeds:
+      file = subject.workdir / 'answers' / f'{self.of.name}-{seed}.jsonl'
+      rows = map(json.loads, file.read_text('utf-8').split('\n')[:-1])
+      texts = [
+        {'src': x['input'], 'mt': x['answer'], 'ref': x['references'][0]}
+        for x in rows
+      ]
+      output = model.predict(texts, batch_size=self.batch_size, gpus=0)
+      means.append(100 * output.system_score)
+    return {'comet': statistics.fmean(means)}
+
+
+def _package():
+  try:
+    import comet
+  except ImportError as e:
+    raise UserError(
+      "config.evals: COMET is not installed: pip install 'gakd_jax[comet]' "
+      '(it brings PyTorch), or take the evaluator out'
+    ) from e
+  return comet

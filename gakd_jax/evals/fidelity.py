@@ -1,0 +1,90 @@
+"""Fidelity: does the student behave like its teacher?
+
+Token by token, on three texts for the same prompts (gold references, the
+teacher's answers, the student's own): everything that `loss` measures, as in
+`agreement_gold`, `reverse_kl_teacher`, `ece_student`. Answer by answer, as in
+"Generalization vs Fidelity" (ACL 2025): `answer_agreement`, the percentage of
+prompts on which both answer the same, right or wrong, and `rationale_bleu` and
+`rationale_rouge_l` of the student's whole answer against the teacher's.
+"""
+
+import dataclasses
+import json
+import statistics
+from typing import ClassVar
+
+from gakd_jax import UserError
+from gakd_jax.evals import extract, loss, scores, tasks
+from gakd_jax.evals.generation import Generation
+
+
+@dataclasses.dataclass(frozen=True)
+class Fidelity:
+  needs_teacher: ClassVar[bool] = True
+
+  name: str
+  of: Generation  # the answers to compare; it is evaluated before
+  batch_size: int = 16
+
+  def run(self, subject, params, tag):
+    """{metric: value}; nothing for a subject without a teacher.
+
+    What is measured of the teacher's answers needs `subject.teacher_workdir`.
+    Log-probabilities are of the answers to the first seed.
+    """
+    del tag
+    if subject.teacher is None:
+      return {}
+    mine = self._answers(subject.workdir)
+    texts = {
+      'gold': [row.references[0] for row in self.of.rows],
+      'student': mine[0],
+    }
+    result = {}
+    if subject.teacher_workdir is not None:
+      theirs = self._answers(subject.teacher_workdir)
+      texts['teacher'] = theirs[0]
+      pairs = [self._compare(*pair) for pair in zip(mine, theirs, strict=True)]
+      result = {
+        key: statistics.fmean(pair[key] for pair in pairs) for key in pairs[0]
+      }
+    for name, answers in texts.items():
+      rows = [
+        dataclasses.replace(row, references=(text,))
+        for row, text in zip(self.of.rows, answers, strict=True)
+      ]
+      measured = loss.measure(subject, params, rows, self.batch_size)
+      result |= {f'{key}_{name}': value for key, value in measured.items()}
+    return result
+
+  def _answers(self, workdir):
+    """The answers to all prompts, for each seed."""
+    answers = []
+    for seed in self.of.seeds:
+      file = workdir / 'answers' / f'{self.of.name}-{seed}.jsonl'
+      if not file.exists():
+        raise UserError(
+          f'config.evals.{self.name}: {file} is not there: {self.of.name!r} '
+          'was not evaluated'
+        )
+      lines = file.read_text('utf-8').split('\n')[:-1]
+      answers.append([json.loads(line)['answer'] for line in lines])
+    return answers
+
+  def _compare(self, mine, theirs):
+    task = self.of.task
+    agree, bleu, rouge = [], [], []
+    for row, a, b in zip(self.of.rows, mine, theirs, strict=True):
+      if tasks.TASKS[task].extract:
+        x, y = (tasks.extracted(task, row, text) for text in (a, b))
+        # Two answers from which nothing can be read agree on nothing.
+        agree.append(100.0 * extract.same(x, y))
+      else:
+        agree.append(scores.exact_match(a, b))
+      bleu.append(scores.bleu(a, b))
+      rouge.append(scores.rouge_l(a, b))
+    return {
+      'answer_agreement': statistics.fmean(agree),
+      'rationale_bleu': statistics.fmean(bleu),
+      'rationale_rouge_l': statistics.fmean(rouge),
+    }

@@ -1,0 +1,138 @@
+"""Multiple choice by likelihood: which of a row's options is most likely?
+
+Each option is read as the response to the row's prompt, and scored by the mean
+log-probability of its tokens: longer options are not worse for being long
+(Brown et al., arXiv 2005.14165, section 2.4).
+"""
+
+import dataclasses
+import functools
+import json
+import statistics
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gakd_jax import UserError, report, sharding
+from gakd_jax.data import pipeline
+from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.evals import extract, tasks
+from gakd_jax.models import transformer
+from gakd_jax.objectives import head
+
+
+@dataclasses.dataclass(frozen=True)
+class MultipleChoice:
+  task: ClassVar[str] = 'choice'
+  seeds: ClassVar[tuple] = (0,)
+  needs_teacher: ClassVar[bool] = False
+
+  name: str
+  rows: tuple
+  # What is scored: 'text' of the options, or their 'label' as a tuned model
+  # answers, "the correct answer is answer1".
+  candidates: str = 'text'
+  batch_size: int = 32
+
+  def __post_init__(self):
+    if self.candidates not in ('text', 'label'):
+      raise UserError(
+        f'config.evals.{self.name}: candidates={self.candidates!r}; known are '
+        "'text' and 'label'"
+      )
+
+  def run(self, subject, params, tag):
+    """{'accuracy': percentage}; choices go to <workdir>/answers."""
+    options, examples = [], []
+    for row in self.rows:
+      labels = extract.labels(row)
+      if self.candidates == 'text':
+        texts = extract.option_texts(row)
+      else:
+        texts = tuple(f'the correct answer is {label}' for label in labels)
+      prompt = tokenizer_lib.fit_prompt(
+        subject.tokenizer, row, subject.template, subject.max_prompt_length
+      )
+      options.append(dict(zip(labels, texts, strict=True)))
+      for text in texts:
+        ids = subject.tokenizer.encode(text, add_special_tokens=False)
+        examples.append(
+          pipeline.Example(
+            np.array(prompt, np.int32), np.array(ids, np.int32), row
+          )
+        )
+    score_of = iter(self._scores(subject, params, examples))
+    lines = []
+    for i, (row, texts) in enumerate(zip(self.rows, options, strict=True)):
+      by_label = {label: next(score_of) for label in texts}
+      answer = max(by_label, key=by_label.get)
+      gold = tasks.gold('choice', row)
+      lines.append(
+        {
+          'index': i,
+          'step': tag,
+          'instruction': row.instruction,
+          'input': row.input,
+          'references': row.references,
+          'answer': texts[answer],
+          'extracted': answer,
+          'gold': gold,
+          'log_probs': by_label,
+          'scores': {'accuracy': 100.0 * (answer == gold)},
+        }
+      )
+    if jax.process_index() == 0:
+      report.write_atomically(
+        subject.workdir / 'answers' / f'{self.name}-0.jsonl',
+        ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in lines),
+      )
+    return {
+      'accuracy': statistics.fmean(x['scores']['accuracy'] for x in lines)
+    }
+
+  def _scores(self, subject, params, examples):
+    """Mean log-probability of each example's response."""
+    longest = max(example.length for example in examples)
+    ways = sharding.batch_ways(subject.mesh)
+    batches = pipeline.plan(
+      [example.length for example in examples],
+      batch_size=-(-self.batch_size // ways) * ways,
+      buckets=pipeline.default_buckets(longest),
+    )
+    means = [None] * len(examples)
+    for length, bins in batches:
+      tokens = pipeline.collate(
+        [
+          [(examples[i].prompt_ids, examples[i].response_ids) for i in rows]
+          for rows in _share(bins)
+        ],
+        length,
+        tokenizer_lib.pad_id(subject.tokenizer),
+      )
+      sums = _sums(
+        subject.student,
+        subject.dtype,
+        subject.head_chunk,
+        params,
+        sharding.put_batch(tokens, subject.mesh),
+      )
+      whole = sharding.replicated(subject.mesh)
+      sums_B = jax.device_get(jax.device_put(sums, whole))
+      for rows, total in zip(bins, sums_B, strict=True):
+        for i in rows:
+          means[i] = float(total) / len(examples[i].response_ids)
+    return means
+
+
+def _share(bins):
+  """The rows of a global batch that this process holds."""
+  n = len(bins) // jax.process_count()
+  return bins[jax.process_index() * n :][:n]
+
+
+@functools.partial(jax.jit, static_argnames=('student', 'dtype', 'head_chunk'))
+def _sums(student, dtype, head_chunk, params, tokens):
+  outputs = transformer.apply(student, params, tokens, dtype)
+  return jnp.sum(head.token_log_probs(outputs, tokens, chunk=head_chunk), 1)

@@ -1,0 +1,234 @@
+"""The evaluation binary.
+
+  python -m gakd_jax.evaluate --config=configs/eval_instruct.py \\
+    --model=DIR[,DIR...] --workdir=runs/eval
+
+Models are Hugging Face directories, hub ids, adapters, or directories of
+finished runs; `--config.teacher.path` adds the one that they should behave
+like. Each is measured by all evaluators of the config, then all are compared:
+<workdir>/<model>/results.json and answers/, comparisons.json, report.html.
+
+Run again, the same command goes on with the batch where it stopped; another
+model joins those that are there.
+"""
+
+import itertools
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from ml_collections import config_flags
+
+from gakd_jax import (
+  UserError,
+  binary,
+  models,
+  report,
+  rundir,
+  sharding,
+  summary,
+)
+from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.evals import evaluator, tasks
+from gakd_jax.evals import statistics as statistics_lib
+from gakd_jax.models import transformer
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'What is measured.')
+_MODEL = flags.DEFINE_list('model', None, 'Directories, runs or hub ids.')
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Where it all goes; default: runs/<name of the config>.'
+)
+
+
+def run(config, paths, workdir):
+  """Measures models, compares them; returns {model: {metric: value}}.
+
+  Args:
+    config: see configs/base.py; what is about training alone is not read.
+    paths: of the models, see above.
+    workdir: a directory.
+
+  Raises:
+    UserError: for anything wrong with config, data or models, in one line.
+  """
+  workdir = Path(workdir)
+  teacher = config.teacher.path
+  named = _named([teacher, *paths] if teacher else paths)
+  # What can be wrong comes up before any weight is loaded.
+  evaluators = evaluator.make(config.evals, config.data.validation)
+  if not evaluators:
+    raise UserError('config.evals is empty: there is nothing to measure')
+  for path in named.values():
+    models.read_config(path)
+  rundir.record(config, workdir)
+  mesh = sharding.make_mesh(**config.mesh)
+  teacher_dir = workdir / next(iter(named)) if teacher else None
+  results = {}
+  with jax.set_mesh(mesh):
+    for name, path in named.items():
+      results[name] = _measure(
+        config, evaluators, path, workdir / name, teacher_dir, mesh
+      )
+  comparisons = compare(evaluators, {name: workdir / name for name in named})
+  if jax.process_index() == 0:
+    text = json.dumps(comparisons, indent=2) + '\n'
+    report.write_atomically(workdir / 'comparisons.json', text)
+    summary.write(
+      workdir / 'report.html',
+      {name: workdir / name for name in named},
+      answers=config.report.answers,
+    )
+  return results
+
+
+def _named(paths):
+  """{name: model directory}, named by as much of its path as it takes."""
+  found = {}
+  for path in paths:
+    given = Path(path)
+    if not given.is_dir():  # A hub id.
+      found[str(path)] = path
+    elif (given / 'best').is_dir():
+      found[str(given)] = given / 'best'
+    elif (given / 'config.json').exists() or _is_adapter(given):
+      found[str(given)] = given
+    else:
+      runs = sorted(x.parent.name for x in given.glob('*/best'))
+      hint = f'; its runs are {", ".join(runs)}' if runs else ''
+      raise UserError(
+        f'--model: {path} is neither a model nor a finished run{hint}'
+      )
+  for n in itertools.count(1):
+    names = ['-'.join(Path(path).parts[-n:]) for path in found]
+    if len(set(names)) == len(names):
+      return dict(zip(names, found.values(), strict=True))
+
+
+def _is_adapter(path):
+  return (path / 'adapter_config.json').exists()
+
+
+def _measure(config, evaluators, path, workdir, teacher_dir, mesh):
+  """The results of one model; those that are there are taken."""
+  identity = models.identity(path)
+  record = workdir / 'model.json'
+  known = json.loads(record.read_text()) if record.exists() else None
+  if known and known['identity'] != identity:
+    raise UserError(
+      f'{workdir} has the answers of other weights ({known["path"]}); delete '
+      'it, or use another --workdir'
+    )
+  if rundir.is_finished(workdir):
+    print(f'{workdir.name}: has been measured', flush=True)
+    return rundir.read_results(workdir)
+  if jax.process_index() == 0:
+    text = json.dumps({'path': str(path), 'identity': identity}, indent=2)
+    report.write_atomically(record, text + '\n')
+  subject, params = _subject(
+    config, evaluators, path, workdir, teacher_dir, mesh, identity
+  )
+  results = {}
+  for name, one in evaluators.items():
+    values = one.run(subject, params, 0)
+    results |= {f'{name}/{key}': value for key, value in values.items()}
+  if jax.process_index() == 0:
+    rundir.finish(workdir, results)
+    for file in (workdir / 'answers').glob('*.partial'):
+      file.unlink()
+  return results
+
+
+def _subject(config, evaluators, path, workdir, teacher_dir, mesh, identity):
+  """A model as evaluators see it, and its parameters."""
+  tokenizer = tokenizer_lib.load(models.tokenizer_dir(path))
+  dtype = config.train.precision
+  student, params = transformer.split(models.load(path, dtype, mesh))
+  teacher, frozen = None, {}
+  is_teacher = workdir == teacher_dir
+  reads_it = any(one.needs_teacher for one in evaluators.values())
+  if teacher_dir and not is_teacher and reads_it:
+    of = config.teacher.path
+    tokenizer_lib.check_same(
+      tokenizer, tokenizer_lib.load(models.tokenizer_dir(of)), path, of
+    )
+    teacher, frozen['teacher'] = transformer.split(
+      models.load(of, config.teacher.dtype, mesh)
+    )
+  subject = evaluator.Subject(
+    student=student,
+    teacher=teacher,
+    frozen=frozen,
+    tokenizer=tokenizer,
+    template=config.data.template,
+    max_length=config.data.max_length,
+    max_prompt_length=config.data.max_prompt_length,
+    dtype=jnp.dtype(dtype),
+    head_chunk=config.train.head_chunk,
+    mesh=mesh,
+    workdir=workdir,
+    identity=identity,
+    teacher_workdir=teacher_dir,
+  )
+  return subject, params
+
+
+def compare(evaluators, runs):
+  """Each model against those before it, on the same rows.
+
+  Args:
+    evaluators: {name: evaluator}; those that score answers are compared, by
+      the first metric of their task.
+    runs: {model: directory with answers/}.
+
+  Returns:
+    A dict for each: 'set', 'metric', 'a', 'b', and what
+    `statistics.paired_bootstrap` says of scores that are means over seeds.
+  """
+  comparisons = []
+  for name, one in evaluators.items():
+    if not hasattr(one, 'task'):
+      continue
+    metric = tasks.TASKS[one.task].scores[0]
+    scores = {
+      model: _row_means(path / 'answers', name, one.seeds, metric)
+      for model, path in runs.items()
+    }
+    for b, a in itertools.combinations(runs, 2):
+      comparisons.append(
+        {'set': name, 'metric': metric, 'a': a, 'b': b}
+        | statistics_lib.paired_bootstrap(scores[a], scores[b])
+      )
+  return comparisons
+
+
+def _row_means(answers, name, seeds, metric):
+  """The score of each row, mean over seeds."""
+  by_seed = [
+    [
+      json.loads(line)['scores'][metric]
+      for line in (answers / f'{name}-{seed}.jsonl')
+      .read_text('utf-8')
+      .split('\n')[:-1]
+    ]
+    for seed in seeds
+  ]
+  return [statistics.fmean(row) for row in zip(*by_seed, strict=True)]
+
+
+def _main(argv):
+  if len(argv) > 1:
+    raise UserError(f'unknown argument {argv[1]!r}; flags look like --name=x')
+  if _CONFIG.value is None:
+    raise UserError('--config is missing; try configs/eval_instruct.py')
+  if not _MODEL.value:
+    raise UserError('--model is missing: name one or several directories')
+  binary.use_compilation_cache()
+  run(_CONFIG.value, _MODEL.value, _WORKDIR.value or binary.default_workdir())
+
+
+if __name__ == '__main__':
+  binary.guarded(_main, sys.argv)
