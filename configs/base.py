@@ -113,6 +113,29 @@ def get_config():
   return c
 
 
+def generation(data, **settings):
+  """One line of `config.evals` that scores answers, with all its settings."""
+  c = ml_collections.ConfigDict({'kind': 'generation', 'data': data})
+  c.limit = config_dict.placeholder(int)  # the first rows only
+  c.task = 'instruct'  # which scores: see gakd_jax/evals/tasks.py
+  c.max_new_tokens = 256  # EOS included
+  c.temperature = 1.0  # 0 is greedy
+  c.top_k = 0  # 0: off
+  c.top_p = 1.0  # 1: off
+  c.no_repeat_ngram = 6  # 0: off
+  c.seeds = (10, 20, 30, 40, 50)
+  c.batch_size = 128  # prompts decoded together; it changes no answer
+  c.first_reference = False  # score against it alone, not the best of all
+  c.update(settings)
+  return c
+
+
+def greedy(data, **settings):
+  """`generation` without chance, and without blocked n-grams."""
+  settings = {'temperature': 0.0, 'no_repeat_ngram': 0} | settings
+  return generation(data, seeds=(0,), **settings)
+
+
 def shrink(config, *, model, data, steps=2):
   """A tiny version of any experiment, for tests: same parts, small sizes.
 

@@ -8,6 +8,8 @@ and the like generate greedily, and the option that is named first counts;
 log-probability, and needs no model that keeps to the format.
 """
 
+from ml_collections import config_dict
+
 from configs import base
 
 SETS = {
@@ -27,15 +29,12 @@ def get_config():
   c.evals = {}
   for name, folder in SETS.items():
     data = f'data/llm_adapters/dataset/{folder}/test.json'
-    c.evals[name] = {
-      'kind': 'generation',
-      'task': 'choice',
+    c.evals[name] = base.greedy(data, task='choice', max_new_tokens=32)
+    c.evals[f'{name}_likelihood'] = {
+      'kind': 'multiple_choice',
       'data': data,
-      'max_new_tokens': 32,
-      'temperature': 0.0,
-      'no_repeat_ngram': 0,
-      'seeds': (0,),
-      'batch_size': 128,
+      'limit': config_dict.placeholder(int),
+      'candidates': 'text',  # of the options, or their label
+      'batch_size': 32,
     }
-    c.evals[f'{name}_likelihood'] = {'kind': 'multiple_choice', 'data': data}
   return c

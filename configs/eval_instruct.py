@@ -22,12 +22,14 @@ SETS = {
 
 def get_config(protocol='field'):
   c = base.get_config()
-  answers = {'kind': 'generation', 'task': 'instruct', 'batch_size': 128}
+  settings = {}
   if protocol == 'reference':
-    answers |= {'seeds': (10,), 'first_reference': True}
+    settings = {'seeds': (10,), 'first_reference': True}
   elif protocol != 'field':
     raise ValueError(f'no protocol {protocol!r}; known are field, reference')
-  c.evals = {name: answers | {'data': data} for name, data in SETS.items()}
+  c.evals = {
+    name: base.generation(data, **settings) for name, data in SETS.items()
+  }
   c.evals.uinst.limit = 10_000  # the rows of it that the field uses
   c.evals.fidelity = {'of': 'dolly', 'batch_size': 32}
   return c

@@ -22,17 +22,10 @@ SETS = {
 
 def get_config():
   c = base.get_config()
-  greedy = {
-    'kind': 'generation',
-    'temperature': 0.0,
-    'no_repeat_ngram': 0,
-    'seeds': (0,),
-    'batch_size': 128,
-  }
   c.evals = {
-    name: greedy | {'data': f'{ADAPTERS}/{folder}/test.json', 'task': task}
+    name: base.greedy(f'{ADAPTERS}/{folder}/test.json', task=task)
     for name, (folder, task) in SETS.items()
   }
-  c.evals.gsm8k = greedy | {'data': 'data/gsm8k/test.jsonl', 'task': 'gsm8k'}
+  c.evals.gsm8k = base.greedy('data/gsm8k/test.jsonl', task='gsm8k')
   c.evals.fidelity = {'of': 'gsm8k', 'batch_size': 32}
   return c

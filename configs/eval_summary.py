@@ -13,15 +13,11 @@ def get_config():
   c.data.max_length = 1024
   c.data.max_prompt_length = 768
   c.evals = {
-    'dialogsum': {
-      'kind': 'generation',
-      'task': 'summary',
-      'data': 'data/dialogsum/test.jsonl',
-      'max_new_tokens': 128,
-      'temperature': 0.0,
-      'no_repeat_ngram': 0,
-      'seeds': (0,),
-      'batch_size': 64,
-    }
+    'dialogsum': base.greedy(
+      'data/dialogsum/test.jsonl',
+      task='summary',
+      max_new_tokens=128,
+      batch_size=64,
+    )
   }
   return c

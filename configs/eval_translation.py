@@ -13,16 +13,9 @@ from configs import base
 def get_config(extra=''):
   c = base.get_config()
   c.evals = {
-    'flores': {
-      'kind': 'generation',
-      'task': 'translation',
-      'data': 'data/flores_ne_en/test.jsonl',
-      'max_new_tokens': 128,
-      'temperature': 0.0,
-      'no_repeat_ngram': 0,
-      'seeds': (0,),
-      'batch_size': 128,
-    }
+    'flores': base.greedy(
+      'data/flores_ne_en/test.jsonl', task='translation', max_new_tokens=128
+    )
   }
   if extra == 'comet':
     c.evals.comet = {'of': 'flores'}

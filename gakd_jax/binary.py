@@ -32,12 +32,16 @@ def one_line(error):
   if isinstance(error, UserError):
     return text
   if isinstance(error, flags.Error):
-    return text.splitlines()[0]
+    lines = text.strip().splitlines()
+    in_config = 'parsing config file' in lines[0]
+    return f'--config: {lines[-1].strip()}' if in_config else lines[0]
   # ml_collections names a key that does not exist in one of these ways.
   near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
   if near:
     return f'config has no key {near[2]!r}; did you mean {near[1]!r}?'
   unknown = re.search(r'Key "(\w+)" does not exist', text)
+  if isinstance(error.__context__, KeyError):  # under a key of config.evals
+    unknown = unknown or re.fullmatch(r"\W*'(\w+)'\W*", text)
   if unknown:
     return f'config has no key {unknown[1]!r}; see configs/base.py'
   if 'Failed loading config file' in text:

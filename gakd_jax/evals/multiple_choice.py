@@ -45,27 +45,10 @@ class MultipleChoice:
 
   def run(self, subject, params, tag):
     """{'accuracy': percentage}; choices go to <workdir>/answers."""
-    options, examples = [], []
-    for row in self.rows:
-      labels = extract.labels(row)
-      if self.candidates == 'text':
-        texts = extract.option_texts(row)
-      else:
-        texts = tuple(f'the correct answer is {label}' for label in labels)
-      prompt = tokenizer_lib.fit_prompt(
-        subject.tokenizer, row, subject.template, subject.max_prompt_length
-      )
-      options.append(dict(zip(labels, texts, strict=True)))
-      for text in texts:
-        ids = subject.tokenizer.encode(text, add_special_tokens=False)
-        examples.append(
-          pipeline.Example(
-            np.array(prompt, np.int32), np.array(ids, np.int32), row
-          )
-        )
-    score_of = iter(self._scores(subject, params, examples))
+    score_of = iter(self._scores(subject, params, self._examples(subject)))
     lines = []
-    for i, (row, texts) in enumerate(zip(self.rows, options, strict=True)):
+    for i, row in enumerate(self.rows):
+      texts = self._options(row)
       by_label = {label: next(score_of) for label in texts}
       answer = max(by_label, key=by_label.get)
       gold = tasks.gold('choice', row)
@@ -91,6 +74,31 @@ class MultipleChoice:
     return {
       'accuracy': statistics.fmean(x['scores']['accuracy'] for x in lines)
     }
+
+  def _options(self, row):
+    """{label: what is scored for it}."""
+    labels = extract.labels(row)
+    if self.candidates == 'label':
+      return {label: f'the correct answer is {label}' for label in labels}
+    return dict(zip(labels, extract.option_texts(row), strict=True))
+
+  def _examples(self, subject):
+    """Each row's prompt with each of its options as the response."""
+    examples = []
+    for row in self.rows:
+      prompt = tokenizer_lib.fit_prompt(
+        subject.tokenizer, row, subject.template, subject.max_prompt_length
+      )
+      prompt = np.array(prompt, np.int32)
+      responses = (
+        subject.tokenizer.encode(text, add_special_tokens=False)
+        for text in self._options(row).values()
+      )
+      examples += [
+        pipeline.Example(prompt, np.array(ids, np.int32), row)
+        for ids in responses
+      ]
+    return examples
 
   def _scores(self, subject, params, examples):
     """Mean log-probability of each example's response."""

@@ -44,6 +44,14 @@ def load_one(tmp_path, record, **options):
       },
       ('Hi', '', ('Ho',)),
     ),
+    (
+      {'dialogue': 'A: Hi', 'summary2': 'b', 'summary1': 'a', 'topic1': 't'},
+      ('Summarize the following dialogue.', 'A: Hi', ('a', 'b')),
+    ),
+    (
+      {'dialogue': 'A: Hi', 'summary': 'a', 'topic': 't'},
+      ('Summarize the following dialogue.', 'A: Hi', ('a',)),
+    ),
   ],
 )
 def test_row_schemas(tmp_path, record, expected):
@@ -53,6 +61,17 @@ def test_row_schemas(tmp_path, record, expected):
   assert row.where == f'{tmp_path}/one.jsonl:1'
   with pytest.raises(dataclasses.FrozenInstanceError):
     row.input = ''
+
+
+def test_an_answer_beside_the_output_is_kept(tmp_path):
+  assert load_one(tmp_path, PAIR).answer == ''
+  row = load_one(tmp_path, {**PAIR, 'answer': 3.0})
+  assert (row.references, row.answer) == (('3',), '3.0')
+  # MAWPS has nothing but the answer.
+  row = load_one(tmp_path, {**PAIR, 'output': '', 'answer': '3.0'})
+  assert (row.references, row.answer) == (('3.0',), '3.0')
+  row = load_one(tmp_path, {'question': '1+1?', 'answer': '2'})
+  assert (row.references, row.answer) == (('2',), '')
 
 
 def test_messages_with_turns_keep_all_but_the_answer(tmp_path):
@@ -252,6 +271,9 @@ def test_synthetic():
     ('sinst_11/test.jsonl', 1694, 20),
     ('gsm8k/test.jsonl', 1319, 1),
     ('llm_adapters/dataset/AQuA/test.json', 254, 1),
+    ('llm_adapters/dataset/mawps/test.json', 238, 1),
+    ('dialogsum/dialogsum.test.jsonl', 500, 3),
+    ('dialogsum/dialogsum.dev.jsonl', 500, 1),
   ],
 )
 def test_real_files(shared_dir, path, count, references):

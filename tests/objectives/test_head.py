@@ -423,3 +423,51 @@ def test_a_mesh_gives_the_same_and_moves_no_logits():
   half = (V // 2, D)
   assert outside.count(half) == 4
   assert all(s == half or math.prod(s) <= 1 for s in outside)
+
+
+@pytest.mark.parametrize('chunk', [5, 64])
+def test_log_probabilities_of_each_token(chunk):
+  tokens = _tokens()
+  (hidden_BTD, _), (head_VD, _) = _outputs()
+  outputs = Outputs(hidden_BTD, Head(head_VD, cap=3.0))
+  found_BT = head.token_log_probs(outputs, tokens, chunk=chunk)
+  z_BTV = 3 * np.tanh(np.asarray(hidden_BTD) @ np.asarray(head_VD).T / 3)
+  log_q_BTV = z_BTV - np.log(np.sum(np.exp(z_BTV), -1, keepdims=True))
+  expected_BT = np.zeros((B, T))
+  for b, t in np.argwhere(tokens.mask_BT):
+    if t:  # The first token has nothing before it.
+      expected_BT[b, t - 1] = log_q_BTV[b, t - 1, tokens.ids_BT[b, t]]
+  np.testing.assert_allclose(found_BT, expected_BT, rtol=1e-5, atol=1e-5)
+
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  rows = NamedSharding(mesh, P(sharding.BATCH_AXES))
+  with jax.set_mesh(mesh):
+    on_mesh_BT = jax.jit(
+      lambda outputs, tokens: head.token_log_probs(outputs, tokens, chunk=chunk)
+    )(
+      Outputs(
+        jax.device_put(hidden_BTD, rows),
+        Head(
+          jax.device_put(head_VD, NamedSharding(mesh, P('tensor', 'fsdp'))), 3.0
+        ),
+      ),
+      jax.device_put(tokens, rows),
+    )
+  np.testing.assert_allclose(on_mesh_BT, found_BT, rtol=1e-5, atol=1e-5)
+
+
+def test_a_metric_may_have_a_column_for_each_kind_of_token():
+  tokens = _tokens()
+  hiddens, heads = _outputs()
+
+  def by_parity(logits, targets_N):
+    loss_N, metrics = _token_loss(logits, targets_N)
+    return loss_N, metrics | {'n': jax.nn.one_hot(targets_N % 2, 2)}
+
+  loss, metrics = _streamed(hiddens, heads, tokens, token_loss=by_parity)
+  expected, _ = _streamed(hiddens, heads, tokens)
+  assert loss == expected
+  mask = np.array(tokens.mask_BT)
+  mask[:, 0] = False
+  odd = np.mean(tokens.ids_BT[mask] % 2)
+  np.testing.assert_allclose(metrics['n'], [1 - odd, odd], rtol=1e-6)

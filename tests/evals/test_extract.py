@@ -1,0 +1,164 @@
+"""What texts answer: hand-checked, of invented and of real answers."""
+
+import json
+
+import pytest
+
+from gakd_jax import UserError
+from gakd_jax.data import sources
+from gakd_jax.evals import extract, tasks
+
+
+@pytest.mark.parametrize(
+  ('text', 'number'),
+  [
+    ('The answer is 18.', 18),
+    ('She makes $1,234.50 a day', 1234.5),
+    ('8-4=4', 4),
+    ('8-4', 4),  # not -4
+    ('5 - 8 = -3', -3),
+    ("between 3 and 4 o'clock", 4),
+    ('it costs $.75', 0.75),
+    ('1,000,000 people', 1000000),
+    ('3, 4, 5', 5),  # no thousands
+    ('room A4', None),  # a name
+    ('x2 = 9', 9),
+    ('12.', 12),
+    ('about 2.5.', 2.5),
+    ('50%', 50),
+    ('+7', 7),
+    ('none', None),
+    ('', None),
+  ],
+)
+def test_number(text, number):
+  assert extract.number(text) == number
+
+
+@pytest.mark.parametrize(
+  ('text', 'number'),
+  [
+    ('2 + 2 = <<2+2=4>>4\n#### 4', 4),
+    ('He has 9.\n#### 1,080 apples, not 7', 1080),
+    ('#### 3\nNo: #### -5', -5),
+    ('So it is 12', 12),  # nothing marked
+    ('so it is 12 ####', None),
+  ],
+)
+def test_gsm8k(text, number):
+  assert extract.gsm8k(text) == number
+
+
+@pytest.mark.parametrize(
+  ('text', 'letter'),
+  [
+    ('The answer is (D).', 'D'),
+    ('Answer: B', 'B'),
+    ('A train leaves at 5. The answer is C', 'C'),
+    ('A train leaves at 5, so (E) it is', 'E'),
+    ('Neither (A) nor (C): the answer is B.', 'B'),
+    ('The answer is A.', 'A'),
+    ('A', 'A'),
+    ('A train leaves.', None),
+    ('The answer is a train', None),
+    ('ABCDE', None),
+    ('the answer is (A), no, the answer is (B)', 'B'),
+    ('', None),
+  ],
+)
+def test_letter(text, letter):
+  assert extract.letter(text) == letter
+
+
+def test_choice_is_the_label_that_is_named_first():
+  labels = 'answer1', 'answer2', 'answer10'
+  assert extract.choice('the correct answer is Answer2', labels) == 'answer2'
+  assert extract.choice('answer10, not answer1', labels) == 'answer10'
+  assert extract.choice('answer 1', labels) is None
+  assert extract.choice('that is untrue', ('true', 'false')) is None
+  assert extract.choice('False, not true', ('true', 'false')) == 'false'
+
+
+def test_labels_and_what_they_stand_for():
+  row = sources.Row(
+    'Please choose: what is red?\n\nAnswer1: the sky: blue. Answer2: blood '
+    'Answer3: grass\n\nAnswer format: answer1/answer2/answer3'
+  )
+  assert extract.labels(row) == ('answer1', 'answer2', 'answer3')
+  assert extract.option_texts(row) == ('the sky: blue.', 'blood', 'grass')
+  yes_no = sources.Row('Is it so?\n\nAnswer format: true/false')
+  assert extract.option_texts(yes_no) == ('true', 'false')
+  with pytest.raises(UserError, match='f:3: no line "Answer format'):
+    extract.labels(sources.Row('What?', where='f:3'))
+
+
+def test_same_within_a_thousandth_and_nothing_is_the_same_as_nothing():
+  assert extract.same(1.0, 1.0009)
+  assert not extract.same(1.0, 1.0011)
+  assert extract.same('A', 'A')
+  assert not extract.same('A', 'B')
+  assert not extract.same(None, None)
+
+
+# The letters that the rationales of AQuA's first twelve rows end in, and what
+# is right: read by eye. Rationales of that file are often wrong.
+AQUA = 'DCCCADCDBDCB', 'ACDCADBDBACB'
+
+
+def test_aqua_rows_by_hand(shared_dir):
+  file = shared_dir / 'data/llm_adapters/dataset/AQuA/test.json'
+  rows, _ = sources.load(str(file))
+  said = [extract.letter(row.references[0]) for row in rows[:12]]
+  assert ''.join(said) == AQUA[0]
+  assert ''.join(tasks.gold('aqua', row) for row in rows[:12]) == AQUA[1]
+
+
+GSM8K = [18, 3, 70000, 540, 20, 64, 260, 160, 45, 460]
+
+
+def test_gsm8k_rows_by_hand(shared_dir):
+  rows, _ = sources.load(str(shared_dir / 'data/gsm8k/test.jsonl'))
+  assert [tasks.gold('gsm8k', row) for row in rows[:10]] == GSM8K
+  assert all(tasks.gold('gsm8k', row) is not None for row in rows)
+
+
+@pytest.mark.parametrize(
+  'name', ['AddSub', 'MultiArith', 'SingleEq', 'SVAMP', 'mawps', 'gsm8k']
+)
+def test_every_row_of_the_math_sets_has_a_number(name, shared_dir):
+  file = shared_dir / f'data/llm_adapters/dataset/{name}/test.json'
+  records = json.loads(file.read_text())
+  rows, bad = sources.load(str(file))
+  assert len(rows) == len(records)
+  assert not bad
+  for row, record in zip(rows, records, strict=True):
+    assert tasks.gold('math', row) == float(record['answer'])
+
+
+@pytest.mark.parametrize(
+  ('name', 'options'),
+  [
+    ('boolq', {2}),
+    ('piqa', {2}),
+    ('winogrande', {2}),
+    ('social_i_qa', {3}),
+    ('openbookqa', {4}),
+    ('ARC-Challenge', {3, 4, 5}),
+    ('ARC-Easy', {3, 4, 5}),
+  ],
+)
+def test_every_row_of_the_commonsense_sets_has_its_options(
+  name, options, shared_dir
+):
+  file = shared_dir / f'data/llm_adapters/dataset/{name}/test.json'
+  rows, _ = sources.load(str(file))
+  for row in rows:
+    labels, texts = extract.labels(row), extract.option_texts(row)
+    assert len(labels) == len(texts)
+    assert len(labels) in options, row.where
+    assert tasks.gold('choice', row) in labels
+    # Labels stand for themselves where there is nothing to stand for.
+    assert name == 'boolq' or not set(labels) & set(texts), row.where
+    # The file's own sentence says what `answer` does.
+    said = tasks.extracted('choice', row, row.references[0])
+    assert said == tasks.gold('choice', row)

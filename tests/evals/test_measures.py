@@ -1,0 +1,290 @@
+"""Held-out loss, fidelity and multiple choice against full logits."""
+
+import dataclasses
+import json
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gakd_jax import UserError, models, sharding
+from gakd_jax.data import sources
+from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.evals import (
+  comet,
+  evaluator,
+  fidelity,
+  generation,
+  loss,
+  multiple_choice,
+)
+from gakd_jax.models import transformer
+
+ROWS = tuple(
+  sources.Row(f'Say {text}.', references=(text,), where=f'f:{i}')
+  for i, text in enumerate(['yes', 'no', 'the answer', 'a teacher shows', 'x'])
+)
+
+
+@pytest.fixture(scope='module')
+def paths(tiny_model_dir):
+  return tiny_model_dir(seed=0), tiny_model_dir(seed=1, width=48)
+
+
+@pytest.fixture(scope='module')
+def parts(paths):
+  """A subject, its parameters, and both models as functions of ids."""
+  student, teacher = map(models.load, paths)
+  definition, params = transformer.split(student)
+  t_definition, t_params = transformer.split(teacher)
+  subject = evaluator.Subject(
+    student=definition,
+    teacher=t_definition,
+    frozen={'teacher': t_params},
+    tokenizer=tokenizer_lib.load(paths[0]),
+    template='chat',
+    max_length=64,
+    max_prompt_length=48,
+    dtype=jnp.float32,
+    head_chunk=7,
+    mesh=sharding.make_mesh(data=1),
+    workdir=None,
+  )
+  return subject, params, student, teacher
+
+
+def log_probs(model, prompt, response):
+  """[len(response), V], and the response: one row, no chunks, no padding."""
+  ids = jnp.array([[*prompt, *response]])
+  z_TV = model.logits(ids)[0, len(prompt) - 1 : -1]
+  return np.asarray(jax.nn.log_softmax(z_TV), np.float64)
+
+
+def test_loss_is_what_full_logits_give(parts):
+  subject, params, student, teacher = parts
+  log_p, log_q, targets = [], [], []
+  for row in ROWS:
+    ids = tokenizer_lib.encode(subject.tokenizer, row, 'chat')
+    log_q.append(log_probs(student, *ids))
+    log_p.append(log_probs(teacher, *ids))
+    targets += ids[1]
+  p, q = np.exp(np.concatenate(log_p)), np.exp(np.concatenate(log_q))
+  m, at = (p + q) / 2, np.arange(len(targets))
+  confidence, right = q.max(1), q.argmax(1) == targets
+  ece = 0
+  for i in range(15):
+    inside = (confidence >= i / 15) & (confidence < (i + 1) / 15)
+    if inside.any():
+      gap = abs(confidence[inside].mean() - right[inside].mean())
+      ece += gap * inside.mean()
+  expected = {
+    'ce': -np.log(q[at, targets]).mean(),
+    'forward_kl': np.sum(p * np.log(p / q), 1).mean(),
+    'reverse_kl': np.sum(q * np.log(q / p), 1).mean(),
+    'jsd': np.sum(p * np.log(p / m) + q * np.log(q / m), 1).mean() / 2,
+    'agreement': np.mean(p.argmax(1) == q.argmax(1)),
+    'ece': ece,
+  }
+  found = loss.Loss('loss', ROWS, batch_size=3).run(subject, params, 0)
+  assert found == pytest.approx(expected, rel=2e-4)
+
+
+def test_confidence_that_is_right_half_of_the_time_is_off_by_half():
+  log_q_NV = jnp.log(jnp.array([[0.98, 0.02]] * 10))
+  targets_N = jnp.array([0, 1] * 5)
+  off_NK = loss._overconfidence(log_q_NV, targets_N)
+  assert off_NK.shape == (10, 15)
+  total_K = np.sum(off_NK, axis=0)
+  assert total_K[14] == pytest.approx(10 * 0.48)
+  assert not total_K[:14].any()
+
+
+def test_a_mesh_measures_the_same(parts, paths):
+  subject, params, *_ = parts
+  alone = loss.measure(subject, params, ROWS, 4)
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  with jax.set_mesh(mesh):
+    student, teacher = (models.load(p, mesh=mesh) for p in paths)
+    params = transformer.split(student)[1]
+    frozen = {'teacher': transformer.split(teacher)[1]}
+    there = dataclasses.replace(subject, mesh=mesh, frozen=frozen)
+    found = loss.measure(there, params, ROWS, 4)
+    choices = multiple_choice.MultipleChoice('x', CHOICES)
+    examples = choices._examples(there)
+    means = choices._scores(there, params, examples)
+  assert found == pytest.approx(alone, rel=1e-4)
+  params = parts[1]
+  expected = choices._scores(subject, params, examples)
+  assert means == pytest.approx(expected, rel=1e-4)
+
+
+CHOICES = tuple(
+  sources.Row(
+    f'Which is {word}?\n\nAnswer1: the teacher shows Answer2: x '
+    'Answer3: answer assistant\n\nAnswer format: answer1/answer2/answer3',
+    references=(f'the correct answer is answer{1 + i % 3}',),
+    answer=f'answer{1 + i % 3}',
+    where=f'f:{i}',
+  )
+  for i, word in enumerate(['red', 'blue', 'tall', 'short', 'old'])
+)
+
+
+@pytest.mark.parametrize('candidates', ['text', 'label'])
+def test_the_option_with_the_highest_mean_log_probability(
+  parts, tmp_path, candidates
+):
+  subject, params, student, _ = parts
+  subject = dataclasses.replace(subject, workdir=tmp_path, max_prompt_length=99)
+  choices = multiple_choice.MultipleChoice('set', CHOICES, candidates, 4)
+  result = choices.run(subject, params, 3)
+  lines = (tmp_path / 'answers' / 'set-0.jsonl').read_text().splitlines()
+  right = 0
+  texts = ['the teacher shows', 'x', 'answer assistant']
+  if candidates == 'label':
+    texts = [f'the correct answer is answer{i}' for i in (1, 2, 3)]
+  for row, line in zip(CHOICES, map(json.loads, lines), strict=True):
+    prompt = tokenizer_lib.encode(subject.tokenizer, row, 'chat')[0]
+    means = []
+    for text in texts:
+      ids = subject.tokenizer.encode(text, add_special_tokens=False)
+      log_q = log_probs(student, prompt, ids)
+      means.append(np.mean(log_q[np.arange(len(ids)), ids]))
+    assert list(line['log_probs'].values()) == pytest.approx(means, rel=1e-4)
+    best = int(np.argmax(means))
+    assert line['extracted'] == f'answer{best + 1}'
+    assert line['answer'] == texts[best]
+    assert line['gold'] == row.answer
+    right += line['extracted'] == row.answer
+    assert line['scores'] == {
+      'accuracy': 100.0 * (f'answer{best + 1}' == row.answer)
+    }
+  assert result == {'accuracy': pytest.approx(100 * right / 5)}
+
+
+def test_unknown_candidates():
+  with pytest.raises(UserError, match="candidates='letters'"):
+    multiple_choice.MultipleChoice('set', CHOICES, 'letters')
+
+
+def write_answers(path, name, answers_by_seed):
+  for seed, answers in answers_by_seed.items():
+    file = path / 'answers' / f'{name}-{seed}.jsonl'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+      {'answer': x, 'input': 'src', 'references': ['ref', 'other']}
+      for x in answers
+    ]
+    file.write_text(''.join(json.dumps(x) + '\n' for x in lines))
+
+
+def test_fidelity_on_three_texts(parts, tmp_path):
+  subject, params, *_ = parts
+  rows = tuple(
+    dataclasses.replace(row, references=(f'{i}',)) for i, row in enumerate(ROWS)
+  )
+  of = generation.Generation('sums', rows, task='math', seeds=(1, 2))
+  mine = {1: ['0', '1', 'is 2.0', 'none', ''], 2: ['0', '1', '2', '3', '4']}
+  theirs = {1: ['0', '7', 'or 2', 'none', '4'], 2: ['0', '1', '2', '3', '9']}
+  write_answers(tmp_path / 'student', 'sums', mine)
+  write_answers(tmp_path / 'teacher', 'sums', theirs)
+  subject = dataclasses.replace(
+    subject,
+    workdir=tmp_path / 'student',
+    teacher_workdir=tmp_path / 'teacher',
+  )
+  result = fidelity.Fidelity('fidelity', of).run(subject, params, 0)
+  # Of five, 0 and 2 agree for the first seed: two "none" agree on nothing.
+  assert result['answer_agreement'] == pytest.approx((40 + 80) / 2)
+  for text, answers in (
+    ('gold', [row.references[0] for row in rows]),
+    ('student', mine[1]),
+    ('teacher', theirs[1]),
+  ):
+    expected = loss.measure(
+      subject,
+      params,
+      [
+        dataclasses.replace(row, references=(answer,))
+        for row, answer in zip(rows, answers, strict=True)
+      ],
+      16,
+    )
+    for key, value in expected.items():
+      assert result[f'{key}_{text}'] == pytest.approx(value, rel=1e-5)
+  assert result['ce_gold'] != result['ce_teacher']
+
+  alone = dataclasses.replace(subject, teacher_workdir=None)
+  found = fidelity.Fidelity('fidelity', of).run(alone, params, 0)
+  assert found.keys() == {k for k in result if k.endswith(('gold', 'student'))}
+  nobody = dataclasses.replace(subject, teacher=None)
+  assert fidelity.Fidelity('fidelity', of).run(nobody, params, 0) == {}
+  lost = dataclasses.replace(subject, teacher_workdir=tmp_path)
+  with pytest.raises(UserError, match="'sums' was not evaluated"):
+    fidelity.Fidelity('fidelity', of).run(lost, params, 0)
+
+
+def test_agreement_of_whole_texts_is_exact_match():
+  of = generation.Generation('dolly', ROWS)
+  compared = fidelity.Fidelity('fidelity', of)._compare(
+    ['Yes!', 'no', 'a b c d', '', 'x'], ['yes', 'on', 'a b c d', '', 'y']
+  )
+  assert compared['answer_agreement'] == 40
+  assert compared['rationale_rouge_l'] == 40
+  assert compared['rationale_bleu'] == pytest.approx(20)  # It heeds case.
+
+
+def test_comet_is_asked_with_source_answer_and_first_reference(
+  monkeypatch, tmp_path
+):
+  asked = []
+
+  class Model:
+    def predict(self, texts, batch_size, gpus):
+      asked.append(texts)
+      return types.SimpleNamespace(system_score=0.5 + 0.1 * len(asked))
+
+  package = types.SimpleNamespace(
+    download_model=lambda name: f'/cache/{name}',
+    load_from_checkpoint=lambda path: Model(),
+  )
+  monkeypatch.setitem(sys.modules, 'comet', package)
+  of = generation.Generation('flores', ROWS, task='translation', seeds=(1, 2))
+  write_answers(tmp_path, 'flores', {1: ['a'], 2: ['b']})
+  subject = types.SimpleNamespace(workdir=tmp_path)
+  result = comet.Comet('comet', of).run(subject, None, 0)
+  assert result == {'comet': pytest.approx(65)}
+  assert asked[1] == [{'src': 'src', 'mt': 'b', 'ref': 'ref'}]
+  monkeypatch.setitem(sys.modules, 'comet', None)
+  with pytest.raises(UserError, match=r"pip install 'gakd_jax\[comet\]'"):
+    comet.Comet('comet', of)
+
+
+@pytest.mark.parametrize(
+  ('evals', 'message'),
+  [
+    ({'fidelity': {}}, '`of` is missing'),
+    ({'fidelity': {'of': 'dolly'}}, "of='dolly' is no evaluator of kind"),
+    ({'loss': {}, 'fidelity': {'of': 'loss'}}, "of='loss' is no evaluator"),
+    ({'x': {'kind': 'lost'}}, "no evaluator 'lost'"),
+    ({'generation': {'task': 'maths'}}, "no task 'maths'"),
+    (
+      {'generation': {}, 'fidelity': {'of': 'generation', 'limit': 3}},
+      "no setting 'limit'",
+    ),
+  ],
+)
+def test_wrong_settings_are_one_line(evals, message):
+  with pytest.raises(UserError, match=message):
+    evaluator.make(evals, 'synthetic:test:3')
+
+
+def test_what_reads_answers_comes_last():
+  evals = {'a': {'kind': 'fidelity', 'of': 'b'}, 'b': {'kind': 'generation'}}
+  made = evaluator.make(evals, 'synthetic:test:3')
+  assert list(made) == ['b', 'a']
+  assert made['a'].of is made['b']
+  assert evals['a'] == {'kind': 'fidelity', 'of': 'b'}

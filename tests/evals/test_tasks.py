@@ -1,0 +1,113 @@
+"""Tasks: which scores count, and that processes change nothing."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import sacrebleu
+from rouge_score import rouge_scorer
+
+from gakd_jax import UserError
+from gakd_jax.data import sources
+from gakd_jax.evals import scores, tasks
+
+ROW = sources.Row('Add.', references=('It is 4.', 'four'), where='f:1')
+
+
+def test_instruct_takes_the_best_reference_or_the_first():
+  best = tasks.score('instruct', ROW, 'four')
+  assert best == {'rouge_l': 100, 'bleu': 100, 'exact_match': 100}
+  first = tasks.score('instruct', ROW, 'four', first_only=True)
+  assert first == {'rouge_l': 0, 'bleu': 0, 'exact_match': 0}
+  row = sources.Row('Add.', references=('no', 'it must be four or so'))
+  text = row.references[1]
+  corpus = tasks.corpus_scores('instruct', [row], [text])
+  assert corpus == {'corpus_bleu': pytest.approx(100)}
+  first = tasks.corpus_scores('instruct', [row], [text], first_only=True)
+  assert first == {'corpus_bleu': 0}
+
+
+def test_math_compares_numbers_and_prefers_the_rows_answer():
+  assert tasks.score('math', ROW, 'The sum: 4.0') == {'accuracy': 100}
+  assert tasks.score('math', ROW, 'The sum: 5') == {'accuracy': 0}
+  assert tasks.score('math', ROW, '') == {'accuracy': 0}
+  row = sources.Row('Add.', references=('It is 4.',), answer='5.0')
+  assert tasks.score('math', row, 'is 5') == {'accuracy': 100}
+
+
+def test_a_row_without_an_answer_is_named():
+  row = sources.Row('Add.', references=('No idea.',), where='f:7')
+  with pytest.raises(UserError, match=r"f:7: nothing that task 'math' could"):
+    tasks.score('math', row, '4')
+  with pytest.raises(UserError, match='no task'):
+    tasks.get('maths')
+
+
+@pytest.fixture(scope='module')
+def answered(shared_dir):
+  """1694 rows of S-NI, and for each the answer to another."""
+  rows, _ = sources.load(str(shared_dir / 'data/sinst_11/test.jsonl'))
+  assert len(rows) == 1694
+  answers = [row.references[0] for row in rows]
+  random.Random(0).shuffle(answers)
+  # Some are right, some long, some blank.
+  for i in range(0, len(rows), 7):
+    answers[i] = rows[i].references[-1]
+    answers[i + 1] = rows[i].instruction + rows[i].input
+  answers[3] = ' '
+  return rows, answers
+
+
+def test_scores_are_those_of_the_packages_row_by_row(answered):
+  rouge = rouge_scorer.RougeScorer(['rougeL'], use_stemmer=True)
+  bleu = sacrebleu.BLEU(effective_order=True, force=True)
+  chrf = sacrebleu.CHRF()
+  packages = {
+    'rouge_l': lambda text, ref: (
+      100 * rouge.score(ref, text)['rougeL'].fmeasure
+    ),
+    'bleu': lambda text, ref: bleu.sentence_score(text, [ref]).score,
+    'chrf': lambda text, ref: chrf.sentence_score(text, [ref]).score,
+  }
+  for row, answer in zip(*answered, strict=True):
+    for metric, score in packages.items():
+      if metric == 'chrf' and len(answer) > 300:  # Slow, and all the same.
+        continue
+      expected = max(score(answer, ref) for ref in row.references)
+      expected *= bool(answer.strip())
+      found = getattr(scores, metric)(answer, row.references)
+      assert found == pytest.approx(expected, abs=1e-9), (row.where, metric)
+
+
+def test_processes_change_nothing(answered):
+  rows, answers = answered
+  pairs = dict(enumerate(zip(rows, answers, strict=True)))
+  assert len(pairs) >= tasks._WORTH_PROCESSES
+  results = []
+  for expected in (1, len(pairs)):
+    with tasks.Pool('summary', expected=expected) as pool:
+      assert (pool._executor is None) == (expected == 1)
+      for i in range(0, len(pairs), 500):
+        pool.add({j: pairs[j] for j in range(i, min(i + 500, len(pairs)))})
+      results.append(pool.results())
+    assert pool.results() == {}
+  assert json.dumps(results[0]) == json.dumps(results[1])
+  assert results[0].keys() == pairs.keys()
+
+
+def test_an_error_in_a_process_is_the_users():
+  row = sources.Row('x', references=('none',), where='f:1')
+  with tasks.Pool('math', expected=10**4) as pool:
+    pool.add({0: (row, '4')})
+    with pytest.raises(UserError, match='f:1: nothing'):
+      pool.results()
+
+
+def test_scoring_does_without_jax():
+  code = 'import sys, gakd_jax.evals.tasks; print("jax" in sys.modules)'
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  assert done.stdout == 'False\n'

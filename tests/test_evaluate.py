@@ -1,0 +1,350 @@
+"""The evaluation binary: models in, scores, answers and a report out."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import base
+from gakd_jax import UserError, evaluate, partial, rundir
+
+ROWS = [
+  {'instruction': f'Say {word}.', 'input': '', 'output': [word, word + '!']}
+  for word in ('one', 'two', 'three', 'four four', 'five', 'six', 'seven')
+]
+CHOICE = {
+  'instruction': 'Which?\n\nAnswer1: one Answer2: two\n\n'
+  'Answer format: answer1/answer2',
+  'input': '',
+  'output': 'the correct answer is answer2',
+  'answer': 'answer2',
+}
+NUMBER = {'instruction': '1+1?', 'input': '', 'output': 'It is 2.'}
+BY_TASK = {
+  'choice': CHOICE,
+  'math': NUMBER,
+  'gsm8k': {'question': '1+1?', 'answer': 'So\n#### 2'},
+  'aqua': NUMBER | {'answer': 'B'},
+  'summary': {'dialogue': 'A: Hi', 'summary1': 'hi', 'summary2': 'hello'},
+  'translation': {'instruction': 'Translate.', 'input': 'ein', 'output': 'a'},
+}
+
+
+@pytest.fixture(scope='module')
+def write_rows(tmp_path_factory):
+  def write(rows):
+    path = tmp_path_factory.mktemp('data') / 'rows.jsonl'
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return str(path)
+
+  return write
+
+
+@pytest.fixture(scope='module')
+def data_file(write_rows):
+  return write_rows(ROWS)
+
+
+@pytest.fixture(scope='module')
+def paths(tiny_model_dir, tmp_path_factory):
+  """{name: model directory}, and a finished run of one of them."""
+  folder = tmp_path_factory.mktemp('models')
+  for seed, name in enumerate(['large', 'small']):
+    tiny_model_dir(seed=seed).rename(folder / name)
+  (folder / 'run').mkdir()
+  tiny_model_dir(seed=2).rename(folder / 'run' / 'best')
+  return {name: str(folder / name) for name in ('large', 'small', 'run')}
+
+
+@pytest.fixture
+def config(data_file, paths):
+  c = base.get_config()
+  c.teacher.path, c.teacher.dtype = paths['large'], 'float32'
+  c.train.precision = 'float32'
+  c.data.template = 'chat'
+  c.data.max_length, c.data.max_prompt_length = 48, 32
+  c.data.validation = data_file
+  c.mesh.data = 1
+  sampled = {'kind': 'generation', 'max_new_tokens': 6, 'batch_size': 2}
+  c.evals = {
+    'sampled': sampled | {'seeds': (1, 2)},
+    'greedy': sampled | {'seeds': (0,), 'temperature': 0.0},
+    'loss': {},
+    'fidelity': {'of': 'sampled'},
+  }
+  return c
+
+
+@pytest.fixture(scope='module')
+def whole(data_file, paths, tmp_path_factory):
+  """An evaluation that nothing interrupts: its directory and results."""
+  workdir = tmp_path_factory.mktemp('evals') / 'whole'
+  c = config.__wrapped__(data_file, paths)
+  return workdir, evaluate.run(c, [paths['small'], paths['run']], workdir)
+
+
+def contents(workdir):
+  """{file: bytes} of all that an evaluation gives twice."""
+  return {
+    str(file.relative_to(workdir)): file.read_bytes()
+    for file in workdir.rglob('*')
+    # How fast it was is never the same, and is on the page as well.
+    if file.is_file() and file.name not in ('speed.json', 'report.html')
+  }
+
+
+def test_leaves_scores_answers_and_comparisons(whole):
+  workdir, results = whole
+  assert list(results) == ['large', 'small', 'run']
+  answers = {
+    f'answers/{x}.jsonl' for x in ('sampled-1', 'sampled-2', 'greedy-0')
+  }
+  files = {
+    f'{model}/{file}'
+    for model in results
+    for file in ('results.json', 'model.json', *answers)
+  }
+  assert files < contents(workdir).keys()
+  assert not list(workdir.rglob('*.partial'))
+  for name, found in results.items():
+    assert rundir.read_results(workdir / name) == found
+    assert found['sampled/rouge_l_std'] >= 0
+    assert 'greedy/rouge_l_std' not in found
+    assert ('fidelity/reverse_kl_gold' in found) == (name != 'large')
+    assert found['sampled/answer_tokens'] > 0
+  speed = json.loads((workdir / 'small' / 'speed.json').read_text())
+  assert speed['sampled-1']['answers'] == len(ROWS)
+  comparisons = json.loads((workdir / 'comparisons.json').read_text())
+  assert [(x['set'], x['a'], x['b']) for x in comparisons] == [
+    (s, a, b)
+    for s in ('greedy', 'sampled')
+    for b, a in (('large', 'small'), ('large', 'run'), ('small', 'run'))
+  ]
+  for x in comparisons:
+    key = f'{x["set"]}/{x["metric"]}'
+    difference = results[x['a']][key] - results[x['b']][key]
+    assert x['difference'] == pytest.approx(difference)
+
+
+def test_a_line_has_all_about_its_answer(whole):
+  text = (whole[0] / 'small' / 'answers' / 'sampled-2.jsonl').read_text()
+  lines = [json.loads(line) for line in text.splitlines()]
+  assert [line['index'] for line in lines] == list(range(len(ROWS)))
+  for line, row in zip(lines, ROWS, strict=True):
+    assert line['instruction'] == row['instruction']
+    assert line['references'] == row['output']
+    assert line['scores'].keys() == {'rouge_l', 'bleu', 'exact_match'}
+    assert 0 <= line['tokens'] <= 6
+
+
+def test_killed_twice_it_is_the_same_to_the_byte(
+  whole, config, paths, tmp_path, monkeypatch
+):
+  workdir, models = tmp_path / 'eval', [paths['small'], paths['run']]
+  append = partial.Partial.append
+
+  def killed_at(n):
+    """Dies in the middle of writing the n-th batch."""
+    calls = []
+
+    def dying(self, lines):
+      calls.append(lines)
+      append(self, lines)
+      if len(calls) == n:
+        size = self._path.stat().st_size
+        os.truncate(self._path, size - 7)
+        raise KeyboardInterrupt
+
+    return dying
+
+  # Of seven rows in batches of two there are four a seed; three seeds a model.
+  for n in (3, 12):
+    monkeypatch.setattr(partial.Partial, 'append', killed_at(n))
+    with pytest.raises(KeyboardInterrupt):
+      evaluate.run(config, models, workdir)
+    assert list(workdir.rglob('*.partial'))
+  count = []
+
+  def counting(self, lines):
+    count.append(len(lines))
+    append(self, lines)
+
+  monkeypatch.setattr(partial.Partial, 'append', counting)
+  evaluate.run(config, models, workdir)
+  # Two of the first attempt's batches and eleven of the second's were kept.
+  assert len(count) == 3 * 12 - 2 - 11
+  assert contents(workdir) == contents(whole[0])
+
+
+@pytest.mark.parametrize('change', ['batch_size', 'mesh'])
+def test_neither_batches_nor_devices_change_answers(
+  whole, config, paths, tmp_path, change
+):
+  config.teacher.path = None
+  del config.evals.loss, config.evals.fidelity
+  if change == 'batch_size':
+    config.evals.sampled.batch_size = 7
+  else:
+    config.mesh.data, config.mesh.fsdp, config.mesh.tensor = 2, 2, 2
+  evaluate.run(config, [paths['small']], tmp_path / 'eval')
+  for name in ('sampled-1', 'sampled-2', 'greedy-0'):
+    file = f'small/answers/{name}.jsonl'
+    found = (tmp_path / 'eval' / file).read_text()
+    assert found == (whole[0] / file).read_text()
+
+
+def test_another_model_joins_those_that_are_there(
+  config, paths, tmp_path, capsys
+):
+  config.teacher.path = None
+  config.evals = {'greedy': config.evals.greedy.to_dict() | {'limit': 2}}
+  evaluate.run(config, [paths['small']], tmp_path / 'eval')
+  results = evaluate.run(
+    config, [paths['small'], paths['run']], tmp_path / 'eval'
+  )
+  assert list(results) == ['small', 'run']
+  assert 'small: has been measured' in capsys.readouterr().out
+
+
+def test_other_weights_in_the_same_place_are_refused(
+  config, paths, tmp_path, tiny_model_dir
+):
+  config.teacher.path = None
+  config.evals = {'greedy': config.evals.greedy.to_dict() | {'limit': 2}}
+  model = tmp_path / 'model'
+  tiny_model_dir(seed=3).rename(model)
+  evaluate.run(config, [model], tmp_path / 'eval')
+  model.rename(tmp_path / 'before')
+  tiny_model_dir(seed=4).rename(model)
+  with pytest.raises(UserError, match='has the answers of other weights'):
+    evaluate.run(config, [model], tmp_path / 'eval')
+  # A copy is the same model.
+  (tmp_path / 'before').rename(tmp_path / 'copies')
+  assert evaluate.models.identity(
+    tmp_path / 'copies'
+  ) != evaluate.models.identity(model)
+
+
+def test_answers_of_other_settings_are_not_gone_on_with(tmp_path):
+  path = tmp_path / 'a.partial'
+  partial.Partial(path, {'t': 1}).append([{'index': 0}])
+  assert partial.Partial(path, {'t': 1}).read() == [{'index': 0}]
+  with pytest.raises(UserError, match='with other settings'):
+    partial.Partial(path, {'t': 2}).read()
+  assert partial.Partial(tmp_path / 'none', {}).read() == []
+  # Not even its first line was finished.
+  path.write_bytes(b'{"settings": "ab')
+  assert partial.Partial(path, {'t': 1}).read() == []
+  partial.Partial(path, {'t': 1}).append([{'index': 1}])
+  assert partial.Partial(path, {'t': 1}).read() == [{'index': 1}]
+
+
+def test_models_are_named_by_as_much_as_it_takes(paths, tmp_path):
+  other = tmp_path / 'small'
+  os.symlink(paths['small'], other)
+  named = evaluate._named([paths['small'], str(other), paths['run']])
+  folder = Path(paths['small']).parent.name
+  assert list(named) == [
+    f'{folder}-small',
+    f'{tmp_path.name}-small',
+    f'{folder}-run',
+  ]
+  assert named[f'{folder}-run'] == Path(paths['run']) / 'best'
+  assert list(evaluate._named(['Qwen/Qwen3-0.6B'])) == ['Qwen3-0.6B']
+
+
+def test_what_is_no_model_is_one_line(paths):
+  parent = Path(paths['run']).parent
+  with pytest.raises(UserError, match='neither a model nor a finished run'):
+    evaluate._named([str(Path(paths['run']) / '..')])
+  with pytest.raises(UserError, match='its runs are run'):
+    evaluate._named([str(parent)])
+
+
+SUITES = sorted(
+  path.stem for path in Path(base.__file__).parent.glob('eval_*.py')
+)
+
+
+@pytest.mark.parametrize('name', SUITES)
+def test_every_suite_runs(name, paths, write_rows, data_file, tmp_path):
+  config = importlib.import_module(f'configs.{name}').get_config()
+  seen = set()
+  for key, settings in list(config.evals.items()):
+    kind = settings.get('kind', key), settings.get('task')
+    if kind in seen and name == 'eval_all':
+      del config.evals[key]  # Another set of the same kind.
+    seen.add(kind)
+  config = base.shrink(config, model=paths['small'], data=data_file)
+  for settings in config.evals.values():
+    task = settings.get('task', 'choice')
+    if 'of' not in settings and task in BY_TASK:
+      settings.data = write_rows([BY_TASK[task]] * 3)
+  config.data.template = 'chat'
+  config.data.max_length, config.data.max_prompt_length = 128, 96
+  config.train.precision = 'float32'
+  results = evaluate.run(config, [paths['small']], tmp_path)['small']
+  for key in config.evals:
+    if key != 'fidelity':  # There is no teacher.
+      assert any(metric.startswith(f'{key}/') for metric in results)
+
+
+def binary(*arguments):
+  return subprocess.run(
+    [sys.executable, '-m', 'gakd_jax.evaluate', *arguments],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def test_the_binary_by_the_references_protocol(paths, data_file, tmp_path):
+  done = binary(
+    '--config=configs/eval_instruct.py:reference',
+    f'--model={paths["small"]},{paths["run"]}',
+    f'--workdir={tmp_path}',
+    '--config.data.template=chat',
+    '--config.train.precision=float32',
+    *(
+      f'--config.evals.{name}.{setting}'
+      for name in ('dolly', 'self_inst', 'vicuna', 'sinst', 'uinst')
+      for setting in (f'data={data_file}', 'limit=2', 'max_new_tokens=2')
+    ),
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'dolly/rouge_l' in done.stdout
+  files = sorted(x.name for x in (tmp_path / 'small' / 'answers').iterdir())
+  assert files[0] == 'dolly-10.jsonl'
+  assert len(files) == 5
+  assert (tmp_path / 'report.html').exists()
+
+
+def test_errors_of_the_user_are_one_line(tmp_path):
+  for arguments, message in (
+    (['--model=x'], 'error: --config is missing'),
+    (['--config=configs/eval_math.py'], 'error: --model is missing'),
+    (
+      [
+        '--config=configs/eval_math.py',
+        '--model=none',
+        f'--workdir={tmp_path}',
+      ],
+      'error: data/llm_adapters/dataset/AddSub/test.json: no such file',
+    ),
+    (
+      ['--config=configs/eval_instruct.py:referense', '--model=x'],
+      "error: --config: ValueError: no protocol 'referense'",
+    ),
+    (
+      ['--config=configs/eval_math.py', '--config.evals.gsm8k.lmit=3'],
+      "error: config has no key 'lmit'",
+    ),
+  ):
+    done = binary(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(message), done.stderr
+    assert done.stderr.count('\n') == 1
