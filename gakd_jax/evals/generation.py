@@ -121,7 +121,8 @@ class Generation:
         [subject.identity, subject.template, self._settings(), prompts],
       )
       answers = {line.pop('index'): line for line in log.read()}
-      progress.advance(len(answers))
+      if answers:
+        progress.advance(len(answers))
       # Before the first process adds to what others are reading.
       multihost_utils.sync_global_devices(f'read {path}')
 
