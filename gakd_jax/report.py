@@ -1,7 +1,7 @@
 """What a run tells its user: metrics on disk, progress and tables on screen.
 
-`metrics.jsonl` is the record; TensorBoard, the terminal and the HTML page of
-`report_html` are views of it. On several hosts, only one process may write.
+`metrics.jsonl` is the record; TensorBoard, the terminal and the HTML page (see
+`page`) are views of it. On several hosts, only one process may write.
 """
 
 import datetime
@@ -244,7 +244,7 @@ def format_rows(rows):
 
 def is_numeric(column):
   """Whether the texts of a column are numbers ('24.1 ± 0.3' is one)."""
-  texts = [text.lstrip('+-') for text in column]
+  texts = [text.lstrip('<+-') for text in column]
   return any(texts) and all(
     text[:1].isdigit() or text in ('', 'nan', 'inf') for text in texts
   )

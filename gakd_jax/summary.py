@@ -1,155 +1,246 @@
-"""Runs side by side: one table, their curves, and what they answered."""
+"""Runs side by side: what the page about them has, and from where."""
 
 import json
 import statistics
 from pathlib import Path
 
-import numpy as np
+from gakd_jax import page, report, results, rundir
+from gakd_jax.page import answers as answers_lib
+from gakd_jax.page import figures, training
 
-from gakd_jax import report, report_html, rundir
+_SPREAD = (
+  '±: standard deviation, over runs that differ in their seed, or over the '
+  'seeds of sampling of one run.'
+)
+_BOOTSTRAP = (
+  'Paired bootstrap over test rows. p is two-sided and of each comparison '
+  'alone; in bold, the interval of 95 % leaves 0 out.'
+)
 
-_SEED = '-seed'  # 'sft-seed2' is one of several runs of 'sft'
-# What the table compares; results.json of each run has everything.
-_SHOWN = ('rouge_l', 'ce', 'forward_kl', 'reverse_kl')
-_SCORES = ('train/critic/histogram_teacher', 'train/critic/histogram_student')
-_FIRST_CURVES = ('train/loss', 'train/ce')
-_NO_CURVE = ('train/tokens', 'train/seconds')  # tokens_per_second says it
 
-
-def write(path, runs, answers=6):
-  """Prints the comparison of finished runs and writes it as an HTML page.
+def write(path, runs, answers=6, comparisons=()):
+  """Prints the comparison of runs and writes it as an HTML page.
 
   Runs named <name>-seed<n> share a row: mean and standard deviation.
 
   Args:
     path: of the page.
-    runs: {name: run directory}.
-    answers: how many prompts to show with everybody's answer.
+    runs: {name: directory}, of a finished training or of an evaluated model.
+      It has results.json, and may have config.json, metrics.jsonl, speed.json
+      and answers/<set>-<seed>.jsonl.
+    answers: how many prompts to show where there is no JavaScript, which shows
+      them all; 0 leaves answers out.
+    comparisons: dicts of 'set', 'metric', the models 'a' and 'b', 'difference'
+      (a - b), its interval 'low' and 'high', and 'p'.
   """
-  columns, rows = table(runs)
-  metrics = {name: report.read_metrics(path) for name, path in runs.items()}
-  report.print_table(columns, rows, 'Results')
-  report_html.write_report(
-    path,
-    title=Path(path).absolute().parent.name,
-    summary=_settings(runs),
-    tables=[('Results', columns, rows)],
-    curves=_curves(metrics) + _histograms(metrics),
-    answers=_answers(runs, answers),
-  )
+  groups = results.read(runs)
+  first, rest = results.tables(groups)
+  metrics = {
+    name: (results.label(name), report.read_metrics(directory))
+    for name, directory in runs.items()
+  }
+  sets = answers_lib.collect(runs) if answers else []
+  palette = figures.colours(groups)
+  keys = [f'{where}/{metric}' for where, metric in first.columns]
+  report.print_table(['run', *keys], results.plain(first)[1], 'Results')
+  sections = [
+    ('Results', _table(first) + page.details('Other metrics', _table(rest))),
+    ('Comparisons', _comparisons(comparisons)),
+    ('Scores', _bars(first, palette)),
+    (
+      'By length',
+      _by_length(groups, palette, metrics=first.columns)
+      + page.details(
+        'Other scores', _by_length(groups, palette, metrics=rest.columns)
+      ),
+    ),
+    ('Training', page.grid(training.curves(metrics, palette, critic=False))),
+    (
+      'Critic',
+      page.grid(
+        training.curves(metrics, palette, critic=True)
+        + training.critic_scores(metrics)
+      ),
+    ),
+    ('Speed and memory', _speed_table(runs)),
+    ('Answers', page.browser(sets, results.NAMES, answers)),
+    ('Configuration', page.settings(settings(runs))),
+  ]
+  title = Path(path).absolute().parent.name
+  page.write(path, title, _about(runs, sets), sections)
   print(f'report: {path}', flush=True)
 
 
-def table(runs):
-  """Columns and rows of the final results, in the order of the runs."""
-  groups = {}
-  for name, directory in runs.items():
-    results = rundir.read_results(directory)
-    groups.setdefault(name.partition(_SEED)[0], []).append(results)
-  metrics = list(
-    dict.fromkeys(
-      metric
-      for group in groups.values()
-      for results in group
-      for metric in results
-      if metric.rpartition('/')[2] in _SHOWN
-    )
+def markdown(runs):
+  """The table of the runs' results, for a README."""
+  return results.markdown(results.tables(results.read(runs))[0])
+
+
+def latex(runs):
+  """The table of the runs' results, for a paper."""
+  return results.latex(results.tables(results.read(runs))[0])
+
+
+def _about(runs, sets):
+  about = 'one run' if len(runs) == 1 else f'{len(runs)} runs'
+  if sets:
+    prompts = sum(one['total'] for one in sets)
+    where = 'one set' if len(sets) == 1 else f'{len(sets)} sets'
+    about += f', {prompts:,} prompts in {where}'
+  return about
+
+
+def _table(table):
+  if not table.columns:
+    return ''
+  columns, rows = results.plain(table)
+  best = {(i, j + 1) for i, j in table.best()}
+  notes = []
+  if best:
+    aside = ', the teacher aside' if table.teachers else ''
+    notes.append(f'Best of a column in bold{aside}.')
+  if any(
+    cell and cell.std is not None for _, row in table.rows for cell in row
+  ):
+    notes.append(_SPREAD)
+  return page.table(
+    '', ['run', *columns], rows, note=' '.join(notes), best=best
   )
-  rows = [
-    [name.replace('_', ' ')] + [_cell(group, m) for m in metrics]
-    for name, group in groups.items()
-  ]
-  return ['run', *metrics], rows
 
 
-def _cell(results, metric):
-  values = [r[metric] for r in results if metric in r]
-  if len(values) < 2:
-    return values[0] if values else None
-  mean, std = statistics.fmean(values), statistics.stdev(values)
-  digits = 2 if abs(mean) >= 10 else 3
-  return f'{mean:.{digits}f} ± {std:.{digits}f}'
-
-
-def _curves(metrics):
-  curves = {}
-  for name, rows in metrics.items():
-    for row in rows:
-      for metric, value in row.items():
-        if metric != 'step' and not isinstance(value, list):
-          xs, ys = curves.setdefault(metric, {}).setdefault(name, ([], []))
-          xs.append(row['step'])
-          ys.append(value)
-  return [
-    (metric, 'step', series)
-    for metric, series in sorted(curves.items(), key=_importance)
-    if metric not in _NO_CURVE and any(len(x) > 1 for x, _ in series.values())
-  ]
-
-
-def _histograms(metrics):
-  """What the critic thought of teacher and student at the end, as stairs.
-
-  Of the last tenth of the steps, counts of sequences by score.
-  """
-  figures = []
-  for name, rows in metrics.items():
-    rows = [row for row in rows if _SCORES[0] in row]
-    if not rows:
-      continue
-    counts = [
-      sum(np.array(row[metric]) for row in rows[-max(1, len(rows) // 10) :])
-      for metric in _SCORES
-    ]
-    (seen,) = np.nonzero(counts[0] + counts[1])
-    shown = slice(seen[0], seen[-1] + 1)
-    edges = report.HISTOGRAM_EDGES[seen[0] : seen[-1] + 2]
-    stairs = {
-      metric.rpartition('_')[2]: (
-        np.repeat(edges, 2),
-        np.concatenate([[0], np.repeat(n[shown], 2), [0]]),
-      )
-      for metric, n in zip(_SCORES, counts, strict=True)
-    }
-    figures.append((f'{name}: critic scores at the end', 'score', stairs))
-  return figures
-
-
-def _importance(curve):
-  return curve[0] not in _FIRST_CURVES, curve[0]
-
-
-def _answers(runs, count):
-  """The first prompts, with the answers of each run's first answers file."""
-  shown = {}
-  for name, directory in runs.items():
-    files = sorted((Path(directory) / 'answers').glob('*.jsonl'))
-    text = files[0].read_text('utf-8') if files else ''
-    # Not splitlines: an answer may hold other line separators.
-    for line in text.split('\n')[:-1][:count]:
-      row = json.loads(line)
-      prompt = '\n'.join(filter(None, [row['instruction'], row['input']]))
-      first = {'prompt': prompt, 'references': row['references']}
-      shown.setdefault(prompt, first)[name] = row['answer']
-  return list(shown.values())
-
-
-def _settings(runs):
-  """Every setting that was used, by run where runs differ."""
-  configs = {
-    name: rundir.flatten(
-      json.loads((Path(directory) / 'config.json').read_text())['config']
+def _comparisons(comparisons):
+  comparisons = [*comparisons]
+  reach = {}  # Of each metric its own scale.
+  for c in comparisons:
+    low, high, metric = abs(c['low']), abs(c['high']), c['metric']
+    reach[metric] = max(low, high, reach.get(metric, 0))
+  rows, best = [], set()
+  for i, c in enumerate(comparisons):
+    if c['low'] > 0 or c['high'] < 0:
+      best.add((i, 4))
+    rows.append(
+      [
+        c['set'],
+        results.NAMES.get(c['metric'], c['metric']),
+        c['a'],
+        c['b'],
+        f'{c["difference"]:+.2f}',
+        f'{c["low"]:+.2f} to {c["high"]:+.2f}',
+        page.interval(c['difference'], c['low'], c['high'], reach[c['metric']]),
+        '<0.001' if c['p'] < 0.001 else f'{c["p"]:.3f}',
+      ]
     )
-    for name, directory in runs.items()
-    if (Path(directory) / 'config.json').exists()
-  }
+  if not rows:
+    return ''
+  columns = ['set', 'score', 'A', 'B', 'A - B', '95 % interval', '', 'p']
+  return page.table('', columns, rows, note=_BOOTSTRAP, best=best)
+
+
+def _bars(table, palette):
+  shown = []
+  for j, (where, metric) in enumerate(table.columns):
+    rows = []
+    for (name, cells), texts in zip(table.rows, table.texts(), strict=True):
+      if cells[j]:
+        mean, std = texts[j]
+        text = f'{mean} ± {std}' if std else mean
+        rows.append((name, cells[j].mean, cells[j].std, text))
+    title = f'{where} {results.NAMES.get(metric, metric)}'
+    if where != 'average' and len(rows) > 1:
+      shown.append(page.bars(title, rows, palette))
+  return page.grid(shown)
+
+
+def _by_length(groups, palette, *, metrics):
+  """Figures of the scores by the length of the reference."""
+  shown = []
+  for column, rows in results.by_length(groups).items():
+    # What is compared over a single length, or no length, is in the table.
+    seen = [i for i in range(4) if any(row[i] for row in rows.values())]
+    if column not in metrics or len(seen) < 2:
+      continue
+    cells = {
+      name: [row[i] or results.Cell(float('nan')) for i in seen]
+      for name, row in rows.items()
+    }
+    series = {
+      name: [(cell.mean, cell.std or 0) for cell in row]
+      for name, row in cells.items()
+    }
+    where, metric = column
+    shown.append(
+      figures.bars(
+        f'{where} {results.NAMES[metric]}',
+        'tokens of the reference',
+        [results.BUCKETS[i] for i in seen],
+        series,
+        palette,
+      )
+    )
+  return page.grid(shown)
+
+
+def _speed_table(runs):
+  columns, rows = speed(runs)
+  return page.table('', columns, rows) if len(columns) > 1 else ''
+
+
+def speed(runs):
+  """Columns and rows: medians over steps, and over the sets decoded."""
+  columns = [
+    'run',
+    ('training', 'tokens/s'),
+    ('decoding', 'tokens/s'),
+    ('decoding', 'seconds'),
+    ('decoding', 'padding'),
+    ('peak', 'memory, GB'),
+  ]
+  rows = [[name, *_speed(Path(directory))] for name, directory in runs.items()]
+  used = [i for i in range(6) if any(row[i] is not None for row in rows)]
+  return [columns[i] for i in used], [[row[i] for i in used] for row in rows]
+
+
+def _speed(directory):
+  trained = [
+    row['train/tokens_per_second']
+    for row in report.read_metrics(directory)
+    if 'train/tokens_per_second' in row
+  ]
+  path = directory / 'speed.json'
+  decoded = json.loads(path.read_text()).values() if path.exists() else ()
+  memory = rundir.read_results(directory).get('peak_memory_gb')
+  if not decoded:
+    return _thousands(trained), None, None, None, memory
+  padding = statistics.fmean(x['padding'] for x in decoded)
+  return (
+    _thousands(trained),
+    _thousands([x['tokens_per_second'] for x in decoded]),
+    f'{sum(x["seconds"] for x in decoded):,.0f}',
+    f'{100 * padding:.0f} %',
+    memory,
+  )
+
+
+def _thousands(values):
+  return f'{statistics.median(values):,.0f}' if values else None
+
+
+def settings(runs):
+  """Every setting that was used, by run where runs differ."""
+  configs = {}
+  for name, directory in runs.items():
+    path = Path(directory) / 'config.json'
+    if path.exists():
+      configs[name] = rundir.flatten(json.loads(path.read_text())['config'])
   keys = dict.fromkeys(key for config in configs.values() for key in config)
   pairs = []
   for key in keys:
-    values = {name: config.get(key) for name, config in configs.items()}
-    if len(set(map(str, values.values()))) == 1:
-      pairs.append((key, str(next(iter(values.values())))))
+    by_value = {}
+    for name, config in configs.items():
+      by_value.setdefault(str(config.get(key)), []).append(name)
+    if len(by_value) == 1:
+      pairs.append((key, next(iter(by_value))))
     else:
-      text = ', '.join(f'{name}: {value}' for name, value in values.items())
-      pairs.append((key, text))
+      lines = (f'{", ".join(names)}: {v}' for v, names in by_value.items())
+      pairs.append((key, '\n'.join(lines)))
   return pairs

@@ -1,17 +1,20 @@
-"""Runs side by side: seeds share a row, critics show their scores."""
+"""Runs side by side: the page has what their directories have, and no more."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
 from gakd_jax import report, summary
+from gakd_jax.page import training
 
 
-def _run(path, results, metrics):
-  path.mkdir()
-  (path / 'config.json').write_text(json.dumps({'config': {'seed': 0}}))
+def _run(path, results, metrics=(), **files):
+  path.mkdir(parents=True)
   (path / 'results.json').write_text(json.dumps(results))
+  for name, content in files.items():
+    (path / f'{name}.json').write_text(json.dumps(content))
   log = report.Metrics(path, tensorboard=False)
   for step, values in enumerate(metrics, start=1):
     log.write(step, values)
@@ -19,15 +22,39 @@ def _run(path, results, metrics):
   return path
 
 
-def test_seeds_share_a_row(tmp_path):
+def _headings(page):
+  return re.findall('<h2>(.*?)</h2>', page)
+
+
+def test_a_run_of_nothing_but_results_has_a_page(tmp_path, capsys):
+  path = _run(tmp_path / 'a', {'loss/ce': 1.5})
+  (path / 'metrics.jsonl').unlink()
+  summary.write(tmp_path / 'report.html', {'a': path})
+  page = (tmp_path / 'report.html').read_text()
+  assert _headings(page) == ['Results']
+  out = capsys.readouterr().out
+  assert 'loss/ce' in out
+  assert '1.500' in out
+
+
+def test_seeds_share_a_row_and_a_look(tmp_path):
+  metrics = [{'train/loss': 1.0}, {'train/loss': 0.5}]
   runs = {
-    f'gakd-seed{i}': _run(tmp_path / str(i), {'loss/ce': ce, 'x/y': 1}, [])
+    f'gakd-seed{i}': _run(tmp_path / str(i), {'loss/ce': ce}, metrics)
     for i, ce in enumerate((1.0, 2.0, 3.0))
   }
-  runs['sft'] = _run(tmp_path / 'sft', {'loss/ce': 4.0}, [])
-  columns, rows = summary.table(runs)
-  assert columns == ['run', 'loss/ce']
-  assert rows == [['gakd', '2.000 ± 1.000'], ['sft', 4.0]]
+  runs['sft'] = _run(tmp_path / 'sft', {'loss/ce': 4.0})
+  summary.write(tmp_path / 'report.html', runs)
+  page = (tmp_path / 'report.html').read_text()
+  assert '2.000 ± 1.000' in page
+  assert summary.markdown(runs).splitlines()[2:] == [
+    '| gakd | **2.000 ± 1.000** |',
+    '| sft | 4.000 |',
+  ]
+  assert r'gakd & \textbf{2.000 $\pm$ 1.000} \\' in summary.latex(runs)
+  (keys,) = re.findall('<ul class="keys">(.*?)</ul>', page)
+  assert keys.count('<li') == 1
+  assert 'gakd-seed' not in keys
 
 
 def test_the_page_has_the_critics_last_scores(tmp_path):
@@ -40,6 +67,8 @@ def test_the_page_has_the_critics_last_scores(tmp_path):
   metrics = [
     {
       'train/loss': 1.0,
+      'train/critic/margin': 0.5,
+      'train/hidden_grad_cosine': 0.1,
       'train/critic/histogram_teacher': counts(3 if step < 18 else 50, 2),
       'train/critic/histogram_student': counts(52, 4),
     }
@@ -49,28 +78,117 @@ def test_the_page_has_the_critics_last_scores(tmp_path):
     'a': _run(tmp_path / 'a', {'loss/ce': 1.0}, metrics),
     'b': _run(tmp_path / 'b', {'loss/ce': 1.0}, [{'train/loss': 1.0}]),
   }
-  ((title, xlabel, stairs),) = summary._histograms(
-    {name: report.read_metrics(path) for name, path in runs.items()}
-  )
-  assert title == 'a: critic scores at the end'
-  assert xlabel == 'score'
+  stairs = training.histogram(report.read_metrics(runs['a']))
   for label, want in (('teacher', [4, 0, 0]), ('student', [0, 0, 8])):
     x, y = stairs[label]
     np.testing.assert_array_equal(
       x, np.repeat(report.HISTOGRAM_EDGES[50:54], 2)
     )
     np.testing.assert_array_equal(y, [0, *np.repeat(want, 2), 0])
+  assert training.histogram(report.read_metrics(runs['b'])) is None
   summary.write(tmp_path / 'report.html', runs)
   page = (tmp_path / 'report.html').read_text()
-  assert title in page
+  assert _headings(page) == ['Results', 'Scores', 'Training', 'Critic']
+  _, losses, critics = re.split('<h2>(?:Training|Critic)</h2>', page)
+  assert 'train/loss' in losses
+  assert 'train/critic/margin' not in losses
+  for title in (
+    'train/critic/margin',
+    'train/hidden_grad_cosine',
+    'a: critic scores at the end',
+  ):
+    assert f'<h3>{title}</h3>' in critics
+  assert 'b: critic scores' not in critics
   assert 'train/critic/histogram' not in page
+
+
+def test_scores_by_length_need_two_lengths(tmp_path):
+  results = {
+    'x/rouge_l': 3.0,
+    'x/rouge_l_0-10': 1.0,
+    'x/rouge_l_101+': 5.0,
+    'y/rouge_l': 3.0,
+    'y/rouge_l_11-50': 3.0,
+  }
+  summary.write(tmp_path / 'report.html', {'a': _run(tmp_path / 'a', results)})
+  page = (tmp_path / 'report.html').read_text()
+  assert _headings(page) == ['Results', 'By length']
+  assert '<h3>x ROUGE-L</h3>' in page
+  assert '<h3>y ROUGE-L</h3>' not in page
+
+
+def test_comparisons_say_where_luck_is_no_explanation(tmp_path):
+  runs = {'a': _run(tmp_path / 'a', {'loss/ce': 1.0})}
+  sure = {'set': 'x', 'metric': 'rouge_l', 'a': 'a', 'b': 'b'}
+  sure |= {'difference': 2.0, 'low': 1.0, 'high': 4.0, 'p': 0.0001}
+  unsure = sure | {'difference': -1.0, 'low': -3.0, 'high': 1.0, 'p': 0.25}
+  path = tmp_path / 'report.html'
+  summary.write(path, runs, comparisons=[sure, unsure])
+  page = path.read_text()
+  assert _headings(page) == ['Results', 'Comparisons']
+  rows = re.findall('<tr>.*?</tr>', page.partition('Comparisons</h2>')[2])
+  texts = [re.sub('<[^>]*>', ' ', row).split() for row in rows[1:]]
+  shown = 'x ROUGE-L a b +2.00 +1.00 to +4.00 &lt;0.001'
+  assert texts[0] == shown.split()
+  assert texts[1][-5:] == ['-1.00', '-3.00', 'to', '+1.00', '0.250']
+  assert '<strong>+2.00</strong>' in page
+  assert '<strong>-1.00</strong>' not in page
+  # On a scale from -4 to 4, the interval from 1 to 4.
+  assert 'left: 62.5%; width: 37.5%' in page
+
+
+def test_speed_is_of_training_and_of_decoding(tmp_path):
+  steps = [{'train/tokens_per_second': x} for x in (1, 1234, 99999)]
+  speed = {
+    'x-1': {'tokens_per_second': 10, 'seconds': 60, 'padding': 0.2},
+    'x-2': {'tokens_per_second': 30, 'seconds': 40, 'padding': 0.4},
+  }
+  memory = {'loss/ce': 1.0, 'peak_memory_gb': 12.5}
+  runs = {
+    'trained': _run(tmp_path / 'a', memory, steps),
+    'evaluated': _run(tmp_path / 'b', {'loss/ce': 1.0}, speed=speed),
+  }
+  columns, rows = summary.speed(runs)
+  names = [' '.join(name) for name in columns[1:]]
+  assert names == [
+    'training tokens/s',
+    'decoding tokens/s',
+    'decoding seconds',
+    'decoding padding',
+    'peak memory, GB',
+  ]
+  assert rows == [
+    ['trained', '1,234', None, None, None, 12.5],
+    ['evaluated', None, '20', '100', '30 %', None],
+  ]
+  assert summary.speed({'b': runs['evaluated']})[0][-1][1] == 'padding'
 
 
 @pytest.mark.parametrize('count', [0, 1])
 def test_answers_are_those_of_the_first_prompts(tmp_path, count):
-  path = _run(tmp_path / 'a', {'loss/ce': 1.0}, [])
+  path = _run(tmp_path / 'a', {'loss/ce': 1.0})
   (path / 'answers').mkdir()
-  row = {'instruction': 'Hi', 'input': '', 'references': ['x'], 'answer': 'y'}
-  (path / 'answers' / 'greedy-0.jsonl').write_text(json.dumps(row) + '\n')
-  want = [{'prompt': 'Hi', 'references': ['x'], 'a': 'y'}]
-  assert summary._answers({'a': path}, count) == want[:count]
+  row = {'input': '', 'references': ['x'], 'answer': 'y', 'rouge_l': 1.0}
+  lines = [json.dumps(row | {'instruction': f'Prompt {i}'}) for i in range(3)]
+  (path / 'answers' / 'greedy-0.jsonl').write_text('\n'.join(lines) + '\n')
+  summary.write(tmp_path / 'report.html', {'a': path}, answers=count)
+  page = (tmp_path / 'report.html').read_text()
+  assert page.count('<article') == count
+  assert ('"prompt":"Prompt 2"' in page) == (count > 0)
+  assert ('3 prompts in one set' in page) == (count > 0)
+
+
+def test_settings_name_the_runs_that_differ(tmp_path):
+  runs = {
+    name: _run(
+      tmp_path / name,
+      {'loss/ce': 1.0},
+      config={'config': {'train': {'steps': 5}, 'seed': seed}},
+    )
+    for name, seed in (('a', 1), ('b', 2), ('c', 1))
+  }
+  runs['evaluated'] = _run(tmp_path / 'evaluated', {'loss/ce': 1.0})
+  assert summary.settings(runs) == [
+    ('train.steps', '5'),
+    ('seed', 'a, c: 1\nb: 2'),
+  ]

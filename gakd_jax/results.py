@@ -1,0 +1,286 @@
+"""The final results of runs as one table: on screen, in Markdown, in LaTeX.
+
+results.json of a run has '<set>/<metric>', '<set>/<metric>_std' (over the seeds
+of sampling), and '<set>/<metric>_11-50' of the references of so many tokens.
+"""
+
+import dataclasses
+import math
+import re
+import statistics
+
+from gakd_jax import report, rundir
+
+_SEED = '-seed'  # 'sft-seed2' is one of several runs of 'sft'
+BUCKETS = ('0-10', '11-50', '51-100', '101+')
+_KEY = re.compile(
+  r'(?P<set>.+)/(?P<metric>.+?)'
+  rf'(_(?P<bucket>{"|".join(map(re.escape, BUCKETS))}))?(?P<std>_std)?'
+)
+NAMES = {
+  'accuracy': 'accuracy',
+  'rouge_l': 'ROUGE-L',
+  'comet': 'COMET',
+  'corpus_bleu': 'corpus BLEU',
+  'corpus_chrf': 'corpus chrF',
+  'exact_match': 'exact match',
+  'bleu': 'BLEU',
+  'chrf': 'chrF',
+  'ce': 'CE',
+  'forward_kl': 'KL(teacher, student)',
+  'reverse_kl': 'KL(student, teacher)',
+}
+_DISTANCES = ('forward_kl', 'reverse_kl')  # of the student from its teacher
+_LOSSES = ('ce', *_DISTANCES)  # less is better
+# Of a set, what stands in the first table: its losses, and one of these.
+_HEADLINES = tuple(name for name in NAMES if name not in _LOSSES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  mean: float
+  std: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  columns: tuple  # (set, metric)
+  rows: tuple  # (name, one `Cell` or None a column)
+  teachers: frozenset = frozenset()  # names of rows
+
+  def texts(self):
+    """Of each row, a (mean, deviation or '') a column."""
+    columns = [
+      _format([cells[i] for _, cells in self.rows])
+      for i in range(len(self.columns))
+    ]
+    return [[column[i] for column in columns] for i in range(len(self.rows))]
+
+  def best(self):
+    """{(row, column)} of the best of each column, as printed; ties share.
+
+    A teacher competes with nobody. A column of one number has no best, nor one
+    of an unknown metric.
+    """
+    texts, found = self.texts(), set()
+    for j, (_, metric) in enumerate(self.columns):
+      printed = {
+        i: float(row[j][0])
+        for i, row in enumerate(texts)
+        if self.rows[i][1][j] is not None
+        and self.rows[i][0] not in self.teachers
+      }
+      printed = {i: x for i, x in printed.items() if math.isfinite(x)}
+      if len(printed) > 1 and metric in NAMES:
+        better = min if metric in _LOSSES else max
+        best = better(printed.values())
+        found |= {(i, j) for i, x in printed.items() if x == best}
+    return found
+
+
+def label(name):
+  """'sft' for 'sft-seed2': runs of one label differ in their seed alone."""
+  return name.partition(_SEED)[0]
+
+
+def read(runs):
+  """{label: [{(set, metric, bucket or None): Cell}]}, a dict for each run."""
+  groups = {}
+  for name, directory in runs.items():
+    cells = {}
+    for key, value in rundir.read_results(directory).items():
+      match = _KEY.fullmatch(key)
+      if match:
+        where = match['set'], match['metric'], match['bucket']
+        old = cells.get(where, Cell(mean=None))
+        new = {'std': value} if match['std'] else {'mean': value}
+        cells[where] = dataclasses.replace(old, **new)
+    cells = {k: cell for k, cell in cells.items() if cell.mean is not None}
+    groups.setdefault(label(name), []).append(cells)
+  return groups
+
+
+def tables(groups):
+  """Two tables, of what is compared first, and of all other results.
+
+  Sets that share a metric have its average beside them.
+  """
+  columns = dict.fromkeys(
+    (where, metric)
+    for runs in groups.values()
+    for cells in runs
+    for where, metric, bucket in cells
+    if bucket is None
+  )
+  of_set = {}
+  for where, metric in columns:
+    of_set.setdefault(where, []).append(metric)
+  first = [
+    (where, metric)
+    for where, metrics in of_set.items()
+    for metric in [
+      *[x for x in _HEADLINES if x in metrics][:1],
+      *[x for x in _LOSSES if x in metrics],
+    ]
+  ]
+  rest = [column for column in columns if column not in first]
+  return _table(groups, first), _table(groups, rest)
+
+
+def _teachers(groups):
+  """Names of what is at no distance from the teacher: it is the teacher."""
+  return frozenset(
+    name
+    for name, runs in groups.items()
+    for cells in runs
+    for (_, metric, _), cell in cells.items()
+    if metric in _DISTANCES and cell.mean == 0
+  )
+
+
+def by_length(groups):
+  """{(set, metric): {label: [Cell or None, one for each of `BUCKETS`]}}."""
+  found = {}
+  for name, runs in groups.items():
+    for where, metric, bucket in {key: 0 for cells in runs for key in cells}:
+      if bucket is not None and metric in NAMES:
+        row = found.setdefault((where, metric), {})
+        row[name] = [_cell(runs, (where, metric, b)) for b in BUCKETS]
+  return found
+
+
+def _table(groups, columns):
+  order = {name: i for i, name in enumerate(NAMES)}
+  metrics = dict.fromkeys(metric for _, metric in columns)
+  ordered = []
+  for metric in sorted(metrics, key=lambda m: order.get(m, len(order))):
+    sets = [where for where, m in columns if m == metric]
+    ordered += [(where, metric, sets) for where in sets]
+    if len(sets) > 1:
+      ordered.append(('average', metric, sets))
+  rows = tuple(
+    (
+      name,
+      tuple(
+        _cell(runs, (where, metric, None))
+        if where in sets
+        else _average(runs, metric, sets)
+        for where, metric, sets in ordered
+      ),
+    )
+    for name, runs in groups.items()
+  )
+  columns = tuple((where, metric) for where, metric, _ in ordered)
+  return Table(columns, rows, _teachers(groups))
+
+
+def _cell(runs, key):
+  """Of several runs the mean and deviation; of one, what it has itself."""
+  cells = [cells[key] for cells in runs if key in cells]
+  if len(cells) < 2:
+    return cells[0] if cells else None
+  means = [cell.mean for cell in cells]
+  return Cell(statistics.fmean(means), statistics.stdev(means))
+
+
+def _average(runs, metric, sets):
+  """Over sets, if all are there: what others averaged would be no equal.
+
+  One run has no deviation: those of its sets do not tell that of their mean.
+  """
+  keys = [(where, metric, None) for where in sets]
+  means = [
+    statistics.fmean(cells[key].mean for key in keys)
+    for cells in runs
+    if all(key in cells for key in keys)
+  ]
+  if len(means) < 2:
+    return Cell(means[0]) if means else None
+  return Cell(statistics.fmean(means), statistics.stdev(means))
+
+
+def _format(cells):
+  """(mean, deviation) as texts with the same decimals in a column."""
+  numbers = [
+    [x] for cell in cells if cell for x in (cell.mean, cell.std or 0.0)
+  ]
+  texts = iter(text for (text,) in report.format_rows(numbers))
+  shown = []
+  for cell in cells:
+    pair = (next(texts), next(texts)) if cell else ('-', '')
+    shown.append(pair if cell and cell.std is not None else (pair[0], ''))
+  return shown
+
+
+def plain(table):
+  """Columns (set, metric) and rows of texts, names first."""
+  columns = [(where, NAMES.get(m, m)) for where, m in table.columns]
+  rows = [
+    [name] + [f'{mean} ± {std}' if std else mean for mean, std in texts]
+    for (name, _), texts in zip(table.rows, table.texts(), strict=True)
+  ]
+  return columns, rows
+
+
+def markdown(table):
+  """The table as Markdown, the best of a column in bold."""
+  columns, rows = plain(table)
+  best = table.best()
+  lines = [['', *(' '.join(column) for column in columns)]]
+  lines.append(['---'] + ['---:'] * len(columns))
+  for i, (name, *cells) in enumerate(rows):
+    bold = [
+      f'**{text}**' if (i, j) in best else text for j, text in enumerate(cells)
+    ]
+    lines.append([name, *bold])
+  return ''.join(
+    f'| {" | ".join(text.replace("|", chr(92) + "|") for text in line)} |\n'
+    for line in lines
+  )
+
+
+def latex(table):
+  """The table for LaTeX with booktabs, the best of a column in bold."""
+  best = table.best()
+  heads = [NAMES.get(metric, metric) for _, metric in table.columns]
+  spans = []  # [metric, first column, columns]
+  for i, head in enumerate(heads, start=2):
+    if spans and spans[-1][0] == head:
+      spans[-1][2] += 1
+    else:
+      spans.append([head, i, 1])
+  lines = ['% Needs \\usepackage{booktabs}.']
+  lines.append(f'\\begin{{tabular}}{{l{"r" * len(heads)}}}\n\\toprule')
+  lines.append(
+    ''.join(
+      f' & \\multicolumn{{{n}}}{{c}}{{{_escape(head)}}}' for head, _, n in spans
+    )
+    + r' \\'
+  )
+  lines.append(
+    ' '.join(f'\\cmidrule(lr){{{i}-{i + n - 1}}}' for _, i, n in spans)
+  )
+  lines.append(
+    ''.join(f' & {_escape(where)}' for where, _ in table.columns) + r' \\'
+  )
+  lines.append('\\midrule')
+  for i, texts in enumerate(table.texts()):
+    cells = [_escape(table.rows[i][0])]
+    for j, (mean, std) in enumerate(texts):
+      if len(mean) > 1 and mean.startswith('-'):
+        mean = f'$-${mean[1:]}'
+      text = f'{mean} $\\pm$ {std}' if std else mean
+      cells.append(f'\\textbf{{{text}}}' if (i, j) in best else text)
+    lines.append(' & '.join(cells) + r' \\')
+  return '\n'.join([*lines, '\\bottomrule', '\\end{tabular}', ''])
+
+
+_SPECIAL = {
+  '\\': r'\textbackslash{}',
+  '~': r'\textasciitilde{}',
+  '^': r'\textasciicircum{}',
+} | {x: '\\' + x for x in '&%$#_{}'}
+
+
+def _escape(text):
+  return ''.join(_SPECIAL.get(x, x) for x in text)

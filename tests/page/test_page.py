@@ -1,0 +1,243 @@
+"""The page shows everything that it is given, escaped, and needs nothing else."""
+
+import configparser
+import fnmatch
+import html.parser
+import math
+from pathlib import Path
+
+import numpy as np
+
+from gakd_jax import page
+from gakd_jax.page import figures
+
+EVIL = '</p><script>alert("$x")</script>&amp;'
+
+
+class _Page(html.parser.HTMLParser):
+  """Collects what a page shows, and fails on tags that do not match."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.open, self.texts, self.tags, self.attributes = [], [], [], []
+    self.feed(text)
+    assert not self.open
+
+  def handle_starttag(self, tag, attrs):
+    self.tags.append(tag)
+    self.attributes += [(name, value or '') for name, value in attrs]
+    if tag not in ('meta', 'br', 'input'):
+      self.open.append(tag)
+
+  def handle_startendtag(self, tag, attrs):
+    self.tags.append(tag)
+    self.attributes += [(name, value or '') for name, value in attrs]
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if data.strip() and self.open[-1] not in ('style', 'script'):
+      self.texts.append(data.strip('\n'))
+
+
+def _page(path, *sections, title='Run', about=''):
+  page.write(path, title, about, sections)
+  return _Page(path.read_text(encoding='utf-8'))
+
+
+def _curves(**series):
+  palette = figures.colours(series)
+  return figures.curves('Loss', 'steps', series, palette)
+
+
+def _set(*prompts, **answers):
+  """A set of answers: every model says the same to all prompts."""
+  rows = [
+    {
+      'index': i,
+      'prompt': prompt,
+      'input': '',
+      'references': ['So.', 'Thus.'],
+      'answers': {
+        '0': {
+          model: {'text': text, 'scores': {}} for model, text in answers.items()
+        }
+      },
+    }
+    for i, prompt in enumerate(prompts)
+  ]
+  return {
+    'name': 'dolly',
+    'seeds': ['0'],
+    'models': [*answers],
+    'metrics': [],
+    'total': len(prompts),
+    'rows': rows,
+  }
+
+
+def test_the_page_shows_everything_in_order(tmp_path):
+  xs = range(300)
+  answers = _set('Why?', 'How?', 'Who?', SFT=' \n', GAKD='\n b\n  c')
+  shown = _page(
+    tmp_path / 'new' / 'report.html',
+    (
+      'Results',
+      page.table(
+        'Dolly',
+        ['model', ('dolly', 'ROUGE-L'), 'note'],
+        [['teacher', '27.1 ± 0.2', 'a < b'], ['GAKD', '9.9 ± 0.1', None]],
+        note='the best in bold',
+        best={(1, 1)},
+      ),
+    ),
+    ('Nothing', ''),
+    (
+      'Training',
+      page.grid([_curves(GAKD=[(xs, np.cos(xs))], SFT=[([1], [2])])]),
+    ),
+    ('Answers', page.browser([answers], {}, 2)),
+    ('Configuration', page.settings([('seed', 10)])),
+    about='two models',
+  )
+  want = 'Run Run two models Results Training Answers Configuration'
+  want += ' Results Dolly model dolly ROUGE-L note teacher 27.1 ± 0.2 a < b'
+  want += ' GAKD 9.9 ± 0.1 - the best in bold'
+  want += ' Training Loss GAKD SFT steps Answers'
+  want += ' Why? References So. Thus. SFT (empty) GAKD b\n How?'
+  want += ' Configuration All settings seed 10'
+  text = ' '.join(shown.texts)
+  position = 0
+  for word in want.split(' '):
+    position = text.index(word, position) + len(word)
+  assert ' b\n  c' in shown.texts  # as code, answers keep their indentation
+  assert not {'Nothing', 'Who?'} & set(shown.texts)
+  assert shown.tags.count('svg') == 1
+  assert shown.tags.count('strong') == 1
+  assert shown.tags.count('details') == 1
+  assert ('open', '') not in shown.attributes
+
+
+def test_an_empty_page_has_no_empty_sections(tmp_path):
+  empty = [
+    ('Answers', page.browser([], {}, 6)),
+    ('Training', page.grid([])),
+    ('Configuration', page.settings([])),
+    ('More', page.details('More', '')),
+  ]
+  assert _page(tmp_path / 'x.html', *empty).texts == ['Run', 'Run']
+
+
+def test_text_of_users_is_escaped_everywhere(tmp_path):
+  palette = figures.colours([EVIL])
+  answers = _set(EVIL, **{EVIL: EVIL}) | {'name': EVIL, 'total': 2}
+  answers['rows'][0] |= {'references': [EVIL], 'input': EVIL}
+  shown = _page(
+    tmp_path / 'x.html',
+    ('a', page.table(EVIL, [EVIL, (EVIL, EVIL)], [[EVIL, EVIL]], note=EVIL)),
+    ('b', page.bars(EVIL, [(EVIL, 1.0, 0.1, EVIL)], palette)),
+    ('c', figures.curves(EVIL, EVIL, {EVIL: [([1], [1])]}, palette)),
+    (
+      'd',
+      figures.bars(EVIL, 'x', ['0-10'], {EVIL: [(1.0, 0.1)]}, palette),
+    ),
+    ('e', page.browser([answers], {EVIL: EVIL}, 1)),
+    ('f', page.settings([(EVIL, EVIL)]) + page.details(EVIL, 'x')),
+    title=EVIL,
+    about=EVIL,
+  )
+  assert shown.tags.count('script') == 2  # the page's, and the answers
+  whole = [text for text in shown.texts if EVIL in text]
+  head, table, bars, curves, by_length = 3, 7, 3, 3, 2
+  note, answer, configuration = 1, 4, 3
+  assert len(whole) == (
+    head + table + bars + curves + by_length + note + answer + configuration
+  )
+
+
+def test_the_page_refers_to_nothing_outside(tmp_path):
+  shown = _page(
+    tmp_path / 'x.html',
+    ('Training', _curves(c=[([1, 2], [3, 4])])),
+    ('Answers', page.browser([_set('Why?', a='b')], {}, 1)),
+  )
+  assert not {'link', 'img', 'iframe', 'object'} & set(shown.tags)
+  for name, value in shown.attributes:
+    assert name != 'src'
+    assert not name.endswith('href') or value.startswith('#')
+    assert '//' not in value or name.startswith('xmlns')
+  policy = dict(shown.attributes)['content']
+  assert "default-src 'none'" in policy
+
+
+def test_what_is_cut_is_said(tmp_path):
+  whole, cut = _set('Why?', a='b'), _set('Why?', a='b') | {'total': 5}
+  assert 'more than fits' not in page.browser([whole], {}, 1)
+  text = page.browser([whole, cut | {'name': 'x<y'}], {}, 1)
+  assert 'It has of x&lt;y: the first 1 of 5 rows.' in text
+
+
+def test_curves_with_gaps_have_one_look_per_label(tmp_path):
+  nan = [math.nan] * 3
+  many = {str(i): [([1, 2], [i, i])] for i in range(12)}
+  palette = figures.colours(['x', 'y', 'z', *many])
+  drawn = [
+    figures.curves(title, 'step', series, palette)
+    for title, series in (
+      ('a', {'x': [([1, 2, 3], [1, math.nan, 2])], 'y': [([1, 2, 3], nan)]}),
+      ('b', {'y': [([1, 2, 3], [1, 2, 3]), ([1, 2], [3, 2])], 'z': [([], [])]}),
+      ('c', many),
+    )
+  ]
+  shown = _Page(''.join(drawn))
+  keys = [v for name, v in shown.attributes if name == 'style' and '--key' in v]
+  x, y, also_y, z, *many_keys = keys
+  assert y == also_y
+  assert len({x, y, z}) == 3
+  assert len(set(many_keys)) == 12
+  again = figures.curves('c', 'step', many, palette)
+  assert again == drawn[2]  # the same runs give the same file
+
+
+def test_a_long_run_stays_a_small_page():
+  xs = np.arange(100_000)
+  ys = np.random.default_rng(0).normal(size=xs.size)
+  assert len(_curves(x=[(xs, ys)])) < 300_000
+
+
+def test_bars_are_as_long_as_their_numbers():
+  palette = figures.colours('ab')
+  text = page.bars(
+    't', [('a', 40.0, 10.0, 'A'), ('b', 20.0, None, 'B')], palette
+  )
+  assert 'left: 0.0%; width: 80.0%' in text
+  assert 'left: 60.0%; width: 40.0%' in text  # 30 to 50 of 50
+  assert 'left: 0.0%; width: 40.0%' in text
+  nothing = page.bars('t', [('a', 0.0, None, '0')], palette)
+  assert 'width: 0.0%' in nothing
+
+
+def test_bars_of_groups_may_be_missing():
+  text = figures.bars(
+    't',
+    'tokens',
+    ['0-10', '101+'],
+    {'a': [(1.0, 0.5), (math.nan, 0)], 'b': [(2.0, 0), (3.0, 1.0)]},
+    figures.colours('ab'),
+  )
+  shown = _Page(text).texts
+  assert {'0-10', '101+', 'tokens', 'a', 'b'} <= set(shown)
+
+
+def test_every_file_of_the_page_is_installed():
+  root = Path(__file__).parents[2]
+  setup = configparser.ConfigParser()
+  setup.read(root / 'setup.cfg')
+  patterns = setup['options.package_data']['gakd_jax.page'].split(', ')
+  files = [
+    x.name for x in (root / 'gakd_jax' / 'page').iterdir() if x.is_file()
+  ]
+  for name in files:
+    if not name.endswith('.py'):
+      assert any(fnmatch.fnmatch(name, p) for p in patterns), name

@@ -1,0 +1,162 @@
+"""One table from results.json of many runs, in every format."""
+
+import json
+
+import pytest
+
+from gakd_jax import results
+from gakd_jax.results import Cell
+
+
+def _run(path, values):
+  path.mkdir()
+  (path / 'results.json').write_text(json.dumps(values))
+  return path
+
+
+def _tables(**rows):
+  """Of runs without files: {name: {key: mean}}."""
+  groups = {}
+  for name, cells in rows.items():
+    cells = {(*key.split('/'), None): Cell(x) for key, x in cells.items()}
+    groups.setdefault(results.label(name.replace('__', '-')), []).append(cells)
+  return results.tables(groups)
+
+
+def test_keys_are_read_with_deviations_and_lengths(tmp_path):
+  values = {
+    'self_inst/rouge_l': 20.0,
+    'self_inst/rouge_l_std': 0.5,
+    'self_inst/rouge_l_11-50': 30.0,
+    'self_inst/rouge_l_11-50_std': 1.5,
+    'self_inst/rouge_l_101+': 10.0,
+    'a/b/accuracy': 1.0,
+    'lonely/bleu_std': 1.0,
+    'peak_memory_gb': 3.0,
+  }
+  runs = {'sft-seed3': _run(tmp_path / 'a', values)}
+  assert results.read(runs) == {
+    'sft': [
+      {
+        ('self_inst', 'rouge_l', None): Cell(20.0, 0.5),
+        ('self_inst', 'rouge_l', '11-50'): Cell(30.0, 1.5),
+        ('self_inst', 'rouge_l', '101+'): Cell(10.0),
+        ('a/b', 'accuracy', None): Cell(1.0),
+      }
+    ]
+  }
+  by_length = results.by_length(results.read(runs))
+  assert by_length == {
+    ('self_inst', 'rouge_l'): {'sft': [None, Cell(30.0, 1.5), None, Cell(10.0)]}
+  }
+
+
+def test_what_is_compared_first_has_its_averages():
+  first, rest = _tables(
+    a={
+      'x/answer_tokens': 9,
+      'x/rouge_l': 10,
+      'x/bleu': 5,
+      'z/corpus_bleu': 7,
+      'z/chrf': 8,
+      'y/rouge_l': 20,
+      'loss/ce': 1,
+      'gsm8k/accuracy': 50,
+    },
+    b={'x/rouge_l': 12, 'x/agreement': 1},
+  )
+  assert first.columns == (
+    ('gsm8k', 'accuracy'),
+    ('x', 'rouge_l'),
+    ('y', 'rouge_l'),
+    ('average', 'rouge_l'),
+    ('z', 'corpus_bleu'),
+    ('loss', 'ce'),
+  )
+  assert [name for name, _ in first.rows] == ['a', 'b']
+  assert first.rows[0][1][3] == Cell(15)
+  assert first.rows[1][1] == (None, Cell(12), None, None, None, None)
+  assert rest.columns == (
+    ('x', 'bleu'),
+    ('z', 'chrf'),
+    ('x', 'answer_tokens'),
+    ('x', 'agreement'),
+  )
+
+
+def test_averages_of_several_runs_have_their_deviation():
+  first, _ = _tables(
+    a__seed0={'x/rouge_l': 10, 'y/rouge_l': 20},
+    a__seed1={'x/rouge_l': 20, 'y/rouge_l': 14},
+  )
+  ((name, cells),) = first.rows
+  assert name == 'a'
+  # Of 15 and 17: seeds are averaged over sets before they are compared.
+  assert cells[2] == Cell(16, pytest.approx(2**0.5))
+
+
+def test_the_best_is_the_best_as_printed():
+  first, rest = _tables(
+    teacher={'x/rouge_l': 90, 'l/ce': 0.1, 'l/reverse_kl': 0.0, 'x/bleu': 80},
+    a={'x/rouge_l': 30.001, 'l/ce': 2.0, 'l/reverse_kl': 1.0, 'x/bleu': 5},
+    b={'x/rouge_l': 30.004, 'l/ce': 1.0, 'l/reverse_kl': 2.0, 'x/bleu': 4},
+    c={'x/rouge_l': 9.0, 'l/ce': float('nan'), 'x/other': 1, 'y/accuracy': 1},
+    d={'x/other': 2},
+  )
+  names = [metric for _, metric in first.columns]
+  assert names == ['accuracy', 'rouge_l', 'ce', 'reverse_kl']
+  # Two are printed as 30.00; nobody competes for accuracy.
+  assert first.best() == {(1, 1), (2, 1), (2, 2), (1, 3)}
+  assert [metric for _, metric in rest.columns] == ['bleu', 'other']
+  assert rest.best() == {(1, 0)}
+
+
+TABLE = results.Table(
+  (('self_inst', 'rouge_l'), ('average', 'rouge_l'), ('a|b', 'ce')),
+  (
+    ('sft_1', (Cell(9.5, 0.25), Cell(9.5), None)),
+    ('r&d 50%', (Cell(12.0, 1.0), Cell(8.0), Cell(-0.5))),
+  ),
+)
+
+
+def test_a_column_has_one_number_of_decimals():
+  assert TABLE.texts() == [
+    [('9.50', '0.25'), ('9.500', ''), ('-', '')],
+    [('12.00', '1.00'), ('8.000', ''), ('-0.500', '')],
+  ]
+
+
+def test_markdown():
+  assert results.markdown(TABLE) == (
+    '|  | self_inst ROUGE-L | average ROUGE-L | a\\|b CE |\n'
+    '| --- | ---: | ---: | ---: |\n'
+    '| sft_1 | 9.50 ± 0.25 | **9.500** | - |\n'
+    '| r&d 50% | **12.00 ± 1.00** | 8.000 | -0.500 |\n'
+  )
+
+
+def test_latex():
+  assert (
+    results.latex(TABLE)
+    == r"""% Needs \usepackage{booktabs}.
+\begin{tabular}{lrrr}
+\toprule
+ & \multicolumn{2}{c}{ROUGE-L} & \multicolumn{1}{c}{CE} \\
+\cmidrule(lr){2-3} \cmidrule(lr){4-4}
+ & self\_inst & average & a|b \\
+\midrule
+sft\_1 & 9.50 $\pm$ 0.25 & \textbf{9.500} & - \\
+r\&d 50\% & \textbf{12.00 $\pm$ 1.00} & 8.000 & $-$0.500 \\
+\bottomrule
+\end{tabular}
+"""
+  )
+
+
+def test_latex_escapes_what_it_reads_itself():
+  table = results.Table((('\\~^{}', 'ce'),), (('$#_', (None,)),))
+  text = results.latex(table)
+  escaped = r'\textbackslash{}\textasciitilde{}\textasciicircum{}\{\}'
+  assert f' & {escaped} \\\\' in text
+  assert r'\$\#\_ & - \\' in text
