@@ -108,7 +108,7 @@ def get_config():
 
   c.report = ml_collections.ConfigDict()
   c.report.tensorboard = True
-  c.report.answers = 6  # sample answers in report.html
+  c.report.answers = 6  # prompts in report.html without JavaScript; 0: none
   c.lock()
   return c
 

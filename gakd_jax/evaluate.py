@@ -81,6 +81,7 @@ def run(config, paths, workdir):
       workdir / 'report.html',
       {name: workdir / name for name in named},
       answers=config.report.answers,
+      comparisons=comparisons,
     )
   return results
 

@@ -151,14 +151,12 @@ def browser(sets, names, first):
   """
   if not any(one['rows'] for one in sets):
     return ''
-  cut = [one for one in sets if len(one['rows']) < one['total']]
-  note = '; '.join(
-    f'{one["name"]}: the first {len(one["rows"])} of {one["total"]} rows'
-    for one in cut
+  cut = '; '.join(
+    f'{one["name"]}, the first {len(one["rows"])} of {one["total"]} rows'
+    for one in sets
+    if len(one['rows']) < one['total']
   )
-  if note:
-    note = f'There is more than fits on a page. It has of {note}.'
-    note = f'<p class="note">{html.escape(note)}</p>'
+  note = f'<p class="note">Cut to fit: {html.escape(cut)}.</p>' if cut else ''
   static = [_answer(row) for row in sets[0]['rows'][:first]]
   return _template('answers.html').substitute(
     note=note,

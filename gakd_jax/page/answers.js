@@ -128,7 +128,7 @@
       given.append(element('h4',
         row.references.length > 1 ? 'References' : 'Reference'));
       given.append(...row.references.map(reference => text(reference)));
-      if (row.gold !== undefined) given.append(note(`answer: ${row.gold}`));
+      if (row.gold !== undefined) given.append(note(`expected: ${row.gold}`));
       made.append(given);
     }
     const parts = marks && answers[picked[0]] && answers[picked[1]]
@@ -138,7 +138,7 @@
       const column = element('div');
       const letter = field.b.value !== ALL && picked.length > 1 ? 'AB'[i] : '';
       const title = element('h4');
-      if (letter) title.append(element('span', letter, 'letter'), ' ');
+      if (letter) title.append(element('span', letter, 'letter'));
       title.append(model);
       const answer = answers[model];
       const score = answer?.scores[field.metric.value];

@@ -173,9 +173,9 @@ def test_the_page_refers_to_nothing_outside(tmp_path):
 
 def test_what_is_cut_is_said(tmp_path):
   whole, cut = _set('Why?', a='b'), _set('Why?', a='b') | {'total': 5}
-  assert 'more than fits' not in page.browser([whole], {}, 1)
+  assert 'Cut to fit' not in page.browser([whole], {}, 1)
   text = page.browser([whole, cut | {'name': 'x<y'}], {}, 1)
-  assert 'It has of x&lt;y: the first 1 of 5 rows.' in text
+  assert 'Cut to fit: x&lt;y, the first 1 of 5 rows.' in text
 
 
 def test_curves_with_gaps_have_one_look_per_label(tmp_path):
