@@ -132,14 +132,20 @@ def _batch(config, mesh):
 
 
 def count(tree):
-  """Numbers in a tree of arrays or shapes."""
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+  """Numbers in a tree of arrays or shapes; scales of others are none."""
+  return sum(
+    math.prod(x.shape)
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    if not sharding.path_name(path).endswith('kernel_scale')
+  )
 
 
 def device_bytes(tree):
   """Bytes of a placed tree on each device."""
   return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    math.prod(x.sharding.shard_shape(x.shape))
+    * jax.dtypes.itemsize_bits(x.dtype)  # Two of 4 bits share a byte.
+    // 8
     for x in jax.tree.leaves(tree)
   )
 

@@ -10,12 +10,12 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from gakd_jax import UserError
 from gakd_jax.data import sources
 from gakd_jax.evals import generation, loss
+from gakd_jax.models import transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Subject:
   workdir: Path
 
   def cast(self, params):
-    return jax.tree.map(lambda x: x.astype(self.dtype), params)
+    return transformer.cast(params, self.dtype)
 
 
 def make(name, settings, default_data):
