@@ -220,10 +220,12 @@ def load_params(
     leaf_dtype = jnp.dtype(dtype or _DTYPES[dtypes[where[name][0].tensor]])
     leaf = {name: jax.ShapeDtypeStruct(shape, leaf_dtype)}
     read = _reader(files, shape, where[name], leaf_dtype)
-    x = jax.make_array_from_callback(shape, _places(leaf, mesh)[name], read)
+    place = _places(leaf, mesh)[name]
+    flat[name] = jax.make_array_from_callback(shape, place, read)
     if report:
-      report(x.nbytes)
-    flat |= _quantized(name, x, mesh, quantize) if quantize else {name: x}
+      report(flat[name].nbytes)
+    if quantize and name.endswith('kernel'):
+      flat |= _quantized(name, flat.pop(name), mesh, quantize)
   return unflatten(flat)
 
 
@@ -235,14 +237,12 @@ def _places(flat, mesh):
   return sharding.shardings(flat, mesh)
 
 
-def _quantized(name, x, mesh, kind):
-  """{name: parameter}; of a kernel, its integers and scales.
+def _quantized(name, kernel, mesh, kind):
+  """{name: integers, and name of their scales: these}, when they are there.
 
-  They are there when this returns: the kernel is gone before the next comes.
+  The kernel is then gone before the next one is read.
   """
-  if not name.endswith('kernel'):
-    return {name: x}
-  kernel, scale = quantized.quantize(x, kind)
+  kernel, scale = quantized.quantize(kernel, kind)
   flat = {name: kernel, f'{name}_scale': scale}
   return jax.block_until_ready(jax.device_put(flat, _places(flat, mesh)))
 
