@@ -14,7 +14,7 @@ from flax import nnx
 from configs import base
 from gakd_jax import UserError, models, objectives, optim, step, train
 from gakd_jax.data import pipeline
-from gakd_jax.models import convert, lora, transformer
+from gakd_jax.models import convert, lora, quantized, transformer
 
 B, T, V, D = 4, 10, 90, 16
 CONFIG = models.DecoderConfig(
@@ -269,12 +269,23 @@ def test_other_adapters_than_the_ones_it_starts_from_are_refused(
     train.run(config, tmp_path / 'run')
 
 
-def test_a_run_on_quantized_models_is_the_same_on_a_mesh(config, tmp_path):
+def test_a_run_on_quantized_models_is_the_same_on_a_mesh(
+  config, tmp_path, monkeypatch
+):
+  quantize, kinds = quantized.quantize, []
+
+  def spy(kernel_LIO, kind):
+    kinds.append(kind)
+    return quantize(kernel_LIO, kind)
+
+  monkeypatch.setattr(quantized, 'quantize', spy)
   config.teacher.path = config.student.path
   config.teacher.dtype = 'float32'
   config.objective = {'name': 'kld'}
-  config.student.quantize = config.teacher.quantize = 'nf4'
+  config.student.quantize, config.teacher.quantize = 'nf4', 'int8'
   one = train.run(config, tmp_path / 'one')
+  # Seven projections, each as a shape and as it is read.
+  assert kinds == ['nf4'] * 14 + ['int8'] * 14
   best = tmp_path / 'one' / 'best'
   saved = (tmp_path / 'one/checkpoints/3/state/_METADATA').read_text()
   assert 'kernel' not in saved
