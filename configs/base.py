@@ -28,11 +28,14 @@ def get_config():
   # None trains all weights. A dict trains adapters of a frozen base, which is
   # kept in `dtype`: rank, alpha, dropout, targets (see gakd_jax/models/lora).
   c.student.lora = config_dict.placeholder(object)
+  # Of a frozen base: None, 'int8' or 'nf4' (see gakd_jax/models/quantized).
+  c.student.quantize = config_dict.placeholder(str)
   c.student.remat = True  # recompute blocks: less memory, a third more time
 
   c.teacher = ml_collections.ConfigDict()
   c.teacher.path = config_dict.placeholder(str)  # HF directory, hub id, adapter
   c.teacher.dtype = 'bfloat16'  # in memory; it is never trained
+  c.teacher.quantize = config_dict.placeholder(str)  # None, int8, nf4
 
   c.data = ml_collections.ConfigDict()
   # A file (.jsonl, .json, .parquet, .gz), a directory, a hub id

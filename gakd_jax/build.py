@@ -23,7 +23,7 @@ from gakd_jax import (
 )
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import evaluator
-from gakd_jax.models import lora, transformer
+from gakd_jax.models import lora, quantized, transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +97,17 @@ def build(config, workdir, mesh):
   def load(part, dtype):
     shape = part.get('shape')
     if shape is None:
-      model = models.load(part.path, dtype=dtype, mesh=mesh)
+      model = models.load(
+        part.path, dtype=dtype, mesh=mesh, quantize=part.quantize
+      )
     else:
       model = models.init(
-        part.path, config.seed, dtype=dtype, mesh=mesh, **shape
+        part.path,
+        config.seed,
+        dtype=dtype,
+        mesh=mesh,
+        quantize=part.quantize,
+        **shape,
       )
     if part is config.student:
       return _with_adapters(model, config, mesh)
@@ -129,8 +136,11 @@ def abstract(config, mesh):
     shape = models.read_config(part.path, **(part.get('shape') or {}))
     settings = part.get('lora')
     adapters = None if settings is None else lora.make_config(settings)
-    definition, params = transformer.split(models.abstract(shape, '', adapters))
-    return nnx.merge(definition, sharding.abstract(params, mesh, dtype))
+    definition, params = transformer.split(
+      models.abstract(shape, '', adapters, part.quantize)
+    )
+    params = jax.eval_shape(lambda p: transformer.cast(p, dtype), params)
+    return nnx.merge(definition, sharding.abstract(params, mesh))
 
   return _assemble(config, mesh, objective, shapes)
 
@@ -145,6 +155,13 @@ def _checked_objective(config, mesh):
   rollout.check(**config.rollout)
   if config.student.lora is not None:
     lora.make_config(config.student.lora)
+  for name in ('student', 'teacher'):
+    quantized.check(config[name].quantize, f'config.{name}.quantize')
+  if config.student.quantize is not None and config.student.lora is None:
+    raise UserError(
+      f'config.student.quantize={config.student.quantize!r} is for a base that '
+      'is not trained; set config.student.lora, or quantize to None'
+    )
   if config.train.steps is None and config.train.epochs is None:
     raise UserError('config.train: set steps or epochs')
   microbatch = config.train.microbatch_size or config.train.batch_size

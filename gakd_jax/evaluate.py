@@ -157,7 +157,9 @@ def _subject(config, evaluators, path, workdir, teacher_dir, mesh, identity):
       tokenizer, tokenizer_lib.load(models.tokenizer_dir(of)), path, of
     )
     teacher, frozen['teacher'] = transformer.split(
-      models.load(of, config.teacher.dtype, mesh)
+      models.load(
+        of, config.teacher.dtype, mesh, quantize=config.teacher.quantize
+      )
     )
   subject = evaluator.Subject(
     student=student,

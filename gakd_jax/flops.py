@@ -8,6 +8,7 @@ less on prompts. Norms, softmax and the optimizer are left out.
 """
 
 import math
+import re
 
 import jax
 
@@ -76,7 +77,8 @@ def block_weights(params):
   return sum(
     math.prod(x.shape)
     for path, x in jax.tree_util.tree_leaves_with_path(params)
-    if sharding.path_name(path).startswith('blocks/') and len(x.shape) > 2
+    if re.search('^blocks/.*(?<!_scale)$', sharding.path_name(path))
+    and len(x.shape) > 2
   )
 
 

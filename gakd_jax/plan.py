@@ -22,9 +22,9 @@ from gakd_jax.data import pipeline
 
 GB = 1e9
 
-# A CPU multiplies in float32. Left to itself, its compiler takes the conversion
-# of all layers' weights out of the loop over layers: a second copy of a model
-# in twice the bytes, which no accelerator has.
+# A CPU multiplies in float32, and has no 4-bit integers. Left to itself, its
+# compiler takes the conversion of all layers' weights out of the loop over
+# layers: a second copy of a model in twice the bytes, which no accelerator has.
 _NO_HOISTING = {
   'xla_disable_hlo_passes': 'while-loop-invariant-code-motion,'
   'while-loop-expensive-invariant-code-motion'
@@ -82,7 +82,7 @@ def make(config, mesh):
   train_step, _, state = build.make_train_step(this, student_params, 0, total)
   batch = _batch(config, mesh)
   compiled = train_step.lower(state, this.frozen, batch).compile(
-    compiler_options=_NO_HOISTING if _widens(config) else None
+    compiler_options=_NO_HOISTING if _hoists(config) else None
   )
   parts = _resident(state, this.frozen, batch)
   temporary = _temporary(compiled)
@@ -132,14 +132,20 @@ def _batch(config, mesh):
 
 
 def count(tree):
-  """Numbers in a tree of arrays or shapes."""
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+  """Numbers in a tree of arrays or shapes; scales of others are none."""
+  return sum(
+    math.prod(x.shape)
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    if not sharding.path_name(path).endswith('kernel_scale')
+  )
 
 
 def device_bytes(tree):
   """Bytes of a placed tree on each device."""
   return sum(
-    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    math.prod(x.sharding.shard_shape(x.shape))
+    * jax.dtypes.itemsize_bits(x.dtype)  # Two of 4 bits share a byte.
+    // 8
     for x in jax.tree.leaves(tree)
   )
 
@@ -298,6 +304,13 @@ def _show(plan, config, mesh, memory_gb, tflops):
       f'{plan.tokens / seconds:,.0f} tokens/s'
     )
   print(_sources(config))
+
+
+def _hoists(config):
+  """Whether the compiler would convert weights of all layers at once."""
+  kinds = config.student.quantize, config.teacher.quantize
+  on_cpu = jax.default_backend() == 'cpu'
+  return _widens(config) or (on_cpu and 'nf4' in kinds)
 
 
 def _widens(config):

@@ -116,7 +116,8 @@ def write_atomically(path, text):
   """Replaces a file as a whole: a reader never sees half of it."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + '.partial')
+  # Several processes may write the same, each by a name of its own.
+  partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
   partial.write_text(text, encoding='utf-8')
   os.replace(partial, path)
 

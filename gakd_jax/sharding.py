@@ -23,8 +23,8 @@ BATCH_AXES = ('data', 'fsdp')
 # have the path of their parameter, so the table places them too.
 RULES = (
   (r'(embedding|head_weight|projection)$', ('tensor', 'fsdp')),
-  (r'(query|key|value|gate|up)/kernel$', ('fsdp', 'tensor')),
-  (r'(out|down)/kernel$', ('tensor', 'fsdp')),
+  (r'(query|key|value|gate|up)/kernel(_scale)?$', ('fsdp', 'tensor')),
+  (r'(out|down)/kernel(_scale)?$', ('tensor', 'fsdp')),
 )
 
 
@@ -79,12 +79,10 @@ def shardings(tree, mesh):
   )
 
 
-def abstract(tree, mesh, dtype=None):
+def abstract(tree, mesh):
   """Shapes that know their place: what `jax.jit` compiles for, unallocated."""
   return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(
-      x.shape, dtype or x.dtype, sharding=place
-    ),
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
     tree,
     shardings(tree, mesh),
   )

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import socket
 import tempfile
 from pathlib import Path
 
@@ -66,6 +67,14 @@ def pytest_runtest_setup(item):
   has_torch = importlib.util.find_spec('torch') is not None
   if item.get_closest_marker('torch') and not has_torch:
     pytest.skip('torch is not installed (the `parity` extra)')
+
+
+@pytest.fixture
+def free_port():
+  """For processes that find each other."""
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    return s.getsockname()[1]
 
 
 @pytest.fixture(scope='session')

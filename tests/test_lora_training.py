@@ -14,7 +14,7 @@ from flax import nnx
 from configs import base
 from gakd_jax import UserError, models, objectives, optim, step, train
 from gakd_jax.data import pipeline
-from gakd_jax.models import lora, transformer
+from gakd_jax.models import convert, lora, quantized, transformer
 
 B, T, V, D = 4, 10, 90, 16
 CONFIG = models.DecoderConfig(
@@ -135,6 +135,54 @@ def test_a_frozen_head_has_no_gradient():
   assert carried == [1, 2]
 
 
+def _quantized(definition, params, kind):
+  model = nnx.merge(definition, params)
+  for linear in lora.projections(model).values():
+    linear.quantize(kind)
+  return transformer.split(model)
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_a_quantized_base_and_teacher_train_as_their_widened_copies(remat):
+  definition, mine, frozen = _student()
+  teacher, t_params = transformer.split(models.Decoder(CONFIG, nnx.Rngs(2)))
+  objective = objectives.make('kld', head_chunk=7)
+  schedule = optim.make_schedule(RATE, 10)
+  optimizer = optim.make(schedule, eps=1e-4)
+
+  low, low_params = _quantized(definition, lora.combine(mine, frozen), 'int8')
+  low_teacher, low_t_params = _quantized(teacher, t_params, 'int8')
+  _, low_frozen = lora.partition(low_params)
+
+  def widened(params):
+    flat = convert.flatten(params)
+    scales = [name for name in flat if name.endswith('_scale')]
+    for name in scales:
+      flat[name.removesuffix('_scale')] *= flat.pop(name)
+    return convert.unflatten(flat)
+
+  after = []
+  for student, teacher_now, base_tree, t_tree in (
+    (low, low_teacher, low_frozen, low_t_params),
+    (definition, teacher, widened(low_frozen), widened(low_t_params)),
+  ):
+    state = step.init_state(jax.tree.map(jnp.copy, mine), optimizer)
+    fn = step.make_train_step(
+      step.Models(student, teacher_now, jnp.float32, remat),
+      objective,
+      optimizer,
+      schedule,
+      seed=0,
+    )
+    trees = {'student': base_tree, 'teacher': t_tree}
+    before = jax.tree.map(np.array, trees)
+    state, metrics = fn(state, trees, _batch())
+    jax.tree.map(np.testing.assert_array_equal, trees, before)
+    after.append((state.params['student'], metrics['loss']))
+  assert jax.tree.structure(after[0][0]) == jax.tree.structure(mine)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *after)
+
+
 @pytest.fixture(scope='module')
 def data_file(tmp_path_factory):
   path = tmp_path_factory.mktemp('data') / 'rows.jsonl'
@@ -217,5 +265,54 @@ def test_other_adapters_than_the_ones_it_starts_from_are_refused(
   models.save(model, tmp_path / 'adapter')
   config.student.path = str(tmp_path / 'adapter')
   config.student.lora = dict(config.student.lora) | changes
+  with pytest.raises(UserError, match=word):
+    train.run(config, tmp_path / 'run')
+
+
+def test_a_run_on_quantized_models_is_the_same_on_a_mesh(
+  config, tmp_path, monkeypatch
+):
+  quantize, kinds = quantized.quantize, []
+
+  def spy(kernel_LIO, kind):
+    kinds.append(kind)
+    return quantize(kernel_LIO, kind)
+
+  monkeypatch.setattr(quantized, 'quantize', spy)
+  config.teacher.path = config.student.path
+  config.teacher.dtype = 'float32'
+  config.objective = {'name': 'kld'}
+  config.student.quantize, config.teacher.quantize = 'nf4', 'int8'
+  one = train.run(config, tmp_path / 'one')
+  # Seven projections, each as a shape and as it is read.
+  assert kinds == ['nf4'] * 14 + ['int8'] * 14
+  best = tmp_path / 'one' / 'best'
+  saved = (tmp_path / 'one/checkpoints/3/state/_METADATA').read_text()
+  assert 'kernel' not in saved
+  config.mesh.data = config.mesh.fsdp = config.mesh.tensor = 2
+  eight = train.run(config, tmp_path / 'eight')
+  for name in ('loss/ce', 'loss/forward_kl'):
+    assert eight[name] == pytest.approx(one[name], rel=1e-3)
+  # What was trained goes on the base in its own precision, and is merged there.
+  model = models.load(best)
+  flat = convert.flatten(transformer.split(model)[1])
+  assert {x.dtype.name for x in flat.values()} == {'float32'}
+  lora.merge(model)
+
+
+@pytest.mark.parametrize(
+  ('part', 'kind', 'word'),
+  [
+    ('student', 'int4', r"config\.student\.quantize='int4' is not known"),
+    ('teacher', 'nf8', r"config\.teacher\.quantize='nf8' is not known"),
+    ('student', 'nf4', r'set config\.student\.lora'),
+  ],
+)
+def test_a_quantized_model_that_cannot_be_is_refused(
+  config, part, kind, word, tmp_path
+):
+  config[part].quantize = kind
+  if kind == 'nf4':
+    config.student.lora = None
   with pytest.raises(UserError, match=word):
     train.run(config, tmp_path / 'run')

@@ -118,6 +118,22 @@ def test_adapters_are_trained_beside_a_frozen_base(kld, config):
   assert adapted.flops['student backward'] < kld.flops['student backward']
 
 
+def test_a_quantized_base_is_counted_in_its_bits(kld, config):
+  config.student.lora = {'rank': 3, 'targets': 'mlp'}
+  config.student.dtype = config.teacher.dtype = 'bfloat16'
+  adapted = planned(config)
+  config.student.quantize, config.teacher.quantize = 'nf4', 'int8'
+  low = planned(config)
+  assert low.parameters == adapted.parameters
+  assert low.flops == adapted.flops
+  # A scale of two bytes for each gcd(64, inputs) weights.
+  down, out = WIDTH * FF, HEADS * HEAD_DIM * WIDTH
+  blocks = down // 16 + out // 64 + (BLOCK - down - out) // 32
+  before, after = (x.bytes['student, frozen'] for x in (adapted, low))
+  assert before - after == LAYERS * (2 * BLOCK - BLOCK // 2 - 2 * blocks)
+  assert low.bytes['teacher'] < 0.7 * adapted.bytes['teacher']
+
+
 @pytest.mark.parametrize(
   ('objective', 'within'),
   [

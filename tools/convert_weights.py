@@ -42,7 +42,7 @@ def to_flax(source, destination, dtype=None):
     size = _bytes(params)
     report = _task(progress, 'writing', size)
     # In pieces, of which reading holds a few beside the parameter.
-    pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2**26), params)
+    pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2**27), params)
     with _checkpointer(params) as checkpointer:
       checkpointer.save(
         new / 'params', args=ocp.args.PyTreeSave(params, save_args=pieces)

@@ -10,7 +10,6 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from gakd_jax import UserError
@@ -22,6 +21,7 @@ from gakd_jax.evals import (
   loss,
   multiple_choice,
 )
+from gakd_jax.models import transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Subject:
   teacher_workdir: Path | None = None  # where the teacher's answers are
 
   def cast(self, params):
-    return jax.tree.map(lambda x: x.astype(self.dtype), params)
+    return transformer.cast(params, self.dtype)
 
 
 _KINDS = {

@@ -107,6 +107,8 @@ class Generation:
       lines.append(line | {'scores': scored[i]})
     if jax.process_index() == 0:
       report.write_atomically(path, ''.join(map(_to_line, lines)))
+    # Others may read it now.
+    multihost_utils.sync_global_devices(f'wrote {path}')
     return self._summary(lines, buckets)
 
   def _answers(self, subject, model, prompts, seed, path, pool, progress):
@@ -182,14 +184,13 @@ class Generation:
 
   def _summary(self, lines, buckets):
     metrics = collections.defaultdict(list)
-    main = tasks.TASKS[self.task].scores[0]
     for line, bucket in zip(lines, buckets, strict=True):
       for metric, value in line['scores'].items():
         metrics[metric].append(value)
+        metrics[f'{metric}_{bucket}'].append(value)
       metrics['answer_tokens'].append(line['tokens'])
       cut = line['tokens'] >= self.max_new_tokens
       metrics['unfinished'].append(100.0 * cut)
-      metrics[f'{main}_{bucket}'].append(line['scores'][main])
     means = {key: statistics.fmean(metrics[key]) for key in sorted(metrics)}
     return means | tasks.corpus_scores(
       self.task,

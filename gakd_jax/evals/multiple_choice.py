@@ -14,6 +14,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from gakd_jax import UserError, report, sharding
 from gakd_jax.data import pipeline
@@ -71,6 +72,7 @@ class MultipleChoice:
         subject.workdir / 'answers' / f'{self.name}-0.jsonl',
         ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in lines),
       )
+    multihost_utils.sync_global_devices(f'wrote {self.name}')
     return {
       'accuracy': statistics.fmean(x['scores']['accuracy'] for x in lines)
     }

@@ -17,11 +17,19 @@ from pathlib import Path
 
 import huggingface_hub
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import multihost_utils
 
 from gakd_jax import UserError, sharding
-from gakd_jax.models import convert, families, lora, peft, transformer
+from gakd_jax.models import (
+  convert,
+  families,
+  lora,
+  peft,
+  quantized,
+  transformer,
+)
 from gakd_jax.models.transformer import Decoder, DecoderConfig
 
 __all__ = ['Decoder', 'abstract', 'init', 'load', 'read_config', 'save']
@@ -115,14 +123,15 @@ def read_config(path, **shape) -> DecoderConfig:
     ) from None
 
 
-def abstract(config, source='', adapters=None) -> Decoder:
+def abstract(config, source='', adapters=None, quantize=None) -> Decoder:
   """The model with shapes for parameters, at no cost in memory.
 
-  `adapters` is a `lora.LoRAConfig`.
+  `adapters` is a `lora.LoRAConfig`; for `quantize` see `load`.
   """
 
   def make():
     model = Decoder(config, nnx.Rngs(0), source=str(source))
+    _quantize(model, quantize)
     if adapters is not None:
       lora.attach(model, adapters, 0)
     return model
@@ -130,7 +139,7 @@ def abstract(config, source='', adapters=None) -> Decoder:
   return nnx.eval_shape(make)
 
 
-def load(path, dtype=None, mesh=None, report=None) -> Decoder:
+def load(path, dtype=None, mesh=None, report=None, quantize=None) -> Decoder:
   """Loads a Hugging Face directory (or hub id).
 
   Args:
@@ -139,6 +148,8 @@ def load(path, dtype=None, mesh=None, report=None) -> Decoder:
     dtype: of the weights, and so of the computation; None keeps the file's.
     mesh: where to place them; None is one device.
     report: called with bytes as they are read.
+    quantize: 'int8' or 'nf4' for projections in that (see `quantized`), each as
+      soon as it is read; None keeps them as they are.
 
   Raises:
     UserError: if the directory is not there, its architecture or a switch in
@@ -146,30 +157,42 @@ def load(path, dtype=None, mesh=None, report=None) -> Decoder:
   """
   base = resolve_base(path)
   config = read_config(base)
-  definition, shapes = transformer.split(abstract(config, base))
-  params = convert.load_params(base, config, shapes, dtype, mesh, report)
+  definition, _ = transformer.split(abstract(config, base, quantize=quantize))
+  shapes = transformer.split(abstract(config, base))[1]
+  params = convert.load_params(
+    base, config, shapes, dtype, mesh, report, quantize
+  )
   model = nnx.merge(definition, params)
   if peft.is_adapter(path := resolve(path)):
     peft.load_into(model, path, mesh and sharding.replicated(mesh))
   return model
 
 
-def init(path, seed, dtype=None, mesh=None, **shape) -> Decoder:
+def init(path, seed, dtype=None, mesh=None, quantize=None, **shape) -> Decoder:
   """Random weights: the architecture and tokenizer of a directory.
 
-  `shape` replaces fields of its `DecoderConfig`.
+  `shape` replaces fields of its `DecoderConfig`; for the others see `load`.
   """
   path = resolve(path)
   config = read_config(path, **shape)
-  definition, shapes = transformer.split(abstract(config, path))
+  definition, shapes = transformer.split(
+    abstract(config, path, quantize=quantize)
+  )
 
   def make():
     model = Decoder(config, nnx.Rngs(seed), source=str(path))
-    params = transformer.split(model)[1]
-    return jax.tree.map(lambda x: x.astype(dtype or x.dtype), params)
+    _quantize(model, quantize)
+    return transformer.cast(transformer.split(model)[1], dtype or jnp.float32)
 
   places = None if mesh is None else sharding.shardings(shapes, mesh)
   return nnx.merge(definition, jax.jit(make, out_shardings=places)())
+
+
+def _quantize(model, kind):
+  quantized.check(kind, 'quantize')
+  if kind is not None:
+    for linear in lora.projections(model).values():
+      linear.quantize(kind)
 
 
 def copy_companions(source, path):
@@ -192,6 +215,13 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None):
   is_model = path.is_dir() and any(path.glob('*.safetensors'))
   if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_model):
     raise UserError(f'{path}: is not a model that could be replaced')
+  adapters = lora.adapters(model)
+  linears = lora.projections(model).values()
+  if not adapters and any(linear.is_quantized for linear in linears):
+    raise UserError(
+      f'{path}: a model whose projections are quantized cannot be saved; load '
+      'it without `quantize`'
+    )
   source = Path(model.source) if model.source else None
   new, old = (path.with_name(path.name + end) for end in ('.tmp', '.old'))
   first = jax.process_index() == 0
@@ -199,7 +229,7 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None):
     for left_over in (new, old):
       shutil.rmtree(left_over, ignore_errors=True)
     new.mkdir(parents=True)
-  if not lora.adapters(model):
+  if not adapters:
     _save_whole(model, source, new, max_shard_bytes, report)
   elif first:
     peft.save(model, new)

@@ -19,7 +19,7 @@ import safetensors
 from jax.experimental import multihost_utils
 
 from gakd_jax import UserError, sharding
-from gakd_jax.models import families
+from gakd_jax.models import families, quantized
 from gakd_jax.models.tensor_names import Part
 
 INDEX = 'model.safetensors.index.json'
@@ -187,7 +187,9 @@ def _copy(out, x):
     out[..., i : i + step] = x[..., i : i + step]
 
 
-def load_params(path, config, abstract, dtype=None, mesh=None, report=None):
+def load_params(
+  path, config, abstract, dtype=None, mesh=None, report=None, quantize=None
+):
   """Reads a directory's safetensors into a parameter tree.
 
   Args:
@@ -197,6 +199,8 @@ def load_params(path, config, abstract, dtype=None, mesh=None, report=None):
     dtype: of the result; None keeps what the file holds.
     mesh: places parameters by `sharding.RULES`; None is one device.
     report: called with the bytes of each parameter read, for a progress bar.
+    quantize: None or one of `quantized.KINDS`, for kernels: these become two
+      parameters, on which `abstract` has no say.
 
   Raises:
     UserError: naming all tensors that are missing, extra or of wrong shape.
@@ -214,16 +218,33 @@ def load_params(path, config, abstract, dtype=None, mesh=None, report=None):
   for name in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
     shape = shapes[name]
     leaf_dtype = jnp.dtype(dtype or _DTYPES[dtypes[where[name][0].tensor]])
-    abstract_leaf = jax.ShapeDtypeStruct(shape, leaf_dtype)
-    if mesh is None:
-      place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    else:
-      place = sharding.shardings({name: abstract_leaf}, mesh)[name]
+    leaf = {name: jax.ShapeDtypeStruct(shape, leaf_dtype)}
     read = _reader(files, shape, where[name], leaf_dtype)
+    place = _places(leaf, mesh)[name]
     flat[name] = jax.make_array_from_callback(shape, place, read)
     if report:
       report(flat[name].nbytes)
+    if quantize and name.endswith('kernel'):
+      flat |= _quantized(name, flat.pop(name), mesh, quantize)
   return unflatten(flat)
+
+
+def _places(flat, mesh):
+  """Where parameters belong."""
+  if mesh is None:
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return dict.fromkeys(flat, one)
+  return sharding.shardings(flat, mesh)
+
+
+def _quantized(name, kernel, mesh, kind):
+  """{name: integers, and name of their scales: these}, when they are there.
+
+  The kernel is then gone before the next one is read.
+  """
+  kernel, scale = quantized.quantize(kernel, kind)
+  flat = {name: kernel, f'{name}_scale': scale}
+  return jax.block_until_ready(jax.device_put(flat, _places(flat, mesh)))
 
 
 def _contents(path, prefix, head):

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gakd_jax.models import quantized
+
 
 class Context(NamedTuple):
   """What the tokens of one forward pass share, in every layer."""
@@ -21,7 +23,7 @@ class Context(NamedTuple):
 
 
 class Linear(nnx.Module):
-  """x W + b, with W of [in, out]."""
+  """x W + b, with W of [in, out]; `quantize` makes W one of `quantized`."""
 
   lora = None  # an adapter that `lora.attach` put here
 
@@ -32,10 +34,22 @@ class Linear(nnx.Module):
       self.bias = nnx.Param(jnp.zeros(n_out))
 
   def __call__(self, x, key=None):
-    y = x @ self.kernel[...]
+    if self.is_quantized:
+      y = quantized.matmul(x, self.kernel[...], self.kernel_scale[...])
+    else:
+      y = x @ self.kernel[...]
     if hasattr(self, 'bias'):
       y += _align(self.bias[...], x.ndim)
     return y if self.lora is None else y + self.lora(x, key)
+
+  @property
+  def is_quantized(self):
+    return hasattr(self, 'kernel_scale')
+
+  def quantize(self, kind):
+    """Of stacked layers, in place."""
+    kernel, scale = quantized.quantize(self.kernel[...], kind)
+    self.kernel, self.kernel_scale = nnx.Param(kernel), nnx.Param(scale)
 
 
 class RMSNorm(nnx.Module):

@@ -138,9 +138,18 @@ def resume(model, config, path):
 
 
 def merge(model):
-  """Folds adapters into their projections and removes them, in place."""
+  """Folds adapters into their projections and removes them, in place.
+
+  Raises:
+    UserError: if a projection is quantized.
+  """
   for linear in projections(model).values():
     if linear.lora:
+      if linear.is_quantized:
+        raise UserError(
+          f'{model.source}: its projections are quantized; to merge adapters, '
+          'load it without `quantize`'
+        )
       kernel = linear.kernel[...]
       added = linear.lora.scale * jnp.einsum(
         '...ir,...ro->...io',

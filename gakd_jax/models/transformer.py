@@ -282,12 +282,19 @@ def split(model):
   return definition, nnx.to_pure_dict(state)
 
 
+def cast(params, dtype):
+  """Parameters in `dtype`, but for integers, which are quantized ones."""
+  return jax.tree.map(
+    lambda x: x.astype(dtype) if jnp.isdtype(x.dtype, 'real floating') else x,
+    params,
+  )
+
+
 def apply(definition, params, tokens, dtype, remat=False, key=None):
   """`Outputs` of a split model on `data.pipeline.Tokens`, computed in `dtype`.
 
   Master weights stay as they are: their gradient passes through the cast. For
   `remat` and `key` see `run_blocks`.
   """
-  params = jax.tree.map(lambda x: x.astype(dtype), params)
-  model = nnx.merge(definition, params)
+  model = nnx.merge(definition, cast(params, dtype))
   return model(tokens.ids_BT, tokens.segments_BT, remat=remat, key=key)

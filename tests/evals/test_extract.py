@@ -61,6 +61,7 @@ def test_gsm8k(text, number):
     ('A', 'A'),
     ('A train leaves.', None),
     ('The answer is a train', None),
+    ('The answer is: A train, or (C)', 'C'),
     ('ABCDE', None),
     ('the answer is (A), no, the answer is (B)', 'B'),
     ('', None),

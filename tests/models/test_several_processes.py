@@ -1,7 +1,6 @@
 """Two processes that share a model: each reads its part, one writes all."""
 
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,18 +38,13 @@ print('read', read, flush=True)
 """
 
 
-def _free_port():
-  with socket.socket() as s:
-    s.bind(('localhost', 0))
-    return s.getsockname()[1]
-
-
-def test_each_reads_its_part_and_one_writes_all(tiny_model_dir, tmp_path):
+def test_each_reads_its_part_and_one_writes_all(
+  tiny_model_dir, tmp_path, free_port
+):
   source, out = tiny_model_dir(), tmp_path / 'out'
-  port = _free_port()
   running = [
     subprocess.Popen(
-      [sys.executable, '-c', _PROCESS, str(i), str(port), source, out],
+      [sys.executable, '-c', _PROCESS, str(i), str(free_port), source, out],
       stdout=subprocess.PIPE,
       text=True,
       cwd=Path(__file__).parents[2],

@@ -34,10 +34,20 @@ def inputs(response):
   return ids_BT, mask_BT
 
 
-def jax_step(response, chunk, adapters=None, **objective):
+def jax_step(
+  response,
+  chunk,
+  adapters=None,
+  quantize=None,
+  shape=STUDENT,
+  remat=False,
+  **objective,
+):
   """A function that takes one step and returns its loss.
 
   adapters: settings of `LoRAConfig`, to train these alone; None: all weights.
+  quantize: of the student's base, see `models.load`.
+  shape, remat: of the student.
   """
   import jax
   import jax.numpy as jnp
@@ -47,7 +57,7 @@ def jax_step(response, chunk, adapters=None, **objective):
   from gakd_jax.data.pipeline import Batch, Tokens
   from gakd_jax.models import Decoder, DecoderConfig, lora, transformer
 
-  def model(shape, seed, adapters=None):
+  def model(shape, seed, adapters=None, quantize=None):
     config = DecoderConfig(
       vocab_size=V,
       kv_heads=2,
@@ -59,11 +69,14 @@ def jax_step(response, chunk, adapters=None, **objective):
       **shape,
     )
     decoder = Decoder(config, nnx.Rngs(seed))
+    if quantize is not None:
+      for linear in lora.projections(decoder).values():
+        linear.quantize(quantize)
     if adapters is not None:
       lora.attach(decoder, lora.LoRAConfig(**adapters), seed)
     return config, *transformer.split(decoder)
 
-  student_config, student, params = model(STUDENT, 0, adapters)
+  student_config, student, params = model(shape, 0, adapters, quantize)
   teacher_config, teacher, t_params = model(TEACHER, 1)
   frozen = {'teacher': t_params}
   if adapters is not None:
@@ -73,7 +86,7 @@ def jax_step(response, chunk, adapters=None, **objective):
   optimizer = optim.make(schedule, weight_decay=0.01, clip_norm=1.0)
   critic_optimizer = optim.make(schedule, weight_decay=0.01)
   _, critic = objective.init(jax.random.key(2), student_config, teacher_config)
-  models = step.Models(student, teacher, jnp.float32)
+  models = step.Models(student, teacher, jnp.float32, remat)
   train_step = step.make_train_step(
     models,
     objective,

@@ -6,6 +6,11 @@ Sizes of kd_step.py: student 4 layers x 256, teacher 8 x 512, V = 151936, 4 rows
 of 256 tokens, fp32; `--objective=sft` leaves the teacher out. Adapters of rank
 16 with dropout 0.1 on all projections. Their seconds and peak resident memory,
 and the bytes of gradients and optimizer state, as ratios in JSON.
+
+  python tools/bench/lora.py --quantize
+
+compares adapters of a base in int8 and in nf4 with those of one in fp32, for a
+student of 24 layers x 512 with remat.
 """
 
 import argparse
@@ -17,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tools.bench import kd_step, side_by_side
 
+DEEP = {'width': 512, 'layers': 24, 'heads': 8, 'ff_width': 1536}
 LORA = {'rank': 16, 'alpha': 32.0, 'dropout': 0.1}
 
 
@@ -51,21 +57,38 @@ def state_bytes(adapters):
 
 
 def main():
-  def side(adapters):
+  def side(adapters, **model):
     settings = {'kld': {'kd': 1.0}, 'sft': {}}[args.objective]
     return lambda: kd_step.jax_step(
-      1.0, 128, adapters, name=args.objective, **settings
+      1.0, 128, adapters, **model, name=args.objective, **settings
     )
 
-  names = ('adapters', 'all')
+  names = ('adapters', 'all', 'fp32', 'int8', 'nf4')
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--objective', choices=('sft', 'kld'), default='sft')
+  parser.add_argument('--quantize', action='store_true')
   side_by_side.add_arguments(parser, names)
   args = parser.parse_args()
-  sides = dict(zip(names, (side(LORA), side(None)), strict=True))
-  if results := side_by_side.run(__file__, args, sides):
+  sides = {'adapters': side(LORA), 'all': side(None)}
+  if args.quantize:
+    kinds = {'fp32': None, 'int8': 'int8', 'nf4': 'nf4'}
+    sides = {
+      name: side(LORA, quantize=kind, shape=DEEP, remat=True)
+      for name, kind in kinds.items()
+    }
+    if results := side_by_side.run(__file__, args, sides):
+      print(
+        json.dumps(
+          {
+            f'{kind}, {key}': side_by_side.ratio(results, key, kind, 'fp32')
+            for kind in ('int8', 'nf4')
+            for key in ('seconds', 'peak_gb')
+          }
+        )
+      )
+  elif results := side_by_side.run(__file__, args, sides):
     ratio = side_by_side.ratio
     print(
       json.dumps(
