@@ -1,6 +1,7 @@
 """Runs side by side: what the page about them has, and from where."""
 
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -141,7 +142,7 @@ def _bars(table, palette):
   for j, (where, metric) in enumerate(table.columns):
     rows = []
     for (name, cells), texts in zip(table.rows, table.texts(), strict=True):
-      if cells[j]:
+      if cells[j] and math.isfinite(cells[j].mean):
         mean, std = texts[j]
         text = f'{mean} ± {std}' if std else mean
         rows.append((name, cells[j].mean, cells[j].std, text))

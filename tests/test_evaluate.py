@@ -129,6 +129,7 @@ def test_leaves_scores_answers_and_comparisons(whole):
     key = f'{x["set"]}/{x["metric"]}'
     difference = results[x['a']][key] - results[x['b']][key]
     assert x['difference'] == pytest.approx(difference)
+  assert 'Comparisons</h2>' in (workdir / 'report.html').read_text()
 
 
 def test_a_line_has_all_about_its_answer(whole):

@@ -80,6 +80,9 @@ def test_the_command_writes_the_page_and_its_table(tmp_path):
   assert '1.500' in output.read_text()
   assert '| a | 1.500 |' in output.with_name('table.md').read_text()
   assert 'a & 1.500' in output.with_name('table.tex').read_text()
+  (tmp_path / 'dir').mkdir()
+  assert call(tmp_path / 'w', f'--output={tmp_path / "dir"}').returncode == 0
+  assert (tmp_path / 'dir' / 'report.html').exists()
   done = call(tmp_path)
   assert done.returncode == 2
   assert done.stderr == (

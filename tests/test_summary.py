@@ -37,6 +37,18 @@ def test_a_run_of_nothing_but_results_has_a_page(tmp_path, capsys):
   assert '1.500' in out
 
 
+def test_bars_are_of_numbers(tmp_path):
+  runs = {
+    name: _run(tmp_path / name, {'loss/ce': ce})
+    for name, ce in (('a', 1.0), ('b', 2.0), ('c', float('nan')))
+  }
+  summary.write(tmp_path / 'report.html', runs)
+  page = (tmp_path / 'report.html').read_text()
+  (bars,) = re.findall('<ul class="bars">.*?</ul>', page, re.DOTALL)
+  assert re.findall('<li><span>(.)</span>', bars) == ['a', 'b']
+  assert 'nan%' not in page
+
+
 def test_seeds_share_a_row_and_a_look(tmp_path):
   metrics = [{'train/loss': 1.0}, {'train/loss': 0.5}]
   runs = {

@@ -65,6 +65,8 @@ def _main(argv):
   runs = find_runs(paths)
   default = Path(paths[0] if len(paths) == 1 else '.') / 'report.html'
   path = Path(_OUTPUT.value or default)
+  if path.is_dir():
+    path = path / 'report.html'
   summary.write(path, runs, comparisons=find_comparisons(paths, runs))
   for name, text in (
     ('table.md', summary.markdown(runs)),

@@ -6,6 +6,7 @@ instruction, input, references, answer, and scores by metric.
 
 import collections
 import json
+import math
 from pathlib import Path
 
 # As JSON in the page. Beyond it, only the first rows of each set are kept.
@@ -75,7 +76,8 @@ def _add(one, model, seed, path):
     scores = row.get('scores', {k: row[k] for k in ('rouge_l',) if k in row})
     answer = {
       'text': row['answer'],
-      'scores': {k: round(v, 2) for k, v in scores.items()},
+      # NaN is no JSON: a browser would refuse all of it.
+      'scores': {k: round(v, 2) for k, v in scores.items() if math.isfinite(v)},
     }
     answer |= {k: row[k] for k in ('tokens', 'extracted') if k in row}
     one['metrics'] |= scores
@@ -97,7 +99,9 @@ def _cut(sets, limit):
 
 def to_script(data):
   """JSON that may stand between <script> tags, whatever it says."""
-  text = json.dumps(data, ensure_ascii=False, separators=(',', ':'))
+  text = json.dumps(
+    data, ensure_ascii=False, allow_nan=False, separators=(',', ':')
+  )
   for character in '<>&\u2028\u2029':
     text = text.replace(character, f'\\u{ord(character):04x}')
   return text

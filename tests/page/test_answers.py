@@ -31,7 +31,8 @@ def test_both_formats_meet_at_their_prompt(tmp_path):
     'self-inst-10',
     [_row('p', 'a\u2028b', step=3, rouge_l=50.0), _row('q', 'c', rouge_l=1)],
   )
-  new = {'tokens': 7, 'scores': {'rouge_l': 1 / 3, 'bleu': 2.0}}
+  scores = {'rouge_l': 1 / 3, 'bleu': 2.0, 'comet': float('nan')}
+  new = {'tokens': 7, 'scores': scores}
   runs |= _write(
     tmp_path,
     'new',
@@ -42,7 +43,7 @@ def test_both_formats_meet_at_their_prompt(tmp_path):
   assert one['name'] == 'self-inst'
   assert one['seeds'] == ['10']
   assert one['models'] == ['old', 'new']
-  assert one['metrics'] == ['rouge_l', 'bleu']
+  assert one['metrics'] == ['rouge_l', 'bleu', 'comet']
   assert one['total'] == 2
   p, q = one['rows']
   assert p == {
