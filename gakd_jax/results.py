@@ -78,6 +78,11 @@ class Table:
     return found
 
 
+def title(metric):
+  """What a metric is called in tables and figures."""
+  return NAMES.get(metric, metric.replace('_', ' '))
+
+
 def label(name):
   """'sft' for 'sft-seed2': runs of one label differ in their seed alone."""
   return name.partition(_SEED)[0]
@@ -214,7 +219,7 @@ def _format(cells):
 
 def plain(table):
   """Columns (set, metric) and rows of texts, names first."""
-  columns = [(where, NAMES.get(m, m)) for where, m in table.columns]
+  columns = [(where, title(m)) for where, m in table.columns]
   rows = [
     [name] + [f'{mean} ± {std}' if std else mean for mean, std in texts]
     for (name, _), texts in zip(table.rows, table.texts(), strict=True)
@@ -242,7 +247,7 @@ def markdown(table):
 def latex(table):
   """The table for LaTeX with booktabs, the best of a column in bold."""
   best = table.best()
-  heads = [NAMES.get(metric, metric) for _, metric in table.columns]
+  heads = [title(metric) for _, metric in table.columns]
   spans = []  # [metric, first column, columns]
   for i, head in enumerate(heads, start=2):
     if spans and spans[-1][0] == head:

@@ -122,7 +122,7 @@ def _comparisons(comparisons):
     rows.append(
       [
         c['set'],
-        results.NAMES.get(c['metric'], c['metric']),
+        results.title(c['metric']),
         c['a'],
         c['b'],
         f'{c["difference"]:+.2f}',
@@ -146,7 +146,7 @@ def _bars(table, palette):
         mean, std = texts[j]
         text = f'{mean} ± {std}' if std else mean
         rows.append((name, cells[j].mean, cells[j].std, text))
-    title = f'{where} {results.NAMES.get(metric, metric)}'
+    title = f'{where} {results.title(metric)}'
     if where != 'average' and len(rows) > 1:
       shown.append(page.bars(title, rows, palette))
   return page.grid(shown)
@@ -171,7 +171,7 @@ def _by_length(groups, palette, *, metrics):
     where, metric = column
     shown.append(
       figures.bars(
-        f'{where} {results.NAMES[metric]}',
+        f'{where} {results.title(metric)}',
         'tokens of the reference',
         [results.BUCKETS[i] for i in seen],
         series,

@@ -127,6 +127,11 @@ def test_a_column_has_one_number_of_decimals():
   ]
 
 
+def test_unknown_metrics_are_words():
+  table = results.Table((('x', 'answer_tokens'),), (('a_b', (Cell(1.0),)),))
+  assert results.plain(table) == ([('x', 'answer tokens')], [['a_b', '1.000']])
+
+
 def test_markdown():
   assert results.markdown(TABLE) == (
     '|  | self_inst ROUGE-L | average ROUGE-L | a\\|b CE |\n'

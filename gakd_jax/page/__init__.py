@@ -75,9 +75,10 @@ def table(title, columns, rows, *, note='', best=()):
         body += f'<td{kinds[j]}>{shown}</td>'
     body += '</tr>\n'
   heading = f'<h3>{html.escape(title)}</h3>' if title else ''
+  label = html.escape(title or 'Table')
   note = f'<p class="note">{html.escape(note)}</p>' if note else ''
   return f"""<div class="card">{heading}
-<div class="scroll" tabindex="0" role="region" aria-label="Table"><table>
+<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table>
 <thead><tr>{head}</tr></thead>
 <tbody>{body}</tbody></table></div>{note}</div>
 """
