@@ -66,23 +66,27 @@ def run(config, paths, workdir):
     models.read_config(path)
   rundir.record(config, workdir)
   mesh = sharding.make_mesh(**config.mesh)
-  teacher_dir = workdir / next(iter(named)) if teacher else None
+  runs = {name: workdir / name for name in named}
+  if teacher:
+    teacher = next(iter(named))
+    teacher = named[teacher], runs[teacher]
   results = {}
   with jax.set_mesh(mesh):
     for name, path in named.items():
       results[name] = _measure(
-        config, evaluators, path, workdir / name, teacher_dir, mesh
+        config, evaluators, path, runs[name], teacher, mesh
       )
-  comparisons = compare(evaluators, {name: workdir / name for name in named})
+  comparisons = compare(evaluators, runs)
   if jax.process_index() == 0:
     text = json.dumps(comparisons, indent=2) + '\n'
     report.write_atomically(workdir / 'comparisons.json', text)
     summary.write(
       workdir / 'report.html',
-      {name: workdir / name for name in named},
+      runs,
       answers=config.report.answers,
       comparisons=comparisons,
     )
+    summary.write_tables(workdir, runs)
   return results
 
 
@@ -113,8 +117,11 @@ def _is_adapter(path):
   return (path / 'adapter_config.json').exists()
 
 
-def _measure(config, evaluators, path, workdir, teacher_dir, mesh):
-  """The results of one model; those that are there are taken."""
+def _measure(config, evaluators, path, workdir, teacher, mesh):
+  """The results of one model; those that are there are taken.
+
+  `teacher` is its path and where its results go, or None.
+  """
   identity = models.identity(path)
   record = workdir / 'model.json'
   known = json.loads(record.read_text()) if record.exists() else None
@@ -130,7 +137,7 @@ def _measure(config, evaluators, path, workdir, teacher_dir, mesh):
     text = json.dumps({'path': str(path), 'identity': identity}, indent=2)
     report.write_atomically(record, text + '\n')
   subject, params = _subject(
-    config, evaluators, path, workdir, teacher_dir, mesh, identity
+    config, evaluators, path, workdir, teacher, mesh, identity
   )
   results = {}
   for name, one in evaluators.items():
@@ -143,27 +150,33 @@ def _measure(config, evaluators, path, workdir, teacher_dir, mesh):
   return results
 
 
-def _subject(config, evaluators, path, workdir, teacher_dir, mesh, identity):
+def _subject(config, evaluators, path, workdir, teacher, mesh, identity):
   """A model as evaluators see it, and its parameters."""
   tokenizer = tokenizer_lib.load(models.tokenizer_dir(path))
   dtype = config.train.precision
-  student, params = transformer.split(models.load(path, dtype, mesh))
-  teacher, frozen = None, {}
-  is_teacher = workdir == teacher_dir
-  reads_it = any(one.needs_teacher for one in evaluators.values())
-  if teacher_dir and not is_teacher and reads_it:
-    of = config.teacher.path
+  t_path, t_workdir = teacher or (None, None)
+  is_teacher = workdir == t_workdir
+  t_definition, frozen = None, {}
+  if is_teacher or (
+    teacher and any(one.needs_teacher for one in evaluators.values())
+  ):
     tokenizer_lib.check_same(
-      tokenizer, tokenizer_lib.load(models.tokenizer_dir(of)), path, of
+      tokenizer,
+      tokenizer_lib.load(models.tokenizer_dir(t_path)),
+      path,
+      t_path,
     )
-    teacher, frozen['teacher'] = transformer.split(
-      models.load(
-        of, config.teacher.dtype, mesh, quantize=config.teacher.quantize
-      )
+    settings = config.teacher.dtype, mesh, None, config.teacher.quantize
+    t_definition, frozen['teacher'] = transformer.split(
+      models.load(t_path, *settings)
     )
+  if is_teacher:  # It is measured against itself.
+    student, params = t_definition, frozen['teacher']
+  else:
+    student, params = transformer.split(models.load(path, dtype, mesh))
   subject = evaluator.Subject(
     student=student,
-    teacher=teacher,
+    teacher=t_definition,
     frozen=frozen,
     tokenizer=tokenizer,
     template=config.data.template,
@@ -174,7 +187,7 @@ def _subject(config, evaluators, path, workdir, teacher_dir, mesh, identity):
     mesh=mesh,
     workdir=workdir,
     identity=identity,
-    teacher_workdir=teacher_dir,
+    teacher_workdir=t_workdir,
   )
   return subject, params
 

@@ -139,7 +139,7 @@ def _teachers(groups):
     for name, runs in groups.items()
     for cells in runs
     for (_, metric, _), cell in cells.items()
-    if metric in _DISTANCES and cell.mean == 0
+    if metric.startswith(_DISTANCES) and cell.mean == 0
   )
 
 

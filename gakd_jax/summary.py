@@ -72,6 +72,12 @@ def write(path, runs, answers=6, comparisons=()):
   print(f'report: {path}', flush=True)
 
 
+def write_tables(folder, runs):
+  """The table of results for a README (table.md) and a paper (table.tex)."""
+  report.write_atomically(Path(folder) / 'table.md', markdown(runs))
+  report.write_atomically(Path(folder) / 'table.tex', latex(runs))
+
+
 def markdown(runs):
   """The table of the runs' results, for a README."""
   return results.markdown(results.tables(results.read(runs))[0])

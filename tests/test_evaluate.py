@@ -109,13 +109,16 @@ def test_leaves_scores_answers_and_comparisons(whole):
     for model in results
     for file in ('results.json', 'model.json', *answers)
   }
-  assert files < contents(workdir).keys()
+  files |= {'table.md', 'table.tex', 'comparisons.json', 'config.json'}
+  assert files == contents(workdir).keys()
   assert not list(workdir.rglob('*.partial'))
   for name, found in results.items():
     assert rundir.read_results(workdir / name) == found
     assert found['sampled/rouge_l_std'] >= 0
     assert 'greedy/rouge_l_std' not in found
-    assert ('fidelity/reverse_kl_gold' in found) == (name != 'large')
+    # The teacher is its own.
+    assert (found['fidelity/reverse_kl_gold'] == 0) == (name == 'large')
+    assert (found['fidelity/agreement_teacher'] == 1) == (name == 'large')
     assert found['sampled/answer_tokens'] > 0
   speed = json.loads((workdir / 'small' / 'speed.json').read_text())
   assert speed['sampled-1']['answers'] == len(ROWS)

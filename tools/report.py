@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from absl import flags
 
-from gakd_jax import UserError, binary, report, rundir, summary
+from gakd_jax import UserError, binary, rundir, summary
 
 _OUTPUT = flags.DEFINE_string('output', None, 'The page to write.')
 
@@ -68,11 +68,7 @@ def _main(argv):
   if path.is_dir():
     path = path / 'report.html'
   summary.write(path, runs, comparisons=find_comparisons(paths, runs))
-  for name, text in (
-    ('table.md', summary.markdown(runs)),
-    ('table.tex', summary.latex(runs)),
-  ):
-    report.write_atomically(path.with_name(name), text)
+  summary.write_tables(path.parent, runs)
 
 
 if __name__ == '__main__':
