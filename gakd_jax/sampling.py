@@ -130,6 +130,7 @@ def stream(
   batch_size=32,
   valid_vocab=None,
   done=frozenset(),
+  places=None,
 ):
   """Yields (rows, their responses), a batch at a time.
 
@@ -148,6 +149,8 @@ def stream(
     seed: the same seed gives the same responses.
     batch_size: rows decoded together; it does not change the result.
     done: rows that are not wanted; a batch of nothing else is left out.
+    places: a number below 2**32 for each prompt, to draw with in place of its
+      index.
 
   Yields:
     Indices into `prompts`, and for each a list of token ids, without prompt
@@ -164,10 +167,11 @@ def stream(
   mesh, batch_size = _fit_batch(params, min(batch_size, len(prompts) or 1))
   eos_ids = tuple(int(i) for i in eos_ids)
   key = jax.random.key(seed)
+  places = range(len(prompts)) if places is None else places
 
   def start(rows):
     batch = _place(
-      _pad(prompts, rows, batch_size), mesh, P(sharding.BATCH_AXES)
+      _pad(prompts, rows, places, batch_size), mesh, P(sharding.BATCH_AXES)
     )
     written = _decode(
       definition, params, batch, key, sampler, max_new_tokens, eos_ids
@@ -209,8 +213,8 @@ def plan(prompts, batch_size):
 )
 def _decode(definition, params, batch, key, sampler, max_new_tokens, eos_ids):
   """`decode_batch`; parameters are an argument: new ones do not recompile."""
-  prompt_BT, length_B, row_B = batch
-  key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
+  prompt_BT, length_B, place_B = batch
+  key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, place_B)
   model = nnx.merge(definition, params)
   return decode_batch(
     model, prompt_BT, length_B, key_B, sampler, max_new_tokens, eos_ids
@@ -261,14 +265,14 @@ def bucket(length):
   return smaller if _SHORTEST_PROMPT <= length <= smaller else power
 
 
-def _pad(prompts, rows, batch_size):
+def _pad(prompts, rows, places, batch_size):
   """Prompts of `rows` on a grid [B, T]; missing rows have length 0."""
   longest = max(len(prompts[i]) for i in rows)
   T = bucket(longest)
   prompt_BT = np.zeros((batch_size, T), np.int32)
   length_B = np.zeros(batch_size, np.int32)
-  row_B = np.zeros(batch_size, np.int32)
+  place_B = np.zeros(batch_size, np.uint32)
   for b, i in enumerate(rows):
     prompt_BT[b, : len(prompts[i])] = prompts[i]
-    length_B[b], row_B[b] = len(prompts[i]), i
-  return prompt_BT, length_B, row_B
+    length_B[b], place_B[b] = len(prompts[i]), places[i]
+  return prompt_BT, length_B, place_B
