@@ -139,29 +139,8 @@ def write(
       'rows': _digest([*zip(prompts.items(), references, strict=True)]),
     }
   )
-  with (
-    _Partial(path.with_name(path.name + '.partial'), settings) as partial,
-    report.Progress(len(wanted), len(partial.answers), 'answers') as progress,
-  ):
-    last = time.monotonic()
-    for batch, responses in sampling.stream(
-      model,
-      [ids for ids, _, _ in wanted],
-      done=frozenset(partial.answers),
-      places=[r + (n << _ROW_BITS) for _, r, n in wanted],
-      **decoding,
-    ):
-      answers = {}
-      for i, ids in zip(batch, responses, strict=True):
-        _, r, n = wanted[i]
-        finished = len(ids) < max_new_tokens
-        text = tokenizer_lib.decode(tokenizer, ids)
-        answers[i] = _answer(rows[r], n, text, finished, len(ids))
-      partial.append(answers)
-      now = time.monotonic()
-      rate = sum(map(len, responses)) / (now - last)
-      progress.update(len(partial.answers), tokens_per_second=rate)
-      last = now
+  with _Partial(path.with_name(path.name + '.partial'), settings) as partial:
+    _fill(partial, model, tokenizer, rows, wanted, decoding)
     lines = []
     for _, (problem, line) in sorted(partial.answers.items()):
       if problem is None or keep_unfinished:
@@ -181,6 +160,30 @@ def write(
   ]
   print('; '.join(facts), flush=True)
   return left_out
+
+
+def _fill(partial, model, tokenizer, rows, wanted, decoding):
+  """Adds the answers that `partial` does not have, a batch at a time."""
+  count, last = len(partial.answers), time.monotonic()
+  with report.Progress(len(wanted), count, 'answers') as progress:
+    for batch, responses in sampling.stream(
+      model,
+      [ids for ids, _, _ in wanted],
+      done=frozenset(partial.answers),
+      places=[r + (n << _ROW_BITS) for _, r, n in wanted],
+      **decoding,
+    ):
+      answers = {}
+      for i, ids in zip(batch, responses, strict=True):
+        _, r, n = wanted[i]
+        finished = len(ids) < decoding['max_new_tokens']
+        text = tokenizer_lib.decode(tokenizer, ids)
+        answers[i] = _answer(rows[r], n, text, finished, len(ids))
+      partial.append(answers)
+      now = time.monotonic()
+      rate = sum(map(len, responses)) / (now - last)
+      progress.update(len(partial.answers), tokens_per_second=rate)
+      last = now
 
 
 def _prompts(tokenizer, rows, template, max_prompt_length, on_bad_row):
@@ -219,7 +222,7 @@ def _answer(row, sample, text, finished, tokens):
 
 
 def _digest(value):
-  return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+  return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def _to_line(value):

@@ -252,9 +252,14 @@ class Decoder(nnx.Module):
       `Outputs` for the T tokens, and the cache that holds them.
     """
     slot_S = jnp.arange(cache[0][1].shape[2])
+    # Tables of all slots, to take positions from: else XLA computes cosines
+    # again in every layer, for every head.
+    rope = _rope(self.config, slot_S[None])
+    if rope is not None:
+      rope = tuple(table_1S1h[0, positions_BT] for table_1S1h in rope)
     distance_BTS = positions_BT[:, :, None] - slot_S[None, None, :]
     context = layers_lib.Context(
-      rope=_rope(self.config, positions_BT),
+      rope=rope,
       mask_BTS=distance_BTS >= 0,
       distance_BTS=distance_BTS,
     )
