@@ -1,19 +1,26 @@
-"""Answers one prompt, or every line that is typed.
+"""Answers one prompt, every line that is typed, or a whole data set.
 
   python -m gakd_jax.generate --model=DIR --prompt='Why is the sky blue?'
   python -m gakd_jax.generate --model=DIR
+  python -m gakd_jax.generate --model=DIR --dataset=SPEC --output=FILE.jsonl
 
 Without --prompt, each line of the input is a prompt of its own, without memory
 of earlier ones, until an empty line, 'exit' or the end of the input.
+
+With --dataset (see data/sources.py; prompts are enough) the answers become rows
+to train on (sequence-level distillation, arXiv 1606.07947). Stopped and started
+again, the same command goes on where it was.
 """
 
+import os
 import sys
 
 from absl import app, flags
 
-from gakd_jax import UserError, models, sampling
+from gakd_jax import UserError, models, rollout, sampling, sharding
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizers
+from gakd_jax.filters import Sampler
 
 _MODEL = flags.DEFINE_string(
   'model', None, 'Hugging Face directory or hub id.', required=True
@@ -39,14 +46,60 @@ _DTYPE = flags.DEFINE_enum(
   'dtype', None, ['float32', 'bfloat16'], "Default: that of the model's file."
 )
 
+_DATASET = flags.DEFINE_multi_string(
+  'dataset', None, 'Answer the prompts of this data; may be given repeatedly.'
+)
+_OUTPUT = flags.DEFINE_string(
+  'output', None, 'With --dataset: the .jsonl file that the answers become.'
+)
+_SAMPLES = flags.DEFINE_integer(
+  'samples', 1, 'With --dataset: answers to each prompt.'
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+  'batch_size', 32, 'With --dataset: prompts answered together.', lower_bound=1
+)
+_MAX_PROMPT_LENGTH = flags.DEFINE_integer(
+  'max_prompt_length',
+  1024,
+  'With --dataset: tokens of a prompt; longer ones are shortened.',
+  lower_bound=1,
+)
+_KEEP_UNFINISHED = flags.DEFINE_bool(
+  'keep_unfinished',
+  False,
+  'With --dataset: keep answers that are empty or were cut off.',
+)
+_OF_DATASET = (
+  _OUTPUT,
+  _SAMPLES,
+  _BATCH_SIZE,
+  _MAX_PROMPT_LENGTH,
+  _KEEP_UNFINISHED,
+)
+
+
+def _sampling():
+  """What the flags say of decoding."""
+  return {
+    'max_new_tokens': _MAX_NEW_TOKENS.value,
+    'temperature': _TEMPERATURE.value,
+    'top_k': _TOP_K.value,
+    'top_p': _TOP_P.value,
+    'no_repeat_ngram': _NO_REPEAT_NGRAM.value,
+  }
+
+
+def _tokenizer():
+  """The model's tokenizer, and the name of the template."""
+  tokenizer = tokenizers.load(models.tokenizer_dir(_MODEL.value))
+  default = 'chat' if tokenizer.chat_template else 'raw'
+  return tokenizer, _TEMPLATE.value or default
+
 
 def answers(prompts):
   """Yields the answer (a string) to each prompt as it comes."""
   model = models.load(_MODEL.value, dtype=_DTYPE.value)
-  tokenizer = tokenizers.load(models.tokenizer_dir(_MODEL.value))
-  template = _TEMPLATE.value
-  if template is None:
-    template = 'chat' if tokenizer.chat_template else 'raw'
+  tokenizer, template = _tokenizer()
   eos_ids = (templates.eos_id(template, tokenizer),)
   for i, prompt in enumerate(prompts):
     row = sources.Row(prompt, where=f'prompt {i + 1}')
@@ -54,16 +107,51 @@ def answers(prompts):
     response = sampling.generate(
       model,
       [ids],
-      max_new_tokens=_MAX_NEW_TOKENS.value,
-      temperature=_TEMPERATURE.value,
-      top_k=_TOP_K.value,
-      top_p=_TOP_P.value,
-      no_repeat_ngram=_NO_REPEAT_NGRAM.value,
       eos_ids=eos_ids,
       seed=_SEED.value + i,  # A question that is repeated is drawn anew.
       valid_vocab=len(tokenizer),
+      **_sampling(),
     )[0]
     yield tokenizers.decode(tokenizer, response)
+
+
+def write_dataset():
+  """Writes --output; what can be wrong is looked at before the weights are."""
+  if _PROMPT.value is not None:
+    raise UserError('--dataset has its own prompts; leave --prompt out')
+  if not (_OUTPUT.value or '').endswith('.jsonl'):
+    raise UserError('--dataset needs --output=FILE.jsonl, to write answers to')
+  if os.path.exists(_OUTPUT.value):
+    raise UserError(f'--output={_OUTPUT.value}: it exists; name another file')
+  settings = _sampling()
+  Sampler(**{k: v for k, v in settings.items() if k != 'max_new_tokens'})
+  rollout.check_samples(_SAMPLES.value, _TEMPERATURE.value)
+  tokenizer, template = _tokenizer()
+  templates.eos_id(template, tokenizer)
+  rows, bad = sources.load(_DATASET.value, need_response=False)
+  for reason, n in sorted(bad.items()):
+    print(f'data: {n} skipped: {reason}', flush=True)
+  rollout.write(
+    # All devices share the prompts.
+    models.load(_MODEL.value, _DTYPE.value, sharding.make_mesh()),
+    tokenizer,
+    rows,
+    _OUTPUT.value,
+    source={
+      'model': _MODEL.value,
+      'weights': models.identity(_MODEL.value),
+      'dtype': _DTYPE.value,
+      'data': _DATASET.value,
+      'template': template,
+    },
+    template=template,
+    max_prompt_length=_MAX_PROMPT_LENGTH.value,
+    seed=_SEED.value,
+    samples=_SAMPLES.value,
+    batch_size=_BATCH_SIZE.value,
+    keep_unfinished=_KEEP_UNFINISHED.value,
+    **settings,
+  )
 
 
 def typed_lines():
@@ -82,8 +170,14 @@ def typed_lines():
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unexpected argument {argv[1]!r}; quote the prompt')
-  prompts = typed_lines() if _PROMPT.value is None else [_PROMPT.value]
   try:
+    if _DATASET.value:
+      write_dataset()
+      return
+    for flag in _OF_DATASET:
+      if flag.present:
+        raise UserError(f'--{flag.name} is of --dataset; give both, or none')
+    prompts = typed_lines() if _PROMPT.value is None else [_PROMPT.value]
     for answer in answers(prompts):
       print(answer, flush=True)
   except UserError as error:
@@ -91,6 +185,7 @@ def main(argv):
     sys.exit(2)
   except KeyboardInterrupt:
     print()
+    sys.exit(130 if _DATASET.value else 0)
 
 
 if __name__ == '__main__':

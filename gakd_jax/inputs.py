@@ -8,7 +8,7 @@ import math
 import jax
 from flax import nnx
 
-from gakd_jax import UserError, rollout
+from gakd_jax import UserError, models, rollout
 from gakd_jax.data import pipeline, sources
 from gakd_jax.data import tokenizer as tokenizer_lib
 
@@ -84,15 +84,20 @@ def teacher_answers(this):
     )
     settings = c.rollout.to_dict()
     settings.pop('writer')
-    left_out = rollout.answer(
+    rollout.write(
       nnx.merge(this.teacher, this.frozen['teacher']),
       this.tokenizer,
       rows,
       path,
+      source={
+        'model': c.teacher.path,
+        'weights': models.identity(c.teacher.path),
+        'data': c.data.train,
+      },
       template=c.data.template,
       max_prompt_length=c.data.max_prompt_length,
       seed=c.seed,
+      on_bad_row=c.data.on_bad_row,
       **settings,
     )
-    print(f'answers: {len(rows)} prompts, {left_out} left out', flush=True)
   return path

@@ -5,22 +5,26 @@ import json
 import os
 
 import jax
+from jax.experimental import multihost_utils
 
 from gakd_jax import UserError
+
+
+def digest(value):
+  """A short text that differs between JSON values."""
+  return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 class Partial:
   """A file of JSON lines that grows while something is made.
 
-  Its first line tells under which settings the others were made.
-
-  Of several processes, all read it and the first one writes.
+  Its first line tells under which settings the others were made. Of several
+  processes, all read it, all at once, and the first one writes.
   """
 
   def __init__(self, path, settings):
     self._path = path
-    text = json.dumps(settings, sort_keys=True)
-    self._settings = hashlib.sha256(text.encode()).hexdigest()
+    self._settings = json.loads(json.dumps(settings, default=str))  # As read.
 
   def read(self):
     """The lines written so far; [] if there are none.
@@ -30,22 +34,42 @@ class Partial:
     Raises:
       UserError: if they were made under other settings.
     """
-    if not self._path.exists():
+    lines = []
+    if self._path.exists():
+      content = self._path.read_bytes()
+      whole = content[: content.rfind(b'\n') + 1]
+      # Not splitlines: a text may hold other ends of lines.
+      lines = self._checked(whole.split(b'\n')[:-1])
+      if jax.process_index() == 0 and whole != content:
+        os.truncate(self._path, len(whole))
+    # Before the first process adds to what others are reading.
+    multihost_utils.sync_global_devices(f'read {self._path}')
+    return lines
+
+  def _checked(self, lines):
+    if not lines:
       return []
-    content = self._path.read_bytes()
-    whole = content[: content.rfind(b'\n') + 1]
-    if jax.process_index() == 0 and whole != content:
-      os.truncate(self._path, len(whole))
-    head, *lines = [json.loads(x) for x in whole.split(b'\n')[:-1]] or [None]
-    if head not in (None, {'settings': self._settings}):
+    try:
+      theirs, *lines = map(json.loads, lines)
+      theirs = theirs['settings']
+    except (ValueError, KeyError, TypeError) as error:
       raise UserError(
-        f'{self._path}: an interrupted run has left this, with other settings '
-        'or another model; repeat those, or delete the file'
+        f'{self._path}: is not what an interrupted run leaves; move it away'
+      ) from error
+    changed = [
+      f'{key} was {theirs.get(key)!r} and is {self._settings.get(key)!r}'
+      for key in sorted(theirs.keys() | self._settings.keys())
+      if theirs.get(key) != self._settings.get(key)
+    ]
+    if changed:
+      raise UserError(
+        f'{self._path} was begun with other settings: {"; ".join(changed)}; '
+        'go on with those, or delete it'
       )
     return lines
 
   def append(self, lines):
-    """Adds lines, all or none of them as far as `read` can tell."""
+    """Adds lines, in one piece."""
     if jax.process_index() != 0:
       return
     self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,3 +78,8 @@ class Partial:
         lines = [{'settings': self._settings}, *lines]
       text = ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in lines)
       file.write(text.encode())
+
+  def remove(self):
+    """What it was for is complete."""
+    if jax.process_index() == 0:
+      self._path.unlink(missing_ok=True)

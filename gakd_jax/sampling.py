@@ -1,9 +1,8 @@
 """Sampling: prompts in, responses out, through a key-value cache.
 
 `stream` is what evaluation and the command line call (`generate`: all at once);
-`decode_batch` is the same decoding as a function under `jax.jit`, for rollouts;
-`Sampler` and the filters below it turn logits into tokens, for speculative
-decoding too.
+`decode_batch` is the same decoding as a function under `jax.jit`, for rollouts.
+How logits become a token is in `filters`.
 
 A row's slot in the cache is its position, so rows of different length share a
 batch without a common index, and no row waits for another. What a row draws
@@ -12,7 +11,6 @@ on the other rows, or on padding. (The logits of another batch shape may differ
 in their last bits, and so, rarely, a token that was a near tie.)
 """
 
-import dataclasses
 import functools
 import math
 
@@ -24,134 +22,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gakd_jax import UserError, sharding
+from gakd_jax.filters import Sampler
 from gakd_jax.models import transformer
 
 # Prompts are padded to a power of two, at least this: less padding would cost
 # more compilations than it saves time.
 _SHORTEST_PROMPT = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampler:
-  """How the next token is chosen; hashable, so a static argument of a jit.
-
-  The steps are those of transformers, in its order. Nothing is read from a
-  model's generation_config.json: what is not asked for is off.
-  """
-
-  temperature: float = 1.0  # 0 is greedy
-  top_k: int = 0  # draw from the k most likely tokens; 0 is off
-  top_p: float = 1.0  # draw from the most likely mass p; 1 is off
-  no_repeat_ngram: int = 0  # no n tokens in a row occur twice; 0 is off
-  valid_vocab: int | None = None  # ids from here on are never drawn
-
-  def __post_init__(self):
-    wrong = [
-      f'{name}={getattr(self, name)} (expected {expected})'
-      for name, good, expected in (
-        ('temperature', self.temperature >= 0, '0 for greedy, or more'),
-        ('top_k', self.top_k >= 0, '0 for off, or more'),
-        ('top_p', 0 <= self.top_p <= 1, '0 to 1; 1 is off'),
-        ('no_repeat_ngram', self.no_repeat_ngram >= 0, '0 for off, or more'),
-        ('valid_vocab', self.valid_vocab != 0, 'None, or at least 1'),
-      )
-      if not good
-    ]
-    if wrong:
-      raise UserError(f'sampling: {"; ".join(wrong)}')
-
-  def filter(self, logits_BV, ids_BS, length_B):
-    """The logits that the next token is drawn from; fp32 [B, V].
-
-    Row b has the tokens `ids_BS[b, :length_B[b]]` so far. The softmax of the
-    result is the sampling distribution (for temperature 0: its argmax).
-    """
-    logits_BV = logits_BV.astype(jnp.float32)
-    if self.valid_vocab is not None:
-      valid_V = jnp.arange(logits_BV.shape[1]) < self.valid_vocab
-      logits_BV = jnp.where(valid_V[None, :], logits_BV, -jnp.inf)
-    if self.no_repeat_ngram:
-      logits_BV = block_repeated_ngrams(
-        logits_BV, ids_BS, length_B, self.no_repeat_ngram
-      )
-    if self.temperature == 0:  # The filters below never change the argmax.
-      return logits_BV
-    logits_BV = logits_BV / self.temperature
-    if self.top_k:
-      logits_BV = top_k_filter(logits_BV, self.top_k)
-    if self.top_p < 1:
-      logits_BV = top_p_filter(logits_BV, self.top_p)
-    return logits_BV
-
-  def draw(self, logits_BV, key_B):
-    """One token for each row of `filter`'s result, with its own key; [B]."""
-    if self.temperature > 0:
-      V = logits_BV.shape[1]
-      noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(key_B)
-      logits_BV = logits_BV + noise_BV
-    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-
-
-def top_k_filter(logits_BV, k):
-  """Keeps each row's k highest logits and what ties with the last of them."""
-  return _keep_highest(logits_BV, jnp.ones_like(logits_BV), k)
-
-
-def top_p_filter(logits_BV, p):
-  """Keeps each row's smallest set of tokens whose probabilities reach p.
-
-  Nucleus sampling (arXiv 1904.09751). The most likely token always stays;
-  tokens as likely as the last one of the set stay with it.
-  """
-  return _keep_highest(logits_BV, jax.nn.softmax(logits_BV, axis=-1), p)
-
-
-def _keep_highest(logits_BV, weight_BV, target):
-  """Keeps the fewest of the highest logits whose weights reach `target`.
-
-  Without a sort, which takes seconds for a large vocabulary: with fp32 logits
-  seen as integers of the same order, the highest threshold above which the
-  weights still reach the target is found exactly, bit by bit, in 32 sums.
-  """
-  bits_BV = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
-  top_bit = jnp.uint32(1 << 31)  # the sign; negative floats order backwards
-  order_BV = jnp.where(bits_BV < top_bit, bits_BV | top_bit, ~bits_BV)
-
-  def set_bit(i, threshold_B1):
-    higher_B1 = threshold_B1 | (top_bit >> i.astype(jnp.uint32))
-    sum_B1 = jnp.sum(
-      weight_BV, axis=1, keepdims=True, where=order_BV >= higher_B1
-    )
-    return jnp.where(sum_B1 >= target, higher_B1, threshold_B1)
-
-  highest_B1 = jnp.max(order_BV, axis=1, keepdims=True)
-  threshold_B1 = jax.lax.fori_loop(0, 32, set_bit, jnp.zeros_like(highest_B1))
-  # A target of 0 is reached by nothing at all; the highest stays even so.
-  threshold_B1 = jnp.minimum(threshold_B1, highest_B1)
-  return jnp.where(order_BV >= threshold_B1, logits_BV, -jnp.inf)
-
-
-def block_repeated_ngrams(logits_BV, ids_BS, length_B, n):
-  """Forbids each token that would end an n-gram that its row already has.
-
-  Row b's tokens are `ids_BS[b, :length_B[b]]`, prompt and response alike, as
-  for `no_repeat_ngram_size` of transformers.
-  """
-  B, S = ids_BS.shape
-  if n > S:
-    return logits_BV
-  # Earlier n-grams start at slots 0 ... S - n; their first n - 1 tokens are
-  # compared with the last n - 1 of the row.
-  end_BW = jnp.broadcast_to(jnp.arange(n - 1, S), (B, S - n + 1))
-  repeated_BW = end_BW < length_B[:, None]
-  for i in range(n - 1):
-    last_B1 = jnp.take_along_axis(
-      ids_BS, jnp.maximum(length_B[:, None] - (n - 1) + i, 0), axis=1
-    )
-    repeated_BW &= ids_BS[:, i : i + S - n + 1] == last_B1
-  return logits_BV.at[jnp.arange(B)[:, None], ids_BS[:, n - 1 :]].min(
-    jnp.where(repeated_BW, -jnp.inf, jnp.inf)
-  )
 
 
 def prefill(model, blocks, prompt_BT, length_B, slots):
@@ -171,9 +47,13 @@ def prefill(model, blocks, prompt_BT, length_B, slots):
   outputs, cache = model.decode(
     blocks, prompt_BT, position_BT, model.init_cache(B, T)
   )
-  cache = jax.tree.map(
-    lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - T), (0, 0))), cache
-  )
+  cache = [
+    (
+      jnp.pad(k_BKHS, ((0, 0), (0, 0), (0, 0), (0, slots - T))),
+      jnp.pad(v_BKSH, ((0, 0), (0, 0), (0, slots - T), (0, 0))),
+    )
+    for k_BKHS, v_BKSH in cache
+  ]
   last_B = jnp.maximum(length_B - 1, 0)
   return outputs.hidden_BTD[jnp.arange(B), last_B], cache
 
@@ -250,6 +130,7 @@ def stream(
   batch_size=32,
   valid_vocab=None,
   done=frozenset(),
+  places=None,
 ):
   """Yields (rows, their responses), a batch at a time.
 
@@ -268,6 +149,8 @@ def stream(
     seed: the same seed gives the same responses.
     batch_size: rows decoded together; it does not change the result.
     done: rows that are not wanted; a batch of nothing else is left out.
+    places: a number below 2**32 for each prompt, to draw with in place of its
+      index.
 
   Yields:
     Indices into `prompts`, and for each a list of token ids, without prompt
@@ -284,11 +167,11 @@ def stream(
   mesh, batch_size = _fit_batch(params, min(batch_size, len(prompts) or 1))
   eos_ids = tuple(int(i) for i in eos_ids)
   key = jax.random.key(seed)
-  order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+  places = range(len(prompts)) if places is None else places
 
   def start(rows):
     batch = _place(
-      _pad(prompts, rows, batch_size), mesh, P(sharding.BATCH_AXES)
+      _pad(prompts, rows, places, batch_size), mesh, P(sharding.BATCH_AXES)
     )
     written = _decode(
       definition, params, batch, key, sampler, max_new_tokens, eos_ids
@@ -306,9 +189,8 @@ def stream(
       responses.append(response[:-1] if ended else response)
     return rows, responses
 
-  plan = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
   running = None
-  for rows in plan:
+  for rows in plan(prompts, batch_size):
     if done.issuperset(rows):
       continue
     started = start(rows)
@@ -319,14 +201,20 @@ def stream(
     yield finish(*running)
 
 
+def plan(prompts, batch_size):
+  """Which rows share a batch: lists of indices, the longest prompts first."""
+  order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+  return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
 @functools.partial(
   jax.jit,
   static_argnames=('definition', 'sampler', 'max_new_tokens', 'eos_ids'),
 )
 def _decode(definition, params, batch, key, sampler, max_new_tokens, eos_ids):
   """`decode_batch`; parameters are an argument: new ones do not recompile."""
-  prompt_BT, length_B, row_B = batch
-  key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
+  prompt_BT, length_B, place_B = batch
+  key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, place_B)
   model = nnx.merge(definition, params)
   return decode_batch(
     model, prompt_BT, length_B, key_B, sampler, max_new_tokens, eos_ids
@@ -370,7 +258,7 @@ def _place(arrays, mesh, spec):
   return jax.device_put(arrays, NamedSharding(mesh, spec)) if mesh else arrays
 
 
-def _bucket(length):
+def bucket(length):
   """The next of 64, 96, 128, 192, 256 ...: few shapes, little padding."""
   power = max(_SHORTEST_PROMPT, 1 << (length - 1).bit_length())
   smaller = power * 3 // 4
@@ -382,19 +270,19 @@ def padding(prompts, batch_size):
   lengths = sorted(map(len, prompts), reverse=True)
   batch_size = min(batch_size, len(lengths))
   slots = sum(
-    _bucket(lengths[i]) * batch_size for i in range(0, len(lengths), batch_size)
+    bucket(lengths[i]) * batch_size for i in range(0, len(lengths), batch_size)
   )
   return 1 - sum(lengths) / slots
 
 
-def _pad(prompts, rows, batch_size):
+def _pad(prompts, rows, places, batch_size):
   """Prompts of `rows` on a grid [B, T]; missing rows have length 0."""
   longest = max(len(prompts[i]) for i in rows)
-  T = _bucket(longest)
+  T = bucket(longest)
   prompt_BT = np.zeros((batch_size, T), np.int32)
   length_B = np.zeros(batch_size, np.int32)
-  row_B = np.zeros(batch_size, np.int32)
+  place_B = np.zeros(batch_size, np.uint32)
   for b, i in enumerate(rows):
     prompt_BT[b, : len(prompts[i])] = prompts[i]
-    length_B[b], row_B[b] = len(prompts[i]), i
-  return prompt_BT, length_B, row_B
+    length_B[b], place_B[b] = len(prompts[i]), places[i]
+  return prompt_BT, length_B, place_B

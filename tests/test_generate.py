@@ -1,6 +1,9 @@
+import json
 import os
 import subprocess
 import sys
+
+import pytest
 
 from gakd_jax import models, sampling
 from gakd_jax.data import sources, templates
@@ -50,4 +53,59 @@ def test_user_errors_are_one_line(tmp_path):
   result = run(f'--model={tmp_path / "nowhere"}', '--prompt=Hi')
   assert result.returncode == 2
   assert result.stderr.decode().startswith('error: model ')
+  assert result.stderr.decode().count('\n') == 1
+
+
+def test_a_data_set_is_answered(tiny_model_dir, tmp_path):
+  model_dir = tiny_model_dir()
+  data, output = tmp_path / 'prompts.jsonl', tmp_path / 'answers.jsonl'
+  data.write_text('{"prompt": "Say hi."}\n{"prompt": "Say no."}\nnot JSON\n')
+  command = [
+    f'--model={model_dir}',
+    f'--dataset={data}',
+    f'--output={output}',
+    '--samples=2',
+    '--max_new_tokens=8',
+    '--top_k=50',
+    '--seed=3',
+    '--keep_unfinished',
+  ]
+  result = run(*command)
+  assert result.returncode == 0, result.stderr.decode()
+  said = result.stdout.decode()
+  assert 'data: 1 skipped: not JSON\n' in said
+  assert '4/4' in said
+  assert 'answers: 4 to 2 prompts\n' in said
+  lines = [json.loads(line) for line in output.read_text().splitlines()]
+  assert [line['sample'] for line in lines] == [0, 1, 0, 1]
+  # The first sample of the first row is the answer to a single prompt.
+  (first,) = expected_answers(
+    model_dir, ['Say hi.'], seed=3, max_new_tokens=8, top_k=50
+  )
+  assert lines[0]['output'] == first
+  rows, bad = sources.load(output)
+  assert [row.references[0] for row in rows] == [x['output'] for x in lines]
+  assert not bad
+  again = run(*command)
+  assert again.returncode == 2
+  assert 'it exists; name another file' in again.stderr.decode()
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['--dataset=none', '--prompt=Hi', '--output=a.jsonl'], '--prompt out'),
+    (['--dataset=none', '--output=a.parquet'], 'needs --output=FILE.jsonl'),
+    (
+      ['--dataset=none', '--output=a.jsonl', '--samples=2', '--temperature=0'],
+      'would all be the same',
+    ),
+    (['--prompt=Hi', '--samples=2'], '--samples is of --dataset'),
+  ],
+)
+def test_flags_that_do_not_go_together(arguments, message):
+  """Refused before the model, which is not there, is looked for."""
+  result = run('--model=none', *arguments)
+  assert result.returncode == 2
+  assert message in result.stderr.decode()
   assert result.stderr.decode().count('\n') == 1

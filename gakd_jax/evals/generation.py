@@ -120,13 +120,16 @@ class Generation:
     if subject.identity is not None:
       log = partial.Partial(
         path.with_suffix('.partial'),
-        [subject.identity, subject.template, self._settings(), prompts],
+        self._settings()
+        | {
+          'weights': subject.identity,
+          'template': subject.template,
+          'prompts': partial.digest(prompts),
+        },
       )
       answers = {line.pop('index'): line for line in log.read()}
       if answers:
         progress.advance(len(answers))
-      # Before the first process adds to what others are reading.
-      multihost_utils.sync_global_devices(f'read {path}')
 
     def add(new):
       pool.add({i: (self.rows[i], x['answer']) for i, x in new.items()})

@@ -138,21 +138,27 @@ def apply_rope(x_BTNH, tables):
   return rotated.astype(x_BTNH.dtype)
 
 
-def attend(q_BTNH, k_BKSH, v_BKSH, mask_BTS, scale, cap=None):
+def attend(q_BTNH, k_BKHS, v_BKSH, mask_BTS, scale, cap=None):
   """Softmax attention over keys and values whose heads lie together.
 
   Scores are fp32, times `scale`, then `soft_cap`ped.
   """
   B, T, N, H = q_BTNH.shape
-  q_BTKGH = q_BTNH.reshape(B, T, k_BKSH.shape[1], -1, H)
-  score_BKGTS = scale * jnp.einsum(
-    'btkgh,bksh->bkgts', q_BTKGH, k_BKSH, preferred_element_type=jnp.float32
-  )
+  K, S = v_BKSH.shape[1:3]
+  q_BKGTH = q_BTNH.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4)
+  # Products of matrices as they lie: of an einsum in another order, XLA makes
+  # one that takes several times as long on a CPU.
+  score_BKGTS = scale * jnp.matmul(
+    q_BKGTH.reshape(B, K, -1, H),
+    k_BKHS,
+    preferred_element_type=jnp.float32,
+  ).reshape(B, K, -1, T, S)
   if cap:
     score_BKGTS = soft_cap(score_BKGTS, cap)
   score_BKGTS = jnp.where(mask_BTS[:, None, None], score_BKGTS, -jnp.inf)
   weight_BKGTS = jax.nn.softmax(score_BKGTS).astype(v_BKSH.dtype)
-  y_BTKGH = jnp.einsum('bkgts,bksh->btkgh', weight_BKGTS, v_BKSH)
+  y_BKMH = jnp.matmul(weight_BKGTS.reshape(B, K, -1, S), v_BKSH)
+  y_BTKGH = y_BKMH.reshape(B, K, -1, T, H).transpose(0, 3, 1, 2, 4)
   return y_BTKGH.reshape(B, T, N, H)
 
 
@@ -173,8 +179,8 @@ class Attention(nnx.Module):
   def __call__(self, x_BTD, context, cache=None, slots_BT=None):
     """With a cache, keys and values go to `slots_BT` and all are read.
 
-    A cache is [B, K, S, H], so that a head's slots lie together: every token
-    reads all of it, and `dot_product_attention` would transpose it first.
+    A head's slots lie together, since every token reads all of them, and keys
+    lie transposed; `dot_product_attention` would transpose both first.
     """
     c = self.config
     B, T, _ = x_BTD.shape
@@ -195,12 +201,13 @@ class Attention(nnx.Module):
         q_BTNH, k_BTKH, v_BTKH, mask=mask_BTS[:, None], scale=scale
       )
     else:
-      keys_values = k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2)
+      keys_values = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2)
       if cache is not None:
-        slots = jnp.arange(B)[:, None], slice(None), slots_BT
-        keys_values = cache = tuple(
-          old_BKSH.at[slots].set(new_BTKH, mode='drop')
-          for old_BKSH, new_BTKH in zip(cache, (k_BTKH, v_BTKH), strict=True)
+        k_BKHS, v_BKSH = cache
+        rows_B1 = jnp.arange(B)[:, None]
+        keys_values = cache = (
+          k_BKHS.at[rows_B1, :, :, slots_BT].set(k_BTKH, mode='drop'),
+          v_BKSH.at[rows_B1, :, slots_BT].set(v_BTKH, mode='drop'),
         )
       y_BTNH = attend(q_BTNH, *keys_values, mask_BTS, scale, c.attention_cap)
     return self.out(y_BTNH.reshape(B, T, -1), context.key), cache

@@ -219,12 +219,14 @@ class Decoder(nnx.Module):
     return Outputs(self.final_norm(x_BTD), self.head)
 
   def init_cache(self, batch, slots):
-    """An empty key-value cache: keys and values [B, K, S, H] of each layer."""
+    """An empty key-value cache: keys [B, K, H, S] and values [B, K, S, H].
+
+    One pair a layer; each as the product that reads it takes it.
+    """
     c = self.config
-    zeros = jnp.zeros(
-      (batch, c.kv_heads, slots, c.head_dim), self.embedding[...].dtype
-    )
-    return [(zeros, zeros) for _ in range(c.layers)]
+    dtype = self.embedding[...].dtype
+    keys = jnp.zeros((batch, c.kv_heads, c.head_dim, slots), dtype)
+    return [(keys, keys.swapaxes(2, 3)) for _ in range(c.layers)]
 
   def unstacked(self):
     """The blocks one by one: slice the stack once, outside a decoding loop."""
@@ -249,10 +251,15 @@ class Decoder(nnx.Module):
     Returns:
       `Outputs` for the T tokens, and the cache that holds them.
     """
-    slot_S = jnp.arange(cache[0][0].shape[2])
+    slot_S = jnp.arange(cache[0][1].shape[2])
+    # Tables of all slots, to take positions from: else XLA computes cosines
+    # again in every layer, for every head.
+    rope = _rope(self.config, slot_S[None])
+    if rope is not None:
+      rope = tuple(table_1S1h[0, positions_BT] for table_1S1h in rope)
     distance_BTS = positions_BT[:, :, None] - slot_S[None, None, :]
     context = layers_lib.Context(
-      rope=_rope(self.config, positions_BT),
+      rope=rope,
       mask_BTS=distance_BTS >= 0,
       distance_BTS=distance_BTS,
     )

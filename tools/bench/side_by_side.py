@@ -19,27 +19,27 @@ def add_arguments(parser, sides):
 
 
 def measure(take, steps):
-  """Median seconds of a step after a first one, peak memory, last loss."""
+  """Median seconds of a step after a first one, peak memory, last result."""
   take()
   seconds = []
   for _ in range(steps):
     start = time.perf_counter()
-    loss = take()
+    result = take()
     seconds.append(time.perf_counter() - start)
   peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
   return {
     'seconds': statistics.median(seconds),
     'peak_gb': peak_gb,
-    'loss': loss,
+    'result': result,
   }
 
 
-def run(file, args, sides):
+def run(file, args, sides, *extra):
   """Runs `file --side=...` for every side in turns; {side: [measurement]}.
 
   With `args.side` it measures that side here, prints it, and returns None.
   `sides` maps a name to a function that builds a step: a function that takes
-  one and returns its loss.
+  one and returns a number, such as its loss. `extra` arguments are handed on.
   """
   if args.side:
     print(json.dumps(measure(sides[args.side](), args.steps)))
@@ -47,7 +47,7 @@ def run(file, args, sides):
   results = {side: [] for side in sides}
   for _ in range(args.rounds):
     for side in sides:
-      command = [sys.executable, file, *sys.argv[1:], f'--side={side}']
+      command = [sys.executable, file, *sys.argv[1:], *extra, f'--side={side}']
       done = subprocess.run(
         command, capture_output=True, text=True, check=False
       )

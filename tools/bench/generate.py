@@ -1,0 +1,156 @@
+"""Greedy decoding, beside transformers' `generate` with the same weights.
+
+  pip install -e '.[parity]'
+  python tools/bench/generate.py
+
+A random Qwen3 of 6 layers x 384 (6 heads of 64, 2 of keys and values, 1152 of
+feed-forward, tied head), fp32, saved once and loaded by both; 32 prompts of 64
+tokens, 128 new tokens each, no EOS; both in turns with all cores. Seconds of a
+whole batch after a first one, and as JSON, for each vocabulary: tokens/s, how
+many times those of transformers (median over rounds), and whether the tokens
+were the same. `--padding` measures nothing of time: it prints which share of
+prompt slots is padding, for prompt lengths as instruction data has them.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tools.bench import side_by_side
+
+B, PROMPT, NEW = 32, 64, 128
+VOCABULARIES = (1024, 151936)
+
+
+def save_model(vocab_size, path):
+  from flax import nnx
+
+  from gakd_jax import models
+
+  config = models.DecoderConfig(
+    vocab_size=vocab_size,
+    width=384,
+    layers=6,
+    heads=6,
+    kv_heads=2,
+    head_dim=64,
+    ff_width=1152,
+    tied_head=True,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    max_length=PROMPT + NEW,
+  )
+  models.save(models.Decoder(config, nnx.Rngs(0)), path)
+
+
+def prompts(vocab_size):
+  return np.random.default_rng(0).integers(0, vocab_size, (B, PROMPT))
+
+
+def digest(tokens):
+  """A number that tells responses apart."""
+  return zlib.crc32(np.asarray(tokens, np.int32).tobytes())
+
+
+def jax_side(path):
+  from gakd_jax import models, sampling
+
+  model = models.load(path)
+  ids = prompts(model.config.vocab_size).tolist()
+  return lambda: digest(
+    sampling.generate(
+      model, ids, max_new_tokens=NEW, temperature=0, batch_size=B
+    )
+  )
+
+
+def torch_side(path):
+  import torch
+  import transformers
+
+  model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
+  ids = torch.tensor(prompts(model.config.vocab_size))
+  model.generation_config.eos_token_id = None
+  model.generation_config.pad_token_id = 0
+
+  @torch.inference_mode()
+  def take():
+    output = model.generate(
+      ids,
+      attention_mask=torch.ones_like(ids),
+      max_new_tokens=NEW,
+      do_sample=False,
+      use_cache=True,
+    )
+    return digest(output[:, PROMPT:])
+
+  return take
+
+
+def padding():
+  """The share of padding, by batch size, of prompts of log-normal length."""
+  from gakd_jax import sampling
+
+  # Medians and spreads of instruction data with a template around them: short
+  # questions, and one in four with a passage to read.
+  rng = np.random.default_rng(0)
+  passage = rng.random(2000) < 0.25
+  mean = np.where(passage, np.log(250), np.log(30))
+  lengths = 40 + np.exp(rng.normal(mean, 0.6)).astype(int)
+  prompts = [[0] * n for n in np.minimum(lengths, 512)]
+  shares = {}
+  for batch_size in (8, 32, 128):
+    slots = sum(
+      batch_size * sampling.bucket(max(len(prompts[i]) for i in rows))
+      for rows in sampling.plan(prompts, batch_size)
+    )
+    shares[batch_size] = 1 - sum(map(len, prompts)) / slots
+  return shares
+
+
+def main():
+  sides = {
+    'jax': lambda: jax_side(args.model),
+    'torch': lambda: torch_side(args.model),
+  }
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--vocab', type=int, nargs='*', default=VOCABULARIES)
+  parser.add_argument('--padding', action='store_true')
+  parser.add_argument('--model', help=argparse.SUPPRESS)
+  side_by_side.add_arguments(parser, sides)
+  args = parser.parse_args()
+  if args.padding:
+    print(json.dumps(padding()))
+    return
+  if args.side:
+    side_by_side.run(__file__, args, sides)
+    return
+  summary = {}
+  for vocab_size in args.vocab:
+    with tempfile.TemporaryDirectory() as path:
+      save_model(vocab_size, f'{path}/model')
+      results = side_by_side.run(__file__, args, sides, f'--model={path}/model')
+    every = [x['result'] for measured in results.values() for x in measured]
+    summary[vocab_size] = {
+      side: B * NEW / statistics.median(x['seconds'] for x in measured)
+      for side, measured in results.items()
+    } | {
+      'times_faster': side_by_side.ratio(results, 'seconds', 'torch', 'jax'),
+      'memory_share': side_by_side.ratio(results, 'peak_gb', 'jax', 'torch'),
+      'same_tokens': len(set(every)) == 1,
+    }
+  print(json.dumps(summary))
+
+
+if __name__ == '__main__':
+  main()
