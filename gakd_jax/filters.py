@@ -76,7 +76,7 @@ def argmax(x_BV):
   """The first place of each row's maximum; int32 [B].
 
   By way of the maxima of 128 neighbours each: the argmax of a whole row takes
-  ten times as long on a CPU, a third of a token's time at V = 151936.
+  several times as long on a CPU.
   """
   B, V = x_BV.shape
   x_BV = jnp.pad(x_BV, ((0, 0), (0, -V % 128)), constant_values=-jnp.inf)

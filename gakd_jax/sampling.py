@@ -207,6 +207,16 @@ def plan(prompts, batch_size):
   return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
+def padding(prompts, batch_size):
+  """The share of prompt slots that `stream` fills with nothing."""
+  batch_size = min(batch_size, len(prompts))
+  slots = sum(
+    batch_size * _bucket(max(len(prompts[i]) for i in rows))
+    for rows in plan(prompts, batch_size)
+  )
+  return 1 - sum(map(len, prompts)) / slots
+
+
 @functools.partial(
   jax.jit,
   static_argnames=('definition', 'sampler', 'max_new_tokens', 'eos_ids'),
@@ -258,27 +268,17 @@ def _place(arrays, mesh, spec):
   return jax.device_put(arrays, NamedSharding(mesh, spec)) if mesh else arrays
 
 
-def bucket(length):
+def _bucket(length):
   """The next of 64, 96, 128, 192, 256 ...: few shapes, little padding."""
   power = max(_SHORTEST_PROMPT, 1 << (length - 1).bit_length())
   smaller = power * 3 // 4
   return smaller if _SHORTEST_PROMPT <= length <= smaller else power
 
 
-def padding(prompts, batch_size):
-  """The share of prompt slots that `stream` fills with nothing."""
-  lengths = sorted(map(len, prompts), reverse=True)
-  batch_size = min(batch_size, len(lengths))
-  slots = sum(
-    bucket(lengths[i]) * batch_size for i in range(0, len(lengths), batch_size)
-  )
-  return 1 - sum(lengths) / slots
-
-
 def _pad(prompts, rows, places, batch_size):
   """Prompts of `rows` on a grid [B, T]; missing rows have length 0."""
   longest = max(len(prompts[i]) for i in rows)
-  T = bucket(longest)
+  T = _bucket(longest)
   prompt_BT = np.zeros((batch_size, T), np.int32)
   length_B = np.zeros(batch_size, np.int32)
   place_B = np.zeros(batch_size, np.uint32)

@@ -225,3 +225,12 @@ def test_bad_input_is_one_line(model, prompts, settings, message):
   with pytest.raises(UserError, match=message) as error:
     generate(model, prompts, **settings)
   assert '\n' not in str(error.value)
+
+
+def test_padding_is_what_no_prompt_fills():
+  prompts = [[1] * n for n in (64, 60, 96, 80)]
+  # Batches of 96 and 80 in 96 slots, and of 64 and 60 in 64.
+  found = sampling.padding(prompts, 2)
+  assert found == pytest.approx(1 - 300 / (2 * 96 + 2 * 64))
+  # Of a batch that is not full, the empty rows count as well.
+  assert sampling.padding(prompts[:3], 2) == pytest.approx(1 - 220 / (2 * 160))
