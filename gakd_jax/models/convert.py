@@ -9,6 +9,7 @@ import concurrent.futures
 import dataclasses
 import json
 import math
+import mmap
 import os
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from gakd_jax.models.tensor_names import Part
 INDEX = 'model.safetensors.index.json'
 _DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
 _STORED = {name: stored for stored, name in _DTYPES.items()}
+_PIECES = 8  # of a tensor, to be read at once
 # Buffers that old checkpoints saved though they are computed.
 IGNORED = ('rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')
 
@@ -154,23 +156,34 @@ def _reader(files, shape, stored, dtype):
       len(range(*i.indices(n))) for i, n in zip(index, shape, strict=True)
     ]
     out = _aligned(sizes, dtype)
-    if len(index) == len(stored[0].shape):  # not stacked
-      read_into(out, stored[0], index)
-      return out
-    here = stored[index[0]]
+    if len(index) == len(stored[0].shape):  # not stacked: by rows
+      start, stop, _ = index[0].indices(shape[0])
+      rows = -(-(stop - start) // _PIECES)
+      pieces = []
+      for i in range(start, stop, rows):
+        end = min(i + rows, stop)
+        part = out[i - start : end - start]
+        pieces.append((part, stored[0], (slice(i, end), *index[1:])))
+    else:
+      layers = zip(out, stored[index[0]], strict=True)
+      pieces = [(part, where, index[1:]) for part, where in layers]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-      list(pool.map(lambda *x: read_into(*x, index[1:]), out, here))
+      list(pool.map(lambda piece: read_into(*piece), pieces))
     return out
 
   return read
 
 
 def _aligned(shape, dtype):
-  """An empty array that jax takes as it is on a CPU, instead of a copy."""
-  size = math.prod(shape) * jnp.dtype(dtype).itemsize
-  buffer = np.empty(size + 64, np.uint8)
-  start = -buffer.ctypes.data % 64
-  return buffer[start : start + size].view(dtype).reshape(shape)
+  """An empty array that jax takes as it is on a CPU, instead of a copy.
+
+  Of the system's own pages, which are aligned: numpy would ask for huge ones,
+  and where memory is in pieces the system takes seconds to make some.
+  """
+  n = math.prod(shape)
+  size = max(1, n * jnp.dtype(dtype).itemsize)
+  pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+  return np.frombuffer(pages, dtype, n).reshape(shape)
 
 
 def _copy(out, x):
