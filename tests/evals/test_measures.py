@@ -129,7 +129,7 @@ CHOICES = tuple(
     answer=f'answer{1 + i % 3}',
     where=f'f:{i}',
   )
-  for i, word in enumerate(['red', 'blue', 'tall', 'short', 'old'])
+  for i, word in enumerate(['red', 'blue', 'tall'])
 )
 
 
@@ -162,7 +162,7 @@ def test_the_option_with_the_highest_mean_log_probability(
     assert line['scores'] == {
       'accuracy': 100.0 * (f'answer{best + 1}' == row.answer)
     }
-  assert result == {'accuracy': pytest.approx(100 * right / 5)}
+  assert result == {'accuracy': pytest.approx(100 * right / 3)}
 
 
 def test_unknown_candidates():
