@@ -8,10 +8,11 @@ finished runs; `--config.teacher.path` adds the one that they should behave
 like. Each is measured by all evaluators of the config, then all are compared:
 <workdir>/<model>/results.json and answers/, comparisons.json, report.html.
 
-Run again, the same command goes on with the batch where it stopped; another
-model joins those that are there.
+Run again, the same command goes on with the batch of answers where it stopped,
+and a model that is added to it joins those that are measured.
 """
 
+import dataclasses
 import itertools
 import json
 import statistics
@@ -27,6 +28,7 @@ from gakd_jax import (
   UserError,
   binary,
   models,
+  partial,
   report,
   rundir,
   sharding,
@@ -94,9 +96,13 @@ def _named(paths):
   """{name: model directory}, named by as much of its path as it takes."""
   found = {}
   for path in paths:
-    given = Path(path)
+    given = Path(path).expanduser()
     if not given.is_dir():  # A hub id.
-      found[str(path)] = path
+      found[str(path).strip('/')] = path
+      continue
+    given = given.absolute()
+    if given.name == 'best':  # Named as its run is.
+      found[str(given.parent)] = given
     elif (given / 'best').is_dir():
       found[str(given)] = given / 'best'
     elif (given / 'config.json').exists() or _is_adapter(given):
@@ -107,14 +113,27 @@ def _named(paths):
       raise UserError(
         f'--model: {path} is neither a model nor a finished run{hint}'
       )
-  for n in itertools.count(1):
-    names = ['-'.join(Path(path).parts[-n:]) for path in found]
+  parts = [[x for x in path.split('/') if x] for path in found]
+  for n in range(1, 1 + max(map(len, parts))):
+    names = ['-'.join(p[-n:]) for p in parts]
     if len(set(names)) == len(names):
       return dict(zip(names, found.values(), strict=True))
+  raise UserError(f'--model: cannot tell {", ".join(found)} apart by name')
 
 
 def _is_adapter(path):
   return (path / 'adapter_config.json').exists()
+
+
+def _data_of(evaluators):
+  """A text that differs between test sets."""
+  return partial.digest(
+    [
+      [name, [dataclasses.astuple(row) for row in one.rows]]
+      for name, one in sorted(evaluators.items())
+      if hasattr(one, 'rows')
+    ]
+  )
 
 
 def _measure(config, evaluators, path, workdir, teacher, mesh):
@@ -122,7 +141,7 @@ def _measure(config, evaluators, path, workdir, teacher, mesh):
 
   `teacher` is its path and where its results go, or None.
   """
-  identity = models.identity(path)
+  identity, data = models.identity(path), _data_of(evaluators)
   record = workdir / 'model.json'
   known = json.loads(record.read_text()) if record.exists() else None
   if known and known['identity'] != identity:
@@ -130,12 +149,17 @@ def _measure(config, evaluators, path, workdir, teacher, mesh):
       f'{workdir} has the answers of other weights ({known["path"]}); delete '
       'it, or use another --workdir'
     )
+  if known and known['data'] != data:
+    raise UserError(
+      f'{workdir} has the answers to other test rows: the data has changed; '
+      'use another --workdir'
+    )
   if rundir.is_finished(workdir):
     print(f'{workdir.name}: has been measured', flush=True)
     return rundir.read_results(workdir)
   if jax.process_index() == 0:
-    text = json.dumps({'path': str(path), 'identity': identity}, indent=2)
-    report.write_atomically(record, text + '\n')
+    about = {'path': str(path), 'identity': identity, 'data': data}
+    report.write_atomically(record, json.dumps(about, indent=2) + '\n')
   subject, params = _subject(
     config, evaluators, path, workdir, teacher, mesh, identity
   )

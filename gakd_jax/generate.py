@@ -100,7 +100,7 @@ def answers(prompts):
   """Yields the answer (a string) to each prompt as it comes."""
   model = models.load(_MODEL.value, dtype=_DTYPE.value)
   tokenizer, template = _tokenizer()
-  eos_ids = (templates.eos_id(template, tokenizer),)
+  eos_ids = templates.stop_ids(template, tokenizer)
   for i, prompt in enumerate(prompts):
     row = sources.Row(prompt, where=f'prompt {i + 1}')
     ids, _ = tokenizers.encode(tokenizer, row, template)

@@ -117,7 +117,9 @@ def write_atomically(path, text):
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   # Several processes may write the same, each by a name of its own.
-  partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
+  partial = path.with_name(
+    f'{path.name}.{os.uname().nodename}.{os.getpid()}.tmp'
+  )
   partial.write_text(text, encoding='utf-8')
   os.replace(partial, path)
 

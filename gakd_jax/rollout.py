@@ -118,7 +118,7 @@ def write(
     'top_k': top_k,
     'top_p': top_p,
     'no_repeat_ngram': no_repeat_ngram,
-    'eos_ids': [templates.eos_id(template, tokenizer)],
+    'eos_ids': templates.stop_ids(template, tokenizer),
     'seed': seed,
     'batch_size': batch_size,
     'valid_vocab': len(tokenizer),

@@ -284,6 +284,17 @@ def test_other_weights_in_the_same_place_are_refused(
   ) != evaluate.models.identity(model)
 
 
+def test_other_test_rows_are_refused(config, paths, tmp_path, write_rows):
+  config.teacher.path = None
+  rows = write_rows(ROWS[:2])
+  greedy = config.evals.greedy.to_dict()
+  config.evals = {'greedy': greedy | {'data': rows}}
+  evaluate.run(config, [paths['small']], tmp_path)
+  Path(rows).write_text(json.dumps(ROWS[3]) + '\n')
+  with pytest.raises(UserError, match='the data has changed'):
+    evaluate.run(config, [paths['small']], tmp_path)
+
+
 def test_answers_of_other_settings_are_not_gone_on_with(tmp_path):
   path = tmp_path / 'a.partial'
   partial.Partial(path, {'t': 1}).append([{'index': 0}])
@@ -310,6 +321,11 @@ def test_models_are_named_by_as_much_as_it_takes(paths, tmp_path):
   ]
   assert named[f'{folder}-run'] == Path(paths['run']) / 'best'
   assert list(evaluate._named(['Qwen/Qwen3-0.6B'])) == ['Qwen3-0.6B']
+  # The model of a run is named as the run, however it is spelt, and once.
+  best = paths['run'] + '/best/'
+  assert list(evaluate._named([best, paths['run'] + '/'])) == ['run']
+  with pytest.raises(UserError, match='cannot tell'):
+    evaluate._named(['nobody/model', 'nobody//model'])
 
 
 def test_what_is_no_model_is_one_line(paths):

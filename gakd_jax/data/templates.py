@@ -73,10 +73,26 @@ def eos_id(name, tokenizer):
   return tokenizer.eos_token_id
 
 
+def stop_ids(template, tokenizer):
+  """The tokens at which an answer is over, whichever its model has learned."""
+  return tuple(sorted({eos_id(template, tokenizer), *stops(tokenizer)}))
+
+
+def stops(tokenizer):
+  """EOS and the ends of turns that a tokenizer knows."""
+  ids = {tokenizer.eos_token_id, turn_end_id(tokenizer)}
+  ids.add(_id(tokenizer, '<end_of_turn>'))  # Gemma's
+  return ids - {None}
+
+
 def turn_end_id(tokenizer):
   """The id of `<|im_end|>`, or None for a tokenizer without it."""
-  end = tokenizer.convert_tokens_to_ids('<|im_end|>')
-  return None if end == tokenizer.unk_token_id else end
+  return _id(tokenizer, '<|im_end|>')
+
+
+def _id(tokenizer, token):
+  found = tokenizer.convert_tokens_to_ids(token)
+  return None if found == tokenizer.unk_token_id else found
 
 
 def _template(name):

@@ -179,7 +179,7 @@ def _with_texts(row, texts):
 
 def decode(tokenizer, ids):
   """The answer that ids spell: up to EOS, no special tokens, no thinking."""
-  stops = {tokenizer.eos_token_id, templates.turn_end_id(tokenizer)}
+  stops = templates.stops(tokenizer)
   ids = [int(i) for i in ids]
   end = next((n for n, i in enumerate(ids) if i in stops), len(ids))
   text = tokenizer.decode(

@@ -12,7 +12,7 @@ _NUMBER = re.compile(r'(?<![\w.])[-+]?(?:\d+(?:\.\d+)?|\.\d+)')
 _LETTER = re.compile(
   # The first of these that occurs; of it, what the text says last. An A before
   # a word is an article.
-  r'answer(?: is|:) *:? *\(?([A-E])(?![\w])(?! +[a-z])'
+  r'[Aa]nswer(?: is|:)[\s:*]*(?:option )?\(?([A-E])(?![\w])(?! +[a-z])'
   r'|\(([A-E])\)'
   r'|(?<![\w])([A-E])(?![\w])(?! +[a-z])'
 )
@@ -53,7 +53,7 @@ def labels(row):
       f'{row.where}: no line "Answer format: a/b/c" ends its instruction; '
       'multiple choice needs one'
     )
-  return tuple(found[1].split('/'))
+  return tuple(found[1].lower().split('/'))
 
 
 def choice(text, labels):

@@ -41,7 +41,9 @@ class Generation:
   first_reference: bool = False  # scored against it alone, not the best of all
 
   def __post_init__(self):
-    tasks.get(self.task)
+    if tasks.get(self.task).extract:  # Bad rows come up before any work.
+      for row in self.rows:
+        tasks.gold(self.task, row)
 
   def run(self, subject, params, tag):
     """{metric: value} of the answers, means over rows and seeds.
@@ -144,7 +146,7 @@ class Generation:
       top_k=self.top_k,
       top_p=self.top_p,
       no_repeat_ngram=self.no_repeat_ngram,
-      eos_ids=(templates.eos_id(subject.template, subject.tokenizer),),
+      eos_ids=templates.stop_ids(subject.template, subject.tokenizer),
       seed=seed,
       batch_size=self.batch_size,
       valid_vocab=len(subject.tokenizer),

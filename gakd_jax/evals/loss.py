@@ -1,6 +1,7 @@
 """Held-out loss: cross-entropy, and how far the student is from its teacher.
 
-Means over the response tokens of the first reference of every row: `ce`
+Means over the response tokens of the first reference of every row whose prompt
+is not too long: `ce`
 (nats), `ece`, and with a teacher `forward_kl`, `reverse_kl`, `jsd` (nats, the
 last with beta 0.5) and `agreement`, the share of tokens on which both have the
 same most likely next token.

@@ -43,6 +43,8 @@ class MultipleChoice:
         f'config.evals.{self.name}: candidates={self.candidates!r}; known are '
         "'text' and 'label'"
       )
+    for row in self.rows:  # Bad ones come up before any work.
+      tasks.gold('choice', row)
 
   def run(self, subject, params, tag):
     """{'accuracy': percentage}; choices go to <workdir>/answers."""

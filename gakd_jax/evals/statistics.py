@@ -36,12 +36,16 @@ def paired_bootstrap(a_N, b_N, *, samples=10_000, seed=0):
   difference = d_N.mean()
   low, high = np.percentile(means, [2.5, 97.5])
   extreme = np.abs(means - difference) >= abs(difference) - 1e-12
+  # No sample can show a p of 0 (Davison and Hinkley 1997, eq. 4.11).
+  p = (1 + extreme.sum()) / (1 + samples)
+  if not d_N.std():
+    # Nothing to draw from: the odds of so many rows with one sign.
+    p = max(p, 2.0 ** (1 - len(d_N)))
   return {
     'difference': float(difference),
     'low': float(low),
     'high': float(high),
-    # No sample can show a p of 0 (Davison and Hinkley 1997, eq. 4.11).
-    'p': float((1 + extreme.sum()) / (1 + samples)),
+    'p': float(p),
   }
 
 

@@ -58,8 +58,18 @@ def extracted(name, row, text):
 
 
 def gold(name, row):
-  """What should have been answered: extracted from the reference."""
-  return extracted(name, row, row.answer or row.references[0])
+  """What should have been answered: extracted from the reference.
+
+  Raises:
+    UserError: if there is nothing.
+  """
+  text = row.answer or row.references[0]
+  right = extracted(name, row, text)
+  if right is None:
+    raise UserError(
+      f'{row.where}: nothing that task {name!r} could extract from {text!r}'
+    )
+  return right
 
 
 def score(name, row, answer, first_only=False):
@@ -75,13 +85,7 @@ def score(name, row, answer, first_only=False):
     UserError: if a row's reference does not hold what the task asks for.
   """
   if TASKS[name].extract:
-    right = gold(name, row)
-    if right is None:
-      raise UserError(
-        f'{row.where}: nothing that task {name!r} could extract from '
-        f'{(row.answer or row.references[0])!r}'
-      )
-    correct = extract.same(extracted(name, row, answer), right)
+    correct = extract.same(extracted(name, row, answer), gold(name, row))
     return {'accuracy': 100.0 * correct}
   references = row.references[:1] if first_only else row.references
   return {

@@ -54,6 +54,8 @@ def test_ends():
   assert forward == statistics.paired_bootstrap([3, 2, 5], [1, 2, 3])
   never_zero = statistics.paired_bootstrap([9] * 50, [1] * 50, samples=100)
   assert never_zero['p'] == 1 / 101
+  assert statistics.paired_bootstrap([100], [0])['p'] == 1
+  assert statistics.paired_bootstrap([100] * 3, [0] * 3)['p'] == 0.25
   with pytest.raises(ValueError, match='3 and 2 rows'):
     statistics.paired_bootstrap([1, 2, 3], [1, 2])
 
