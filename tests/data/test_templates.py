@@ -134,3 +134,16 @@ def test_no_chat_template(gpt2):
   for name in ('qwen3', 'chat'):
     with pytest.raises(UserError, match='it has no chat template'):
       templates.prompt_text(name, SHORT, gpt2)
+
+
+def test_an_answer_ends_at_any_token_that_ends_one():
+  class Tokenizer:
+    eos_token_id, unk_token_id = 2, 0
+
+    def convert_tokens_to_ids(self, token):
+      return {'<|im_end|>': 7, '<end_of_turn>': 5}.get(token, 0)
+
+  assert templates.stop_ids('chat', Tokenizer()) == (2, 5, 7)
+  assert templates.stop_ids('qwen3', Tokenizer()) == (2, 5, 7)
+  Tokenizer.convert_tokens_to_ids = lambda self, token: 0
+  assert templates.stop_ids('raw', Tokenizer()) == (2,)
