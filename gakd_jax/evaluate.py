@@ -13,6 +13,7 @@ and a model that is added to it joins those that are measured.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
@@ -35,7 +36,7 @@ from gakd_jax import (
   summary,
 )
 from gakd_jax.data import tokenizer as tokenizer_lib
-from gakd_jax.evals import evaluator, tasks
+from gakd_jax.evals import answers, evaluator, tasks
 from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.models import transformer
 
@@ -70,8 +71,15 @@ def run(config, paths, workdir):
   mesh = sharding.make_mesh(**config.mesh)
   runs = {name: workdir / name for name in named}
   if teacher:
-    teacher = next(iter(named))
-    teacher = named[teacher], runs[teacher]
+    t_path, out = next(zip(named.values(), runs.values(), strict=True))
+
+    def load():
+      settings = config.teacher.dtype, mesh, None, config.teacher.quantize
+      return transformer.split(models.load(t_path, *settings))
+
+    if any(one.needs_teacher for one in evaluators.values()):
+      load = functools.cache(load)  # Once, for all students.
+    teacher = t_path, out, load
   results = {}
   with jax.set_mesh(mesh):
     for name, path in named.items():
@@ -139,7 +147,7 @@ def _data_of(evaluators):
 def _measure(config, evaluators, path, workdir, teacher, mesh):
   """The results of one model; those that are there are taken.
 
-  `teacher` is its path and where its results go, or None.
+  `teacher` is its path, where its results go, and what loads it; or None.
   """
   identity, data = models.identity(path), _data_of(evaluators)
   record = workdir / 'model.json'
@@ -178,7 +186,7 @@ def _subject(config, evaluators, path, workdir, teacher, mesh, identity):
   """A model as evaluators see it, and its parameters."""
   tokenizer = tokenizer_lib.load(models.tokenizer_dir(path))
   dtype = config.train.precision
-  t_path, t_workdir = teacher or (None, None)
+  t_path, t_workdir, load_teacher = teacher or (None, None, None)
   is_teacher = workdir == t_workdir
   t_definition, frozen = None, {}
   if is_teacher or (
@@ -190,10 +198,7 @@ def _subject(config, evaluators, path, workdir, teacher, mesh, identity):
       path,
       t_path,
     )
-    settings = config.teacher.dtype, mesh, None, config.teacher.quantize
-    t_definition, frozen['teacher'] = transformer.split(
-      models.load(t_path, *settings)
-    )
+    t_definition, frozen['teacher'] = load_teacher()
   if is_teacher:  # It is measured against itself.
     student, params = t_definition, frozen['teacher']
   else:
@@ -234,7 +239,7 @@ def compare(evaluators, runs):
       continue
     metric = tasks.TASKS[one.task].scores[0]
     scores = {
-      model: _row_means(path / 'answers', name, one.seeds, metric)
+      model: _row_means(path, name, one.seeds, metric)
       for model, path in runs.items()
     }
     for b, a in itertools.combinations(runs, 2):
@@ -245,15 +250,10 @@ def compare(evaluators, runs):
   return comparisons
 
 
-def _row_means(answers, name, seeds, metric):
+def _row_means(workdir, name, seeds, metric):
   """The score of each row, mean over seeds."""
   by_seed = [
-    [
-      json.loads(line)['scores'][metric]
-      for line in (answers / f'{name}-{seed}.jsonl')
-      .read_text('utf-8')
-      .split('\n')[:-1]
-    ]
+    [line['scores'][metric] for line in answers.read(workdir, name, seed)]
     for seed in seeds
   ]
   return [statistics.fmean(row) for row in zip(*by_seed, strict=True)]

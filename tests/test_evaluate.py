@@ -121,7 +121,7 @@ def test_leaves_scores_answers_and_comparisons(whole):
     assert (found['fidelity/agreement_teacher'] == 1) == (name == 'large')
     assert found['sampled/answer_tokens'] > 0
   speed = json.loads((workdir / 'small' / 'speed.json').read_text())
-  assert speed['sampled-1']['answers'] == len(ROWS)
+  assert speed['sampled-1']['tokens_per_second'] > 0
   comparisons = json.loads((workdir / 'comparisons.json').read_text())
   assert [(x['set'], x['a'], x['b']) for x in comparisons] == [
     (s, a, b)

@@ -6,12 +6,12 @@ a checkpoint from the hub, or its file.
 """
 
 import dataclasses
-import json
 import os
 import statistics
 from typing import ClassVar
 
 from gakd_jax import UserError
+from gakd_jax.evals import answers
 from gakd_jax.evals.generation import Generation
 
 
@@ -37,11 +37,9 @@ class Comet:
     model = comet.load_from_checkpoint(path)
     means = []
     for seed in self.of.seeds:
-      file = subject.workdir / 'answers' / f'{self.of.name}-{seed}.jsonl'
-      rows = map(json.loads, file.read_text('utf-8').split('\n')[:-1])
       texts = [
         {'src': x['input'], 'mt': x['answer'], 'ref': x['references'][0]}
-        for x in rows
+        for x in answers.read(subject.workdir, self.of.name, seed)
       ]
       output = model.predict(texts, batch_size=self.batch_size, gpus=0)
       means.append(100 * output.system_score)

@@ -9,12 +9,10 @@ prompts on which both answer the same, right or wrong, and `rationale_bleu` and
 """
 
 import dataclasses
-import json
 import statistics
 from typing import ClassVar
 
-from gakd_jax import UserError
-from gakd_jax.evals import extract, loss, scores, tasks
+from gakd_jax.evals import answers, extract, loss, scores, tasks
 from gakd_jax.evals.generation import Generation
 
 
@@ -48,10 +46,10 @@ class Fidelity:
       result = {
         key: statistics.fmean(pair[key] for pair in pairs) for key in pairs[0]
       }
-    for name, answers in texts.items():
+    for name, responses in texts.items():
       rows = [
         dataclasses.replace(row, references=(text,))
-        for row, text in zip(self.of.rows, answers, strict=True)
+        for row, text in zip(self.of.rows, responses, strict=True)
       ]
       measured = loss.measure(subject, params, rows, self.batch_size)
       result |= {f'{key}_{name}': value for key, value in measured.items()}
@@ -59,17 +57,10 @@ class Fidelity:
 
   def _answers(self, workdir):
     """The answers to all prompts, for each seed."""
-    answers = []
-    for seed in self.of.seeds:
-      file = workdir / 'answers' / f'{self.of.name}-{seed}.jsonl'
-      if not file.exists():
-        raise UserError(
-          f'config.evals.{self.name}: {file} is not there: {self.of.name!r} '
-          'was not evaluated'
-        )
-      lines = file.read_text('utf-8').split('\n')[:-1]
-      answers.append([json.loads(line)['answer'] for line in lines])
-    return answers
+    return [
+      [line['answer'] for line in answers.read(workdir, self.of.name, seed)]
+      for seed in self.of.seeds
+    ]
 
   def _compare(self, mine, theirs):
     task = self.of.task

@@ -16,11 +16,11 @@ from typing import ClassVar
 
 import jax
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from gakd_jax import partial, report, sampling
 from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.evals import answers as answers_lib
 from gakd_jax.evals import scores, tasks
 
 
@@ -91,35 +91,26 @@ class Generation:
   def _one_seed(
     self, subject, model, prompts, buckets, seed, tag, pool, progress
   ):
-    path = subject.workdir / 'answers' / f'{self.name}-{seed}.jsonl'
-    answers = self._answers(subject, model, prompts, seed, path, pool, progress)
+    answers = self._answers(subject, model, prompts, seed, pool, progress)
     scored = pool.results()
     lines = []
     for i, row in enumerate(self.rows):
-      line = {
-        'index': i,
-        'step': tag,
-        'instruction': row.instruction,
-        'input': row.input,
-        'references': row.references,
-      } | answers[i]
+      line = answers_lib.prompt(i, row, tag) | answers[i]
       if tasks.TASKS[self.task].extract:
         line['extracted'] = tasks.extracted(self.task, row, line['answer'])
         line['gold'] = tasks.gold(self.task, row)
       lines.append(line | {'scores': scored[i]})
-    if jax.process_index() == 0:
-      report.write_atomically(path, ''.join(map(_to_line, lines)))
-    # Others may read it now.
-    multihost_utils.sync_global_devices(f'wrote {path}')
+    answers_lib.write(subject.workdir, self.name, seed, lines)
     return self._summary(lines, buckets)
 
-  def _answers(self, subject, model, prompts, seed, path, pool, progress):
+  def _answers(self, subject, model, prompts, seed, pool, progress):
     """{index: {'answer', 'tokens'}}; on their way they go to `pool`.
 
     Those that an interrupted evaluation has written are not written again.
     """
     log, answers = None, {}
     if subject.identity is not None:
+      path = answers_lib.path_of(subject.workdir, self.name, seed)
       log = partial.Partial(
         path.with_suffix('.partial'),
         self._settings()
@@ -159,13 +150,15 @@ class Generation:
         }
         for i, ids in zip(indices, written, strict=True)
       }
+      # Of a batch that was half written, some were counted before.
+      fresh = len(new.keys() - answers.keys())
       answers |= new
       add(new)
       if log:
         log.append([{'index': i} | x for i, x in new.items()])
         new_tokens += sum(x['tokens'] for x in new.values())
         speed = new_tokens / (time.perf_counter() - start)
-        progress.advance(len(new), tokens_per_second=speed)
+        progress.advance(fresh, tokens_per_second=speed)
     if log and new_tokens:
       _record_speed(
         subject.workdir,
@@ -173,7 +166,6 @@ class Generation:
         {
           'tokens_per_second': speed,
           'seconds': time.perf_counter() - start,
-          'answers': len(self.rows),
           'padding': sampling.padding(prompts, self.batch_size),
         },
       )
@@ -203,10 +195,6 @@ class Generation:
       [line['answer'] for line in lines],
       self.first_reference,
     )
-
-
-def _to_line(x):
-  return json.dumps(x, ensure_ascii=False) + '\n'
 
 
 def _record_speed(workdir, name, speed):

@@ -7,19 +7,17 @@ log-probability of its tokens: longer options are not worse for being long
 
 import dataclasses
 import functools
-import json
 import statistics
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
-from gakd_jax import UserError, report, sharding
+from gakd_jax import UserError, sharding
 from gakd_jax.data import pipeline
 from gakd_jax.data import tokenizer as tokenizer_lib
-from gakd_jax.evals import extract, tasks
+from gakd_jax.evals import answers, extract, tasks
 from gakd_jax.models import transformer
 from gakd_jax.objectives import head
 
@@ -56,12 +54,8 @@ class MultipleChoice:
       answer = max(by_label, key=by_label.get)
       gold = tasks.gold('choice', row)
       lines.append(
-        {
-          'index': i,
-          'step': tag,
-          'instruction': row.instruction,
-          'input': row.input,
-          'references': row.references,
+        answers.prompt(i, row, tag)
+        | {
           'answer': texts[answer],
           'extracted': answer,
           'gold': gold,
@@ -69,12 +63,7 @@ class MultipleChoice:
           'scores': {'accuracy': 100.0 * (answer == gold)},
         }
       )
-    if jax.process_index() == 0:
-      report.write_atomically(
-        subject.workdir / 'answers' / f'{self.name}-0.jsonl',
-        ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in lines),
-      )
-    multihost_utils.sync_global_devices(f'wrote {self.name}')
+    answers.write(subject.workdir, self.name, self.seeds[0], lines)
     return {
       'accuracy': statistics.fmean(x['scores']['accuracy'] for x in lines)
     }

@@ -1,0 +1,45 @@
+"""<workdir>/answers/<set>-<seed>.jsonl: a line for each row of a set."""
+
+import json
+
+import jax
+from jax.experimental import multihost_utils
+
+from gakd_jax import UserError, report
+
+
+def path_of(workdir, name, seed):
+  return workdir / 'answers' / f'{name}-{seed}.jsonl'
+
+
+def prompt(index, row, tag):
+  """How a line begins: which row it answers, at which step."""
+  return {
+    'index': index,
+    'step': tag,
+    'instruction': row.instruction,
+    'input': row.input,
+    'references': row.references,
+  }
+
+
+def write(workdir, name, seed, lines):
+  """Writes the file; on several processes, all may read it afterwards."""
+  path = path_of(workdir, name, seed)
+  if jax.process_index() == 0:
+    text = ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in lines)
+    report.write_atomically(path, text)
+  multihost_utils.sync_global_devices(f'wrote {path}')
+
+
+def read(workdir, name, seed):
+  """The lines of the file.
+
+  Raises:
+    UserError: if it is not there.
+  """
+  path = path_of(workdir, name, seed)
+  if not path.exists():
+    raise UserError(f'{path} is not there: {name!r} was not evaluated')
+  # Not splitlines: an answer may hold other ends of lines.
+  return [json.loads(x) for x in path.read_text('utf-8').split('\n')[:-1]]
