@@ -20,7 +20,7 @@ from absl import app, flags
 from gakd_jax import UserError, models, rollout, sampling, sharding
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizers
-from gakd_jax.filters import Sampler
+from gakd_jax.sampler import Sampler
 
 _MODEL = flags.DEFINE_string(
   'model', None, 'Hugging Face directory or hub id.', required=True

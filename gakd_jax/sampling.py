@@ -2,7 +2,7 @@
 
 `stream` is what evaluation and the command line call (`generate`: all at once);
 `decode_batch` is the same decoding as a function under `jax.jit`, for rollouts.
-How logits become a token is in `filters`.
+How logits become a token is in `sampler`.
 
 A row's slot in the cache is its position, so rows of different length share a
 batch without a common index, and no row waits for another. What a row draws
@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gakd_jax import UserError, sharding
-from gakd_jax.filters import Sampler
+from gakd_jax.sampler import Sampler
 from gakd_jax.models import transformer
 
 # Prompts are padded to a power of two, at least this: less padding would cost

@@ -13,8 +13,8 @@ import optax
 from flax import struct
 
 from gakd_jax import sharding
+from gakd_jax.data import segments
 from gakd_jax.models import lora, transformer
-from gakd_jax.models.critic import last_of
 
 
 @struct.dataclass
@@ -232,7 +232,7 @@ def _count(tokens):
   """What the losses of an optimizer step divide by."""
   numbers = {
     'num_tokens': jnp.sum(tokens.mask_BT),
-    'num_sequences': jnp.sum(last_of(tokens.response_segments_BT)),
+    'num_sequences': jnp.sum(segments.is_last(tokens.response_segments_BT)),
   }
   return {name: jnp.maximum(n, 1) for name, n in numbers.items()}
 

@@ -20,7 +20,7 @@ LEVELS = (
   ('train', 'plan'),
   ('build', 'inputs'),
   ('step', 'rollout', 'evals', 'flops'),
-  ('objectives', 'sampling', 'filters'),
+  ('objectives', 'sampling', 'sampler'),
   ('models', 'data'),
   (
     'optim',

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gakd_jax import UserError, filters, sampling, sharding
+from gakd_jax import UserError, sampler, sampling, sharding
 from gakd_jax.models import transformer
 
 V = 32
@@ -129,7 +129,7 @@ def test_decoding_stops_with_the_last_row(model):
   steps = []
 
   @dataclasses.dataclass(frozen=True)
-  class Counting(filters.Sampler):
+  class Counting(sampler.Sampler):
     def draw(self, logits_BV, key_B):
       jax.debug.callback(lambda: steps.append(1))
       # Row 0 says 1, 2, 3 ...; row 1 says 3 at once; row 2 is not there.

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gakd_jax import UserError, models
+from gakd_jax.data import segments
 from gakd_jax.models import layers, transformer
 
 INPUTS = ('log_probs', 'logits', 'probs')
@@ -140,26 +141,12 @@ def project(outputs, w_VC):
   return jnp.einsum('btd,cd->btc', h_BTD, m_CD.astype(h_BTD.dtype))
 
 
-def segment_sum(x_BT, segments_BT):
-  """At every position, the sum over its segment; 0 outside segments."""
-  same_BTS = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (
-    segments_BT > 0
-  )[:, :, None]
-  return jnp.einsum('bts,bs->bt', same_BTS.astype(x_BT.dtype), x_BT)
-
-
 def sequence_score(score_BT, segments_BT, pooling):
-  """The score of each sequence, [B, T]; read it where `last_of` says.
+  """The score of each sequence, [B, T]; read it where `segments.is_last` says.
 
   pooling: 'mean' over the positions of the segment, or 'last'.
   """
   if pooling == 'last':
     return score_BT
-  length_BT = segment_sum(jnp.ones_like(score_BT), segments_BT)
-  return segment_sum(score_BT, segments_BT) / jnp.maximum(length_BT, 1.0)
-
-
-def last_of(segments_BT):
-  """True at the last position of every segment, [B, T]."""
-  next_BT = jnp.pad(segments_BT[:, 1:], ((0, 0), (0, 1)))
-  return (segments_BT > 0) & (segments_BT != next_BT)
+  length_BT = segments.total(jnp.ones_like(score_BT), segments_BT)
+  return segments.total(score_BT, segments_BT) / jnp.maximum(length_BT, 1.0)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
+from gakd_jax.data import segments
 from gakd_jax.models import layers as layers_lib
 
 
@@ -98,19 +99,6 @@ class Outputs:
   head: Head
 
 
-def segment_positions(segments_BT):
-  """The position of each token within its segment, counted from 0; [B, T]."""
-  t_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1]), segments_BT.shape)
-  starts_BT = jnp.concatenate(
-    [
-      jnp.ones_like(segments_BT[:, :1], bool),
-      segments_BT[:, 1:] != segments_BT[:, :-1],
-    ],
-    axis=1,
-  )
-  return t_BT - jax.lax.cummax(jnp.where(starts_BT, t_BT, 0), axis=1)
-
-
 def stack_blocks(config, rngs):
   """Fresh blocks, their parameters stacked along a leading L."""
   return nnx.vmap(lambda key: layers_lib.Block(config, nnx.Rngs(key)))(
@@ -144,7 +132,7 @@ def run_blocks(config, blocks, x_BTD, segments_BT, remat=False, key=None):
   distance_1TS = t_T[None, :, None] - t_T[None, None, :]
   same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
   context = layers_lib.Context(
-    rope=_rope(config, segment_positions(segments_BT)),
+    rope=_rope(config, segments.positions(segments_BT)),
     mask_BTS=(distance_1TS >= 0) & same_BTS,
     distance_BTS=distance_1TS,
   )
@@ -214,7 +202,7 @@ class Decoder(nnx.Module):
     """
     if segments_BT is None:
       segments_BT = jnp.ones_like(ids_BT)
-    x_BTD = self._embed(ids_BT, segment_positions(segments_BT))
+    x_BTD = self._embed(ids_BT, segments.positions(segments_BT))
     x_BTD = run_blocks(self.config, self.blocks, x_BTD, segments_BT, remat, key)
     return Outputs(self.final_norm(x_BTD), self.head)
 

@@ -36,6 +36,7 @@ import numpy as np
 from flax import nnx
 
 from gakd_jax import UserError, models, report, sharding
+from gakd_jax.data import segments
 from gakd_jax.models import critic as critic_lib
 from gakd_jax.models import lora, transformer
 from gakd_jax.objectives import adversarial, base, divergences, head
@@ -197,7 +198,7 @@ class GAKD(base.Objective):
       u_BTC, d_BT = jax.grad(total, has_aux=True)(x_BTC)
       u_BTC = critic_lib.at_least_fp32(u_BTC)
       norm_BT = jnp.sum((u_BTC @ gram_CC) * u_BTC, axis=-1)
-      return d_BT, critic_lib.segment_sum(norm_BT, self._segments(batch))
+      return d_BT, segments.total(norm_BT, self._segments(batch))
 
     # Both at once: half as many operations to compile and to start.
     (d_t_BT, d_s_BT), (norm_t_BT, norm_s_BT) = jax.vmap(read)(
@@ -291,7 +292,7 @@ class GAKD(base.Objective):
       self._input(outputs, w_VC, segments_BT > 0)
       for outputs in (jax.lax.stop_gradient(teacher), student)
     )
-    return x_t_BTC, x_s_BTC, score, critic_lib.last_of(segments_BT)
+    return x_t_BTC, x_s_BTC, score, segments.is_last(segments_BT)
 
   def _segments(self, batch):
     """Which positions make a sequence: 1, 2, ... for each, 0 for no one's."""

@@ -8,7 +8,7 @@ from flax import nnx
 
 from gakd_jax import models
 from gakd_jax.models import families
-from gakd_jax.models.transformer import segment_positions, split
+from gakd_jax.models.transformer import split
 
 # Fields that differ between the checkpoints' config.json files.
 _QWEN3 = {
@@ -72,12 +72,6 @@ def call(model, f, *args):
 
 def _ids(seed, *shape):
   return np.random.default_rng(seed).integers(0, 300, shape, np.int32)
-
-
-def test_positions_count_from_the_start_of_each_segment():
-  segments_BT = jnp.array([[1, 1, 1, 2, 2, 0], [0, 0, 3, 3, 3, 3]])
-  want_BT = [[0, 1, 2, 0, 1, 0], [0, 1, 0, 1, 2, 3]]
-  np.testing.assert_array_equal(segment_positions(segments_BT), want_BT)
 
 
 def test_packed_segments_equal_separate_rows(hidden):

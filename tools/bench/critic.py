@@ -32,6 +32,7 @@ def critic_step(from_logits):
   from flax import nnx
 
   from gakd_jax import objectives, optim
+  from gakd_jax.data import segments
   from gakd_jax.data.pipeline import Batch, Tokens
   from gakd_jax.models import DecoderConfig
   from gakd_jax.models import critic as critic_lib
@@ -64,7 +65,7 @@ def critic_step(from_logits):
 
   def direct(critic, student, teacher):
     segments_BT = batch.student.predicts_BT.astype(jnp.int32)
-    is_last_BT = critic_lib.last_of(segments_BT)
+    is_last_BT = segments.is_last(segments_BT)
     w_VC = critic_lib.weight(critic['projection'], objective.input)
     config = critic_lib.config_of(objective.critic, V)
     model = nnx.merge(critic_lib.definition(config), critic)

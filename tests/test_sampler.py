@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from gakd_jax import filters
+from gakd_jax import sampler
 
 
 def softmax(logits):
@@ -34,7 +34,7 @@ def random_logits():
 def test_top_k_keeps_what_a_sort_keeps(k):
   x = random_logits()
   np.testing.assert_array_equal(
-    filters.top_k_filter(x, k), [top_k_reference(row, k) for row in x]
+    sampler.top_k_filter(x, k), [top_k_reference(row, k) for row in x]
   )
 
 
@@ -42,23 +42,23 @@ def test_top_k_keeps_what_a_sort_keeps(k):
 def test_top_p_keeps_what_a_sort_keeps(p):
   x = random_logits()
   np.testing.assert_array_equal(
-    filters.top_p_filter(x, p), [top_p_reference(row, p) for row in x]
+    sampler.top_p_filter(x, p), [top_p_reference(row, p) for row in x]
   )
 
 
 @pytest.mark.parametrize(
   ('filtered', 'row', 'kept'),
   [
-    (lambda x: filters.top_k_filter(x, 2), [1, 3, 1, 0], [0, 1, 2]),
-    (lambda x: filters.top_k_filter(x, 3), [-1, -3, -2, -4], [0, 1, 2]),
-    (lambda x: filters.top_k_filter(x, 3), [0, -np.inf, 1, 2], [0, 2, 3]),
-    (lambda x: filters.top_p_filter(x, 0.0), [1, 3, 2, 0], [1]),
-    (lambda x: filters.top_p_filter(x, 0.0), [3, 3, 2, 0], [0, 1]),
-    (lambda x: filters.top_p_filter(x, 0.4), [2, 2, 2, 2], [0, 1, 2, 3]),
-    (lambda x: filters.top_p_filter(x, 0.25), [0, -9, 0, 0], [0, 2, 3]),
-    (lambda x: filters.top_p_filter(x, 0.9), [9, -np.inf, 9, 0], [0, 2]),
+    (lambda x: sampler.top_k_filter(x, 2), [1, 3, 1, 0], [0, 1, 2]),
+    (lambda x: sampler.top_k_filter(x, 3), [-1, -3, -2, -4], [0, 1, 2]),
+    (lambda x: sampler.top_k_filter(x, 3), [0, -np.inf, 1, 2], [0, 2, 3]),
+    (lambda x: sampler.top_p_filter(x, 0.0), [1, 3, 2, 0], [1]),
+    (lambda x: sampler.top_p_filter(x, 0.0), [3, 3, 2, 0], [0, 1]),
+    (lambda x: sampler.top_p_filter(x, 0.4), [2, 2, 2, 2], [0, 1, 2, 3]),
+    (lambda x: sampler.top_p_filter(x, 0.25), [0, -9, 0, 0], [0, 2, 3]),
+    (lambda x: sampler.top_p_filter(x, 0.9), [9, -np.inf, 9, 0], [0, 2]),
     # exp(-200) is 0 in fp32: order does not come from probabilities.
-    (lambda x: filters.top_k_filter(x, 2), [0, -300, -200, -400], [0, 2]),
+    (lambda x: sampler.top_k_filter(x, 2), [0, -300, -200, -400], [0, 2]),
   ],
 )
 def test_filters_at_ties_and_edges(filtered, row, kept):
@@ -69,8 +69,8 @@ def test_filters_at_ties_and_edges(filtered, row, kept):
 
 def filter_logits(x, **settings):
   ids = np.zeros((len(x), 1), np.int32)
-  sampler = filters.Sampler(**settings)
-  return np.asarray(sampler.filter(x, ids, np.zeros(len(x), np.int32)))
+  x = sampler.Sampler(**settings).filter(x, ids, np.zeros(len(x), np.int32))
+  return np.asarray(x)
 
 
 def test_temperature_then_top_k_then_top_p():
@@ -105,7 +105,7 @@ def test_repeated_ngrams_are_blocked_as_by_brute_force(n):
   if n < 4:
     assert np.isinf(expected).any()
   np.testing.assert_array_equal(
-    filters.block_repeated_ngrams(jnp.array(x), ids, length, n), expected
+    sampler.block_repeated_ngrams(jnp.array(x), ids, length, n), expected
   )
 
 
@@ -122,7 +122,7 @@ def test_draws_follow_the_filtered_distribution(settings):
   x = np.random.default_rng(1).normal(0, 1, (1, 12)).astype(np.float32)
   filtered = filter_logits(x, **settings)
   keys = jax.random.split(jax.random.key(3), n)
-  tokens = filters.Sampler(**settings).draw(
+  tokens = sampler.Sampler(**settings).draw(
     jnp.broadcast_to(filtered, (n, 12)), keys
   )
   counts = np.bincount(tokens, minlength=12)
@@ -142,4 +142,4 @@ def test_draws_follow_the_filtered_distribution(settings):
 def test_argmax_is_the_first_of_the_highest(V):
   x = np.random.default_rng(V).integers(0, 4, (50, V)).astype(np.float32)
   x[0], x[1] = -np.inf, np.nan
-  np.testing.assert_array_equal(filters.argmax(x), np.argmax(x, axis=1))
+  np.testing.assert_array_equal(sampler.argmax(x), np.argmax(x, axis=1))
