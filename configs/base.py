@@ -53,7 +53,7 @@ def get_config():
   # Who writes the responses: 'dataset' trains on those of data.train;
   # 'teacher' has the teacher answer its prompts first (sequence-level KD,
   # arXiv 1606.07947) and keeps them in <workdir>/answers.jsonl; its settings
-  # are those of `rollout.write`: temperature, samples ...
+  # are those of `rollout.Teacher`: temperature, samples ...
   c.rollout = ml_collections.ConfigDict({'writer': 'dataset'})
 
   # A method and its settings: see gakd_jax/objectives.

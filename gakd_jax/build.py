@@ -4,11 +4,11 @@ Everything that can be wrong is checked before any weight is loaded.
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from gakd_jax import (
@@ -22,8 +22,8 @@ from gakd_jax import (
   step,
 )
 from gakd_jax.data import tokenizer as tokenizer_lib
-from gakd_jax.evals import evaluator
-from gakd_jax.models import lora, quantized, transformer
+from gakd_jax.evals import evaluator as evaluator_lib
+from gakd_jax.models import lora, pair, quantized, transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,55 +33,55 @@ class Run:
   config: Any
   mesh: jax.sharding.Mesh
   objective: objectives.base.Objective
-  student: Any  # model definition
-  teacher: Any  # model definition, or None
-  shapes: tuple  # the `DecoderConfig` of student and teacher (None)
-  frozen: dict  # parameters that are not trained: 'teacher', 'student'
+  writer: rollout.Dataset  # of the responses
+  models: pair.Models
+  start: Callable  # () -> the student's parameters at step 0, those trained
+  shapes: dict  # of these
   # Of a run that is only planned, there are none of these.
   workdir: Path | None = None
-  tokenizer: Any = None
   evaluators: dict = dataclasses.field(default_factory=dict)
-  examples: list | None = None  # None: the teacher writes them first
+  examples: list | None = None  # None: the writer makes them
 
-  def whole(self, params):
-    """The student's parameters, of those that are trained."""
-    return lora.combine(params, self.frozen.get('student'))
-
-  @property
-  def subject(self):
-    """The run as its evaluators see it."""
+  def subject_of(self, evaluator):
+    """The run as an evaluator sees it."""
     c = self.config
-    return evaluator.Subject(
-      student=self.student,
-      teacher=self.teacher,
-      frozen=self.frozen,
-      tokenizer=self.tokenizer,
+    models = self.models
+    if evaluator.teacher_reads_student_ids and not self.objective.one_tokenizer:
+      models = models.alone()
+    return evaluator_lib.Subject(
+      models=models,
       template=c.data.template,
       max_length=c.data.max_length,
       max_prompt_length=c.data.max_prompt_length,
-      dtype=jnp.dtype(c.train.precision),
       head_chunk=c.train.head_chunk,
       mesh=self.mesh,
       workdir=self.workdir,
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """What a run trains with."""
+
+  step: Callable  # (state, models, batch) -> state, metrics; jitted
+  state: step.TrainState  # as shapes with their places: to restore into
+  init: Callable  # () -> the state at step 0
+
+
 def build(config, workdir, mesh):
-  """A `Run` and the student's first parameters, in fp32."""
-  objective = _checked_objective(config, mesh)
-  tokenizer = tokenizer_lib.load(models.tokenizer_dir(config.student.path))
-  _check_vocabulary(config.student.path, tokenizer, config.student.shape)
-  for path in filter(None, (config.student.path, config.teacher.path)):
+  """The `Run` of a config; the student's weights are read by its `start`."""
+  objective, writer = _checked(config, mesh)
+  paths = [config.student.path, *filter(None, [config.teacher.path])]
+  tokenizers = [
+    tokenizer_lib.load(models.tokenizer_dir(path)) for path in paths
+  ]
+  for path, tokenizer in zip(paths, tokenizers, strict=True):
+    shape = config.student.shape if path is paths[0] else None
+    _check_vocabulary(path, tokenizer, shape)
     _check_positions(path, config.data.max_length)
-  if config.teacher.path:
-    tokenizer_lib.check_same(
-      tokenizer,
-      tokenizer_lib.load(models.tokenizer_dir(config.teacher.path)),
-      config.student.path,
-      config.teacher.path,
-    )
-    _check_vocabulary(config.teacher.path, tokenizer, None)
-  evaluators = evaluator.make(config.evals, config.data.validation)
+  if len(paths) == 2 and objective.one_tokenizer:
+    tokenizer_lib.check_same(*tokenizers, *paths)
+  evaluators = evaluator_lib.make(config.evals, config.data.validation)
 
   best = config.checkpoint.best_metric
   if best is not None and best.partition('/')[0] not in evaluators:
@@ -91,35 +91,24 @@ def build(config, workdir, mesh):
     )
 
   examples = None
-  if config.rollout.writer == 'dataset' and config.train.steps != 0:
-    examples = inputs.examples(config, config.data.train, tokenizer)
+  if not writer.makes_rows and config.train.steps != 0:
+    examples = inputs.examples(config, config.data.train, tokenizers[0])
 
   def load(part, dtype):
+    settings = {'dtype': dtype, 'mesh': mesh, 'quantize': part.quantize}
     shape = part.get('shape')
     if shape is None:
-      model = models.load(
-        part.path, dtype=dtype, mesh=mesh, quantize=part.quantize
-      )
-    else:
-      model = models.init(
-        part.path,
-        config.seed,
-        dtype=dtype,
-        mesh=mesh,
-        quantize=part.quantize,
-        **shape,
-      )
-    if part is config.student:
-      return _with_adapters(model, config, mesh)
-    return model
+      return models.load(part.path, **settings)
+    return models.init(part.path, config.seed, **settings, **shape)
 
   return _assemble(
     config,
     mesh,
     objective,
+    writer,
     load,
+    tokenizers=tokenizers,
     workdir=workdir,
-    tokenizer=tokenizer,
     evaluators=evaluators,
     examples=examples,
   )
@@ -130,29 +119,43 @@ def abstract(config, mesh):
 
   Of the models, config.json is read and nothing else; there is no data.
   """
-  objective = _checked_objective(config, mesh)
+  objective, writer = _checked(config, mesh)
 
-  def shapes(part, dtype):
-    shape = models.read_config(part.path, **(part.get('shape') or {}))
-    settings = part.get('lora')
-    adapters = None if settings is None else lora.make_config(settings)
-    definition, params = transformer.split(
-      models.abstract(shape, '', adapters, part.quantize)
-    )
+  def load(part, dtype):
+    definition, params = transformer.split(_abstract(part))
     params = jax.eval_shape(lambda p: transformer.cast(p, dtype), params)
     return nnx.merge(definition, sharding.abstract(params, mesh))
 
-  return _assemble(config, mesh, objective, shapes)
+  return _assemble(config, mesh, objective, writer, load)
 
 
-def _checked_objective(config, mesh):
-  """The objective; refuses what is wrong whatever the models and the data."""
+def _abstract(part):
+  """The model of `config.student` or `config.teacher`, without weights."""
+  shape, adapters = part.get('shape'), part.get('lora')
+  resolve = models.resolve_base if shape is None else models.resolve
+  return models.abstract(
+    models.read_config(part.path, **(shape or {})),
+    resolve(part.path, '*config.json'),
+    None if adapters is None else lora.make_config(adapters),
+    part.quantize,
+  )
+
+
+def _checked(config, mesh):
+  """(objective, writer); refuses what is wrong whatever models and data are."""
+  for key, place in (
+    ('head_chunk', 'config.train.head_chunk'),
+    ('critic', 'config.critic'),
+  ):
+    if key in config.objective:
+      raise UserError(f'config.objective.{key} is no setting; set {place}')
   objective = objectives.make(
     head_chunk=config.train.head_chunk,
     critic=config.critic.to_dict(),
     **config.objective,
   )
-  rollout.check(**config.rollout)
+  objective.check(config)
+  writer = rollout.make(**config.rollout)
   if config.student.lora is not None:
     lora.make_config(config.student.lora)
   for name in ('student', 'teacher'):
@@ -166,64 +169,73 @@ def _checked_objective(config, mesh):
     raise UserError('config.train: set steps or epochs')
   microbatch = config.train.microbatch_size or config.train.batch_size
   sharding.check_batch_size(config.train.batch_size, microbatch, mesh)
-  if objective.whole_rows and config.data.packing:
-    raise UserError(
-      'config.data.packing: this objective reads rows whole, one document '
-      'each; set it to False'
-    )
   for settings in (config.optimizer, config.critic_optimizer):
     optimizer(settings, 1)
-  uses_teacher = objective.needs_teacher or config.rollout.writer == 'teacher'
-  if uses_teacher and config.teacher.path is None:
+  needs_teacher = objective.needs_teacher or writer.needs_teacher
+  if needs_teacher and config.teacher.path is None:
     raise UserError(
       'config.teacher.path is not set, and this config needs a teacher'
     )
-  return objective
+  return objective, writer
 
 
-def _assemble(config, mesh, objective, load, **rest):
+def _assemble(config, mesh, objective, writer, load, tokenizers=(), **rest):
   """A `Run` of models that `load(part of the config, dtype)` gives."""
-  # All weights are trained in fp32; a frozen base keeps its own dtype.
-  trains_all = config.student.lora is None
-  dtype = 'float32' if trains_all else config.student.dtype
-  student, teacher = load(config.student, dtype), None
+  if config.student.lora is None:
+    # All weights are trained, in fp32. Where a state is restored, they are not
+    # read.
+    student = _abstract(config.student)
+  else:  # A frozen base keeps its own dtype.
+    student = load(config.student, config.student.dtype)
+    _put_adapters(student, config, mesh)
+  teacher = None
   if config.teacher.path:
     teacher = load(config.teacher, config.teacher.dtype)
-  shapes = student.config, teacher and teacher.config
-  student, student_params = transformer.split(student)
-  frozen = {}
-  if config.student.lora is not None:
-    student_params, frozen['student'] = lora.partition(student_params)
-  if teacher is not None:
-    teacher, frozen['teacher'] = transformer.split(teacher)
-  this = Run(
+  both, params = pair.make(
+    student,
+    teacher,
+    dtype=config.train.precision,
+    remat=config.student.remat,
+    tokenizers=tokenizers,
+  )
+  constants = objective.constants(both)
+  if constants:
+    constants = jax.device_put(constants, sharding.replicated(mesh))
+    both.frozen['method'] = constants
+
+  def start():
+    if config.student.lora is not None:
+      return params
+    model = load(config.student, 'float32')
+    lora.merge(model)
+    return transformer.split(model)[1]
+
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params
+  )
+  return Run(
     config=config,
     mesh=mesh,
     objective=objective,
-    student=student,
-    teacher=teacher,
+    writer=writer,
+    models=both,
+    start=start,
     shapes=shapes,
-    frozen=frozen,
     **rest,
   )
-  return this, student_params
 
 
-def _with_adapters(model, config, mesh):
-  """The student as it starts: with adapters if `config.student.lora` says so.
+def _put_adapters(model, config, mesh):
+  """Adapters as `config.student.lora` says, in place.
 
-  Those of an adapter's directory go on, if they are what the config asks for;
-  without `lora` they are merged, and all weights are trained.
+  Those of an adapter's directory go on, if they are what the config asks for.
   """
-  settings = config.student.lora
-  if settings is None:
-    lora.merge(model)
-  elif lora.adapters(model):
-    lora.resume(model, lora.make_config(settings), config.student.path)
+  settings = lora.make_config(config.student.lora)
+  if lora.adapters(model):
+    lora.resume(model, settings, config.student.path)
   else:
     place = sharding.replicated(mesh)
-    lora.attach(model, lora.make_config(settings), config.seed, place)
-  return model
+    lora.attach(model, settings, config.seed, place)
 
 
 def _check_vocabulary(path, tokenizer, shape):
@@ -257,64 +269,40 @@ def optimizer(config, total_steps):
   return optim.make(schedule, **settings), schedule
 
 
-def make_train_step(this, student_params, steps_per_epoch, total):
-  """The jitted step of a run, and how its state comes about.
-
-  Nothing is allocated, and `student_params` may be shapes.
-
-  Returns:
-    train_step: see `step.make_train_step`.
-    make: (student's parameters, extra, critic) -> `TrainState`.
-    state: what `make` makes, as shapes with their places on the mesh.
-  """
-  c = this.config
+def training(run, steps_per_epoch, total):
+  """The `Training` of a run of `total` steps; nothing is allocated."""
+  c = run.config
   main, schedule = optimizer(c.optimizer, total)
   critic_optimizer, _ = optimizer(c.critic_optimizer, total)
 
-  def make(student_params, extra, critic):
-    return step.init_state(
-      student_params,
-      main,
-      extra=extra,
-      critic=critic,
-      critic_optimizer=critic_optimizer,
-    )
+  def first_state(params, own):
+    return step.init_state(params, own, main, critic_optimizer)
 
-  extra, critic = this.objective.shapes(*this.shapes)
-  state = jax.eval_shape(make, student_params, extra, critic)
+  own = run.objective.shapes(*run.models.configs)
+  state = jax.eval_shape(first_state, run.shapes, own)
+  state = sharding.abstract(state, run.mesh)
+  places = jax.tree.map(lambda x: x.sharding, state)
+
+  def init():
+    own = run.objective.init(
+      jax.random.key(c.seed), *run.models.configs, run.mesh
+    )
+    make = jax.jit(first_state, out_shardings=places, donate_argnums=(0, 1))
+    return make(run.start(), own)
+
   train_step = step.make_train_step(
-    step.Models(
-      this.student,
-      this.teacher if this.objective.needs_teacher else None,
-      jnp.dtype(c.train.precision),
-      c.student.remat,
-    ),
-    this.objective.for_run(steps_per_epoch, total),
+    run.objective.for_run(steps_per_epoch, total),
     main,
     schedule,
     critic_optimizer=critic_optimizer,
     seed=c.seed,
     microbatches=microbatches(c),
-    out_shardings=step.state_shardings(state, this.mesh),
+    out_shardings=(places, sharding.replicated(run.mesh)),
   )
-  return train_step, make, sharding.abstract(state, this.mesh)
+  return Training(train_step, state, init)
 
 
 def microbatches(config):
   """How many of them make an optimizer step."""
   c = config.train
   return c.batch_size // (c.microbatch_size or c.batch_size)
-
-
-def first_state(this, student_params, make, state):
-  """The state at step 0. Consumes the student's parameters.
-
-  `make` and `state` are those of `make_train_step`.
-  """
-  extra, critic = this.objective.init(
-    jax.random.key(this.config.seed), *this.shapes, this.mesh
-  )
-  places = jax.tree.map(lambda x: x.sharding, state)
-  return jax.jit(make, out_shardings=places, donate_argnums=(0, 1, 2))(
-    student_params, extra, critic
-  )

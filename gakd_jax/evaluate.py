@@ -21,7 +21,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
@@ -38,7 +37,7 @@ from gakd_jax import (
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers, evaluator, tasks
 from gakd_jax.evals import statistics as statistics_lib
-from gakd_jax.models import transformer
+from gakd_jax.models import pair
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'What is measured.')
 _MODEL = flags.DEFINE_list('model', None, 'Directories, runs or hub ids.')
@@ -75,9 +74,9 @@ def run(config, paths, workdir):
 
     def load():
       settings = config.teacher.dtype, mesh, None, config.teacher.quantize
-      return transformer.split(models.load(t_path, *settings))
+      return models.load(t_path, *settings)
 
-    if any(one.needs_teacher for one in evaluators.values()):
+    if any(one.teacher_reads_student_ids for one in evaluators.values()):
       load = functools.cache(load)  # Once, for all students.
     teacher = t_path, out, load
   results = {}
@@ -188,9 +187,10 @@ def _subject(config, evaluators, path, workdir, teacher, mesh, identity):
   dtype = config.train.precision
   t_path, t_workdir, load_teacher = teacher or (None, None, None)
   is_teacher = workdir == t_workdir
-  t_definition, frozen = None, {}
+  t_model = None
   if is_teacher or (
-    teacher and any(one.needs_teacher for one in evaluators.values())
+    teacher
+    and any(one.teacher_reads_student_ids for one in evaluators.values())
   ):
     tokenizer_lib.check_same(
       tokenizer,
@@ -198,20 +198,17 @@ def _subject(config, evaluators, path, workdir, teacher, mesh, identity):
       path,
       t_path,
     )
-    t_definition, frozen['teacher'] = load_teacher()
-  if is_teacher:  # It is measured against itself.
-    student, params = t_definition, frozen['teacher']
-  else:
-    student, params = transformer.split(models.load(path, dtype, mesh))
+    t_model = load_teacher()
+  # A teacher is measured against itself.
+  model = t_model if is_teacher else models.load(path, dtype, mesh)
+  both, params = pair.make(
+    model, t_model, dtype=dtype, tokenizers=(tokenizer, tokenizer)
+  )
   subject = evaluator.Subject(
-    student=student,
-    teacher=t_definition,
-    frozen=frozen,
-    tokenizer=tokenizer,
+    models=both,
     template=config.data.template,
     max_length=config.data.max_length,
     max_prompt_length=config.data.max_prompt_length,
-    dtype=jnp.dtype(dtype),
     head_chunk=config.train.head_chunk,
     mesh=mesh,
     workdir=workdir,

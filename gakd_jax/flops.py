@@ -15,60 +15,40 @@ import jax
 from gakd_jax import sharding
 
 
-def of_step(
-  objective,
-  shapes,
-  params,
-  frozen,
-  critic,
-  *,
-  rows,
-  length,
-  microbatches=1,
-  remat=False,
-):
+def of_step(objective, models, params, own, *, rows, length, microbatches=1):
   """{part: FLOPs} of one optimizer step, over all devices.
 
   Args:
     objective: the method.
-    shapes: the `DecoderConfig` of student and teacher (or None).
-    params, frozen, critic: parameter trees of the state, arrays or shapes.
+    models: `models.pair.Models`; parameters may be shapes, here as below.
+    params: of the student, those that are trained.
+    own: the method's `Own`.
     rows, length: B and T of the whole batch.
     microbatches: into how many it is split.
-    remat: whether the student's blocks are computed again.
   """
-  student, teacher = shapes
+  student, teacher = models.configs
+  frozen = models.frozen
   n = rows * length
-  again = update_first(objective, critic, microbatches)
+  again = own.critic and objective.updates_critic_first(microbatches)
   base = block_weights(frozen.get('student', {}))
-  trained = block_weights(params['student'])
-  forward = 2 * (base + trained) + _attention(student, length)
-  backward = forward + 2 * trained + _attention(student, length)
+  trained = block_weights(params)
+  forward = 2 * (base + trained) + attention(student, length)
+  backward = forward + 2 * trained + attention(student, length)
   parts = {
     'student forward': n * forward * (2 if again else 1),
-    'student backward': n * (backward + (forward if remat else 0)),
+    'student backward': n * (backward + (forward if models.remat else 0)),
   }
   V = student.vocab_size
   if objective.needs_teacher:
     V = min(V, teacher.vocab_size)
     weights = block_weights(frozen['teacher'])
-    parts['teacher forward'] = n * (2 * weights + _attention(teacher, length))
+    parts['teacher forward'] = n * (2 * weights + attention(teacher, length))
     parts['teacher head'] = n * 2 * V * teacher.width
-  head = 'embedding' if student.tied_head else 'head_weight'
   # Logits, the gradient of the hidden states, and that of the head.
-  passes = 3 if head in params['student'] else 2
+  passes = 3 if models.head_name in params else 2
   parts['student head'] = n * passes * 2 * V * student.width
-  if critic:
-    parts['critic'] = _critic(
-      objective, shapes, critic, n, length, microbatches
-    )
-  return parts
-
-
-def update_first(objective, critic, microbatches):
-  """Whether the student runs once more, for the critic (`step`)."""
-  return bool(
-    critic and microbatches > 1 and not objective.critic_by_microbatch
+  return parts | objective.flops(
+    student, teacher, own, rows, length, microbatches
   )
 
 
@@ -82,31 +62,6 @@ def block_weights(params):
   )
 
 
-def _attention(config, length):
+def attention(config, length):
   """Of a token in a forward pass: products with keys, and with values."""
   return 4 * length * config.layers * config.heads * config.head_dim
-
-
-def _critic(objective, shapes, critic, n, length, microbatches):
-  """Its projection W of both heads, W'W, and its trunk (`objectives/gakd`)."""
-  V, C = critic['projection'].shape
-  update, loss = objective.critic_passes
-  config = objective.critic_config(*shapes)
-  trunk = 2 * block_weights(critic) + _attention(config, length)
-
-  def read(shape):
-    """Of the critic's input, for all tokens of one model."""
-    if objective.input == 'probs' or shape.head_cap:  # through logits
-      return 2 * n * V * (shape.width + C)
-    # E'W once a microbatch, then every token.
-    return 2 * C * (V * microbatches + n) * shape.width
-
-  student, teacher = map(read, shapes)
-  # W'W is of the penalty, and has as many products as that has passes.
-  gram = (update - 6) * V * C * C * microbatches
-  # Forward, and the gradient of W.
-  per_update = n * update * trunk + 2 * (student + teacher) + gram
-  # Of L_G: forward, of the teacher if its third pass is there, and the
-  # gradients of the student's hidden states and head.
-  per_loss = n * loss * trunk + (loss - 2) * teacher + 3 * student
-  return objective.critic_steps * per_update + per_loss

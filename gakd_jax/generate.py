@@ -20,7 +20,6 @@ from absl import app, flags
 from gakd_jax import UserError, models, rollout, sampling, sharding
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizers
-from gakd_jax.sampler import Sampler
 
 _MODEL = flags.DEFINE_string(
   'model', None, 'Hugging Face directory or hub id.', required=True
@@ -123,15 +122,16 @@ def write_dataset():
     raise UserError('--dataset needs --output=FILE.jsonl, to write answers to')
   if os.path.exists(_OUTPUT.value):
     raise UserError(f'--output={_OUTPUT.value}: it exists; name another file')
-  settings = _sampling()
-  Sampler(**{k: v for k, v in settings.items() if k != 'max_new_tokens'})
-  rollout.check_samples(_SAMPLES.value, _TEMPERATURE.value)
+  writer = rollout.Teacher(
+    samples=_SAMPLES.value, batch_size=_BATCH_SIZE.value, **_sampling()
+  )
   tokenizer, template = _tokenizer()
   templates.eos_id(template, tokenizer)
   rows, bad = sources.load(_DATASET.value, need_response=False)
   for reason, n in sorted(bad.items()):
     print(f'data: {n} skipped: {reason}', flush=True)
-  rollout.write(
+  rollout.write_answers(
+    writer,
     # All devices share the prompts.
     models.load(_MODEL.value, _DTYPE.value, sharding.make_mesh()),
     tokenizer,
@@ -147,10 +147,7 @@ def write_dataset():
     template=template,
     max_prompt_length=_MAX_PROMPT_LENGTH.value,
     seed=_SEED.value,
-    samples=_SAMPLES.value,
-    batch_size=_BATCH_SIZE.value,
     keep_unfinished=_KEEP_UNFINISHED.value,
-    **settings,
   )
 
 

@@ -1,12 +1,11 @@
 """From a config to the data of a run: examples, batches, a teacher's answers.
 
-`this` is a `build.Run`.
+`run` is a `build.Run`.
 """
 
 import math
 
 import jax
-from flax import nnx
 
 from gakd_jax import UserError, models, rollout
 from gakd_jax.data import pipeline, sources
@@ -39,17 +38,17 @@ def examples(config, spec, tokenizer):
   return encoded
 
 
-def training_batches(this):
+def training_batches(run):
   """The data iterator."""
-  c = this.config
-  encoded = this.examples
+  c = run.config
+  encoded = run.examples
   if encoded is None:
-    encoded = examples(c, teacher_answers(this), this.tokenizer)
+    encoded = examples(c, teacher_answers(run), run.models.tokenizer)
   batches = pipeline.batches(
     encoded,
     batch_size=c.train.batch_size,
     max_length=c.data.max_length,
-    pad_id=tokenizer_lib.pad_id(this.tokenizer),
+    pad_id=tokenizer_lib.pad_id(run.models.tokenizer),
     buckets=c.data.buckets,
     packing=c.data.packing,
     seed=c.seed,
@@ -72,21 +71,20 @@ def total_steps(config, steps_per_epoch):
   return math.ceil(config.train.epochs * steps_per_epoch)
 
 
-def teacher_answers(this):
+def teacher_answers(run):
   """The data file that the teacher wrote; it is written if it is not there."""
-  c = this.config
-  path = this.workdir / 'answers.jsonl'
+  c = run.config
+  path = run.workdir / 'answers.jsonl'
   if not path.exists():
     if c.data.train is None:
       raise UserError('config.data.train is not set: name a file of prompts')
     rows, _ = sources.load(
       c.data.train, on_bad_row=c.data.on_bad_row, need_response=False
     )
-    settings = c.rollout.to_dict()
-    settings.pop('writer')
-    rollout.write(
-      nnx.merge(this.teacher, this.frozen['teacher']),
-      this.tokenizer,
+    rollout.write_answers(
+      run.writer,
+      run.models.teacher(),
+      run.models.tokenizers[1],
       rows,
       path,
       source={
@@ -98,6 +96,5 @@ def teacher_answers(this):
       max_prompt_length=c.data.max_prompt_length,
       seed=c.seed,
       on_bad_row=c.data.on_bad_row,
-      **settings,
     )
   return path

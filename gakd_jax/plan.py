@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from gakd_jax import UserError, build, flops, report, rundir, sharding
 from gakd_jax.data import pipeline
+from gakd_jax.objectives.base import Own
 
 GB = 1e9
 
@@ -76,21 +77,22 @@ def make(config, mesh):
   """The `Plan` of a config whose paths are directories or hub ids."""
   if config.student.path is None:
     raise UserError('config.student.path is not set: name a model directory')
-  this, student_params = build.abstract(config, mesh)
+  run = build.abstract(config, mesh)
   # How many steps there are changes no shape; 0 an epoch fit any warm-up.
   total = config.train.steps or 10**9
-  train_step, _, state = build.make_train_step(this, student_params, 0, total)
+  training = build.training(run, 0, total)
+  state, frozen = training.state, run.models.frozen
   batch = _batch(config, mesh)
-  compiled = train_step.lower(state, this.frozen, batch).compile(
+  compiled = training.step.lower(state, run.models, batch).compile(
     compiler_options=_NO_HOISTING if _hoists(config) else None
   )
-  parts = _resident(state, this.frozen, batch)
+  parts = _resident(state, frozen, batch)
   temporary = _temporary(compiled)
   # Gradients and logits are among the temporaries, but need not be there at
   # the same time: what is over is activations and all else.
   for name, size in (
     ('gradients', device_bytes(state.params)),
-    ('head: logits of a chunk', _chunk_bytes(this)),
+    ('head: logits of a chunk', _chunk_bytes(run)),
   ):
     parts[name] = min(size, temporary)
     temporary -= parts[name]
@@ -101,18 +103,16 @@ def make(config, mesh):
     rows=rows // microbatches // sharding.batch_ways(mesh),
     tokens=rows * length,
     devices=mesh.size,
-    parameters=_parameters(state, this.frozen),
+    parameters=_parameters(state, frozen),
     bytes=parts,
     flops=flops.of_step(
-      this.objective,
-      this.shapes,
-      state.params,
-      this.frozen,
-      state.critic,
+      run.objective,
+      run.models,
+      state.params['student'],
+      Own(critic=state.critic),
       rows=rows,
       length=length,
       microbatches=microbatches,
-      remat=config.student.remat,
     ),
     compiled=compiled,
   )
@@ -196,15 +196,15 @@ def _temporary(compiled):
   )
 
 
-def _chunk_bytes(this):
+def _chunk_bytes(run):
   """fp32 logits of one chunk, of every model that takes part."""
-  c, mesh = this.config, this.mesh
+  c, mesh = run.config, run.mesh
   local = c.train.batch_size // sharding.batch_ways(mesh) * c.data.max_length
   tokens = min(c.train.head_chunk, local // build.microbatches(c))
-  models = this.shapes if this.objective.needs_teacher else this.shapes[:1]
-  V = min(shape.vocab_size for shape in models)
+  configs = run.models.configs[: 1 + run.objective.needs_teacher]
+  V = min(config.vocab_size for config in configs)
   ways = mesh.shape['tensor']
-  return 4 * len(models) * tokens * (V // ways if V % ways == 0 else V)
+  return 4 * len(configs) * tokens * (V // ways if V % ways == 0 else V)
 
 
 def rows_that_fit(plan, config, mesh, memory, tries=5):

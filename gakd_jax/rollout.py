@@ -1,11 +1,13 @@
 """Who writes the responses that a student learns from.
 
-'dataset': the rows as they are. 'teacher': the teacher answers their prompts,
-once, before training (sequence-level distillation, arXiv 1606.07947); `write`
-does it, for `python -m gakd_jax.generate --dataset` too.
+A writer is a frozen dataclass of its settings (`config.rollout`) that stands
+between the data and the train step: `write` makes of a batch the one that is
+trained on. `write_answers` has a model answer a whole data set, for `Teacher`
+and for `python -m gakd_jax.generate --dataset`.
 """
 
 import collections
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ from gakd_jax import UserError, partial, report, sampling
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import scores
+from gakd_jax.sampler import Sampler
 
 # A sample's place is its row and, in the bits above these, its number: what it
 # draws does not depend on how many rows and samples there are.
@@ -24,46 +27,84 @@ _ROW_BITS = 24
 MOST_SAMPLES = 1 << (32 - _ROW_BITS)
 
 
-def check(writer, **settings):
-  """Refuses a rollout that does not exist, in one line."""
-  known = {
-    'dataset': set(),
-    'teacher': {
-      'max_new_tokens',
-      'temperature',
-      'top_k',
-      'top_p',
-      'no_repeat_ngram',
-      'batch_size',
-      'samples',
-    },
-  }
-  if writer not in known:
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """The responses of the data, as they are."""
+
+  needs_teacher = False
+  makes_rows = False  # Whether it writes the rows before the first batch.
+
+  def write(self, models, state, batch, key):
+    """The batch that is trained on.
+
+    Args:
+      models: `models.pair.Models`.
+      state: `step.TrainState` before the step.
+      batch: `data.pipeline.Batch` of the data, on the run's mesh.
+      key: of this step.
+    """
+    del models, state, key
+    return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher(Dataset):
+  """The teacher answers the prompts of the data once, before training.
+
+  Sequence-level distillation (arXiv 1606.07947). The answers are kept in
+  <workdir>/answers.jsonl. Settings are those of `write_answers`.
+  """
+
+  needs_teacher = True
+  makes_rows = True
+
+  max_new_tokens: int = 256
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  no_repeat_ngram: int = 0
+  batch_size: int = 32
+  samples: int = 1
+
+  def __post_init__(self):
+    for name in ('max_new_tokens', 'batch_size'):
+      if getattr(self, name) < 1:
+        raise UserError(
+          f'answers: {name}={getattr(self, name)}; expected 1 or more'
+        )
+    Sampler(self.temperature, self.top_k, self.top_p, self.no_repeat_ngram)
+    if not 1 <= self.samples <= MOST_SAMPLES:
+      raise UserError(
+        f'samples={self.samples} of a prompt; expected 1 to {MOST_SAMPLES}'
+      )
+    if self.samples > 1 and self.temperature == 0:
+      raise UserError(
+        f'samples={self.samples} at temperature=0 would all be the same; raise '
+        'the temperature, or take 1'
+      )
+
+
+WRITERS = {'dataset': Dataset, 'teacher': Teacher}
+
+
+def make(writer, **settings):
+  """The writer of a config; one line for what is misspelt."""
+  if writer not in WRITERS:
     raise UserError(
-      f'config.rollout: no writer {writer!r}; known are {", ".join(known)}'
+      f'config.rollout: no writer {writer!r}; known are {", ".join(WRITERS)}'
     )
-  wrong = sorted(set(settings) - known[writer])
+  known = sorted(f.name for f in dataclasses.fields(WRITERS[writer]))
+  wrong = sorted(set(settings) - set(known))
   if wrong:
     raise UserError(
       f'config.rollout: writer {writer!r} has no setting {wrong[0]!r}; known '
-      f'are {", ".join(sorted(known[writer])) or "none"}'
+      f'are {", ".join(known) or "none"}'
     )
-  check_samples(settings.get('samples', 1), settings.get('temperature', 1.0))
+  return WRITERS[writer](**settings)
 
 
-def check_samples(samples, temperature):
-  if not 1 <= samples <= MOST_SAMPLES:
-    raise UserError(
-      f'samples={samples} of a prompt; expected 1 to {MOST_SAMPLES}'
-    )
-  if samples > 1 and temperature == 0:
-    raise UserError(
-      f'samples={samples} at temperature=0 would all be the same; raise the '
-      'temperature, or take one'
-    )
-
-
-def write(
+def write_answers(
+  writer,
   model,
   tokenizer,
   rows,
@@ -73,13 +114,6 @@ def write(
   template,
   max_prompt_length,
   seed,
-  max_new_tokens=256,
-  temperature=1.0,
-  top_k=0,
-  top_p=1.0,
-  no_repeat_ngram=0,
-  batch_size=32,
-  samples=1,
   keep_unfinished=False,
   on_bad_row='skip',
 ):
@@ -97,9 +131,9 @@ def write(
   system that all see.
 
   Args:
+    writer: a `Teacher`: how answers are drawn, and how many to each prompt.
     model, tokenizer, rows, path: see above.
     source: what identifies model and data; a dict of names to JSON values.
-    samples: answers to each prompt.
     keep_unfinished: otherwise answers that are empty or did not end within
       `max_new_tokens` are left out: a student would learn not to stop.
     on_bad_row: 'skip' or 'fail', of rows that the template cannot hold.
@@ -110,19 +144,13 @@ def write(
   Raises:
     UserError: also if `<path>.partial` is of other settings.
   """
-  check_samples(samples, temperature)
   path = Path(path)
-  decoding = {
-    'max_new_tokens': max_new_tokens,
-    'temperature': temperature,
-    'top_k': top_k,
-    'top_p': top_p,
-    'no_repeat_ngram': no_repeat_ngram,
+  decoding = dataclasses.asdict(writer) | {
     'eos_ids': templates.stop_ids(template, tokenizer),
     'seed': seed,
-    'batch_size': batch_size,
     'valid_vocab': len(tokenizer),
   }
+  samples = decoding.pop('samples')
   prompts, left_out = _prompts(
     tokenizer, rows, template, max_prompt_length, on_bad_row
   )
@@ -149,7 +177,7 @@ def write(
   if not lines:
     raise UserError(
       f'none of {len(wanted)} answers ended within max_new_tokens='
-      f'{max_new_tokens} and said something; raise it, or fine-tune the '
+      f'{writer.max_new_tokens} and said something; raise it, or fine-tune the '
       'model that answers'
     )
   if jax.process_index() == 0:

@@ -22,8 +22,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gakd_jax import UserError, sharding
-from gakd_jax.sampler import Sampler
 from gakd_jax.models import transformer
+from gakd_jax.sampler import Sampler
 
 # Prompts are padded to a power of two, at least this: less padding would cost
 # more compilations than it saves time.

@@ -97,6 +97,32 @@ def batch_ways(mesh):
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def copies(x_VD):
+  """A whole copy of a vocabulary head on each device that splits rows.
+
+  [R, V, D], or None where nothing splits rows. The gradient of copies is summed
+  over these devices, straight into the place of `x_VD`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or batch_ways(mesh) == 1:
+    return None
+  spec = _spec('head_weight', x_VD.shape, mesh)
+  is_split = mesh.shape['fsdp'] > 1 and spec[1] == 'fsdp'
+
+  def local(x_VD):
+    if is_split:
+      x_VD = jax.lax.all_gather(x_VD, 'fsdp', axis=1, tiled=True)
+    return x_VD[None]
+
+  return jax.shard_map(
+    local,
+    in_specs=P(None, 'fsdp' if is_split else None),
+    out_specs=P(BATCH_AXES),
+    axis_names=set(BATCH_AXES),
+    check_vma=False,
+  )(x_VD)
+
+
 def check_batch_size(batch_size, microbatch_size, mesh):
   """Refuses a batch that does not divide over microbatches and the mesh."""
   ways = batch_ways(mesh)

@@ -1,11 +1,13 @@
 """The one jitted update.
 
-A step is a pure function of (state, frozen parameters, batch): methods differ
-only in the objective object that they hand it.
+A step is a pure function of (state, models, batch): methods differ only in the
+objective object that they hand it. It reads in the order in which it happens:
+what student and teacher put out, the critic's update on that, the loss against
+the updated critic and its gradient with respect to the student's outputs, and
+that gradient pulled back into the student's parameters.
 """
 
-import dataclasses
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,7 @@ import optax
 from flax import struct
 
 from gakd_jax import sharding
-from gakd_jax.data import segments
-from gakd_jax.models import lora, transformer
+from gakd_jax.objectives.base import Own
 
 
 @struct.dataclass
@@ -22,19 +23,18 @@ class TrainState:
   """Exactly what is saved."""
 
   step: jax.Array  # optimizer steps taken
-  params: dict  # {'student': ..., 'extra': ...}: descend objective.loss
+  params: dict  # {'student': ..., 'extra': ...}: descend the objective's terms
   opt_state: optax.OptState
   critic: dict  # descends objective.critic_loss; {} if there is none
   critic_opt_state: optax.OptState
+  memory: dict  # of the objective, moved by its `remember`; {} if none
 
 
-def init_state(
-  student_params, optimizer, *, extra=None, critic=None, critic_optimizer=None
-):
+def init_state(student_params, own, optimizer, critic_optimizer):
   """A fresh state, fp32 master weights; jit it with `state_shardings`."""
-  params = {'student': student_params, 'extra': extra or {}}
+  params = {'student': student_params, 'extra': own.extra}
   params, critic = jax.tree.map(
-    lambda x: x.astype(jnp.float32), (params, critic or {})
+    lambda x: x.astype(jnp.float32), (params, own.critic)
   )
   return TrainState(
     step=jnp.zeros((), jnp.int32),
@@ -42,41 +42,16 @@ def init_state(
     opt_state=optimizer.init(params),
     critic=critic,
     critic_opt_state=critic_optimizer.init(critic) if critic else (),
+    memory=own.memory,
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class Models:
-  """Student and teacher as functions of parameters and a batch.
-
-  `student` and `teacher` are model definitions (`transformer.split`); `frozen`
-  has the 'teacher's parameters, and those of the 'student' that are not
-  trained, if any. The teacher is None for methods that need none. It keeps no
-  activations and gets no gradient. `key` draws dropout.
-  """
-
-  student: Any
-  teacher: Any
-  dtype: Any  # of the computation
-  remat: bool = False  # of the student's blocks
-
-  def student_outputs(self, params, frozen, batch, key):
-    params = lora.combine(params, frozen.get('student'))
-    return transformer.apply(
-      self.student, params, batch.student, self.dtype, self.remat, key
-    )
-
-  def teacher_outputs(self, frozen, batch):
-    if self.teacher is None:
-      return None
-    outputs = transformer.apply(
-      self.teacher, frozen['teacher'], batch.teacher, self.dtype
-    )
-    return jax.lax.stop_gradient(outputs)
+def state_shardings(state, mesh):
+  """(state, metrics) shardings of a (abstract) state on a mesh."""
+  return sharding.shardings(state, mesh), sharding.replicated(mesh)
 
 
 def make_train_step(
-  models,
   objective,
   optimizer,
   schedule,
@@ -86,10 +61,10 @@ def make_train_step(
   microbatches=1,
   out_shardings=None,
 ):
-  """The jitted update: (state, frozen, batch) -> state, metrics.
+  """The jitted update: (state, models, batch) -> state, metrics.
 
   The state is donated. With several microbatches, rows are dealt out in turn
-  and gradients summed: losses divide by the numbers of the whole batch, so the
+  and gradients summed: losses divide by the totals of the whole batch, so the
   split changes nothing but what is drawn at random.
 
   A critic is updated before the student's loss is computed. In one microbatch
@@ -98,88 +73,91 @@ def make_train_step(
   more forward pass of the student (`objective.critic_by_microbatch` does
   without).
   """
-  critic_update = _make_critic_update(objective, critic_optimizer)
-  update_first = microbatches > 1 and not objective.critic_by_microbatch
+  critic_first = objective.updates_critic_first(microbatches)
 
-  def student_loss(
-    params, critic_state, frozen, teacher, rows, numbers, rngs, step
-  ):
-    student = models.student_outputs(params['student'], frozen, rows, rngs[2])
-    critic_metrics = {}
-    if critic_state[0] and not update_first:
-      pair = jax.lax.stop_gradient((student, teacher))
-      critic_state, critic_metrics = critic_update(
-        critic_state,
-        [x.head for x in pair],
-        [x.hidden_BTD[None] for x in pair],
-        jax.tree.map(lambda x: x[None], rows),
-        numbers,
-        rngs[1],
-      )
-    loss, metrics = objective.loss(
-      student,
-      teacher,
-      rows.replace(**numbers),
-      params['extra'],
-      critic_state[0],
-      rngs[0],
-      step,
+  def train_step(state, models, batch):
+    if not objective.needs_teacher:
+      models = models.alone()
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    loss_key, critic_key, dropout_key = jax.random.split(key, 3)
+    params = state.params['student']
+    own = Own(
+      extra=state.params['extra'],
+      critic=state.critic,
+      memory=state.memory,
+      constants=models.frozen.get('method', {}),
+      step=state.step,
     )
-    return loss, (critic_state, {'loss': loss} | metrics | critic_metrics)
+    totals = objective.count(batch)
+    dealt = jax.tree.map(lambda x: _deal(x, microbatches), batch)
+    outputs_of = functools.partial(models.pair, params, models.heads(params))
+    trains_head = models.head_name in params
+    # A head has a gradient of its own, once a step.
+    backbone = {k: p for k, p in params.items() if k != 'head_weight'}
 
-  grad_fn = jax.grad(student_loss, has_aux=True)
+    def student_hidden(backbone, i, rows):
+      key = jax.random.fold_in(dropout_key, i)
+      return models.student_hidden(params | backbone, rows, key)
 
-  def train_step(state, frozen, batch):
-    rng = jax.random.fold_in(jax.random.key(seed), state.step)
-    # Of what is random: the objective, the critic's update, dropout.
-    rngs = rng, *(jax.random.fold_in(rng, microbatches + i) for i in range(2))
-    numbers = _count(batch.student)
-    rows = jax.tree.map(lambda x: _deal(x, microbatches), batch)
+    def update_critic(critic_state, hiddens, rows, key):
+      return _update_critic(
+        objective,
+        critic_optimizer,
+        critic_state,
+        outputs_of,
+        hiddens,
+        rows,
+        totals,
+        own,
+        key,
+      )
+
+    def microbatch(critic_state, i, rows, t_hidden):
+      s_hidden, pull_back = jax.vjp(
+        lambda backbone: student_hidden(backbone, i, rows), backbone
+      )
+      if t_hidden is None:
+        t_hidden = models.teacher_hidden(rows)
+      critic_metrics = {}
+      if state.critic and not critic_first:
+        critic_state, critic_metrics = update_critic(
+          critic_state,
+          *jax.tree.map(lambda x: x[None], ((s_hidden, t_hidden), rows)),
+          jax.random.fold_in(critic_key, i),
+        )
+      d, metrics, gram = _gradients(
+        objective,
+        *outputs_of((s_hidden, t_hidden)),
+        rows.replace(totals=totals),
+        own.replace(critic=critic_state[0]),
+        jax.random.fold_in(loss_key, i),
+        trains_head,
+      )
+      (d_backbone,) = pull_back(d.pop('hidden'))
+      return critic_state, (d_backbone, d, metrics | critic_metrics, gram)
+
     critic_state = state.critic, state.critic_opt_state
     t_hidden, critic_metrics = None, {}
-    if state.critic and update_first:
-      first = jax.tree.map(lambda x: x[0], rows)
-
-      def outputs(i, rows):
-        key = jax.random.fold_in(rngs[2], i)
-        return (
-          models.student_outputs(state.params['student'], frozen, rows, key),
-          models.teacher_outputs(frozen, rows),
-        )
-
+    if state.critic and critic_first:
       hiddens = jax.lax.map(
-        lambda args: [x.hidden_BTD for x in outputs(*args)],
-        (jnp.arange(microbatches), rows),
+        lambda x: (student_hidden(backbone, *x), models.teacher_hidden(x[1])),
+        (jnp.arange(microbatches), dealt),
       )
-      # Only the heads of these are used, so that nothing else is computed.
-      heads = [x.head for x in outputs(0, first)]
-      critic_state, critic_metrics = critic_update(
-        critic_state, heads, hiddens, rows, numbers, rngs[1]
+      critic_state, critic_metrics = update_critic(
+        critic_state, hiddens, dealt, critic_key
       )
       t_hidden = hiddens[1]
-
-    def one(critic_state, i, rows, t_hidden):
-      if t_hidden is None:
-        teacher = models.teacher_outputs(frozen, rows)
-      else:
-        teacher = transformer.Outputs(t_hidden, heads[1])
-      grads, (critic_state, metrics) = grad_fn(
-        state.params,
-        critic_state,
-        frozen,
-        teacher,
-        rows,
-        numbers,
-        [jax.random.fold_in(r, i) for r in rngs],
-        state.step,
-      )
-      return critic_state, (grads, metrics)
-
-    critic_state, (grads, metrics) = _accumulate(
-      one, critic_state, rows, t_hidden
+    critic_state, (d_student, d, metrics, gram) = _accumulate(
+      microbatch, critic_state, dealt, t_hidden
     )
+    if trains_head:
+      name = models.head_name
+      d_weight = _pull_head(d['head'], params[name])
+      d_student |= {name: d_student.get(name, 0) + d_weight}
+    grads = {'student': d_student, 'extra': d['extra']}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics = objective.summarize(metrics | critic_metrics) | {
+    metrics |= critic_metrics | _compared(gram, list(objective.terms()))
+    metrics |= {
       'grad_norm': optax.tree.norm(grads),
       'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
       'tokens': jnp.sum(batch.student.mask_BT),
@@ -189,57 +167,121 @@ def make_train_step(
       optax.apply_updates(state.params, updates),
       opt_state,
       *critic_state,
+      memory=objective.remember(own, metrics),
     )
     return state, metrics
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 
-def _make_critic_update(objective, optimizer):
-  """(critic state, heads, hiddens, rows, ...) -> critic state, metrics.
+def _gradients(objective, student, teacher, batch, own, key, trains_head):
+  """Of the sum of the objective's terms, at the outputs of the student.
 
-  Takes `objective.critic_steps` steps, each on all of the microbatches that
-  `hiddens` and `rows` have along a leading M; metrics are those before the
-  first.
+  Returns:
+    Gradients of its 'hidden' states, its 'head' (None if that is frozen) in
+    fp32 and the method's 'extra'; metrics; and the inner products of the terms'
+    gradients of the hidden states, [terms, terms].
   """
-  grad_fn = jax.value_and_grad(objective.critic_loss, has_aux=True)
-
-  def critic_update(critic_state, heads, hiddens, rows, numbers, rng):
-    def step(critic_state, rng):
-      critic, opt_state = critic_state
-
-      def one(_, i, hiddens, rows):
-        outputs = map(transformer.Outputs, hiddens, heads)
-        (_, metrics), grads = grad_fn(
-          critic, *outputs, rows.replace(**numbers), jax.random.fold_in(rng, i)
-        )
-        return None, (grads, metrics)
-
-      _, (grads, metrics) = _accumulate(one, None, hiddens, rows)
-      metrics |= {'grad_norm': optax.tree.norm(grads)}
-      updates, opt_state = optimizer.update(grads, opt_state, critic)
-      return (optax.apply_updates(critic, updates), opt_state), metrics
-
-    critic_state, metrics = jax.lax.scan(
-      step, critic_state, jax.random.split(rng, objective.critic_steps)
-    )
-    return critic_state, {f'critic/{k}': x[0] for k, x in metrics.items()}
-
-  return critic_update
-
-
-def _count(tokens):
-  """What the losses of an optimizer step divide by."""
-  numbers = {
-    'num_tokens': jnp.sum(tokens.mask_BT),
-    'num_sequences': jnp.sum(segments.is_last(tokens.response_segments_BT)),
+  outputs = {
+    'hidden': student.hidden_BTD,
+    'head': student.head if trains_head else None,
+    'extra': own.extra,
   }
-  return {name: jnp.maximum(n, 1) for name, n in numbers.items()}
+
+  def value(outputs, term):
+    changed = student.replace(
+      hidden_BTD=outputs['hidden'],
+      head=outputs['head'] if trains_head else student.head,
+    )
+    extra = own.replace(extra=outputs['extra'])
+    return term(changed, teacher, batch, extra, key)
+
+  losses, metrics, gradients = [], {}, []
+  for term in objective.terms().values():
+    (loss, new), d = jax.value_and_grad(value, has_aux=True)(outputs, term)
+    losses.append(loss)
+    metrics |= new
+    gradients.append(d)
+  hiddens = [d['hidden'].astype(jnp.float32) for d in gradients]
+  gram = jnp.array([[jnp.vdot(a, b) for a in hiddens] for b in hiddens])
+  d = jax.tree.map(lambda *x: functools.reduce(jnp.add, x), *gradients)
+  d['head'] = jax.tree.map(lambda x: x.astype(jnp.float32), d['head'])
+  return d, {'loss': sum(losses)} | metrics, gram
 
 
-def _deal(x, hands):
-  """Rows i, i + M, i + 2M ... to hand i: each device keeps its own rows."""
-  return x.reshape(-1, hands, *x.shape[1:]).swapaxes(0, 1)
+def _pull_head(d_head, weight):
+  """The gradient of the parameter that is the head: summed in fp32."""
+  shape = jax.ShapeDtypeStruct(weight.shape, jnp.float32)
+  pull = jax.linear_transpose(
+    lambda weight: d_head.replace(weight_VD=weight).gathered(), shape
+  )
+  return pull(d_head)[0]
+
+
+def _compared(gram, names):
+  """Norms of the terms' gradients of the hidden states, from `_gradients`.
+
+  And the cosine of the first with the sum of the others, where there are any.
+  """
+  if len(names) == 1:
+    return {}
+  norms = jnp.sqrt(jnp.diag(gram))
+  others = jnp.sqrt(jnp.sum(gram[1:, 1:]))
+  dot = jnp.sum(gram[0, 1:])
+  return {f'hidden_grad_{k}': norms[i] for i, k in enumerate(names)} | {
+    'hidden_grad_cosine': dot / jnp.maximum(norms[0] * others, 1e-30)
+  }
+
+
+def _update_critic(
+  objective,
+  optimizer,
+  critic_state,
+  outputs_of,
+  hiddens,
+  rows,
+  totals,
+  own,
+  key,
+):
+  """`objective.critic_steps` steps of the critic; -> its state, metrics.
+
+  Each is on all of the microbatches that `hiddens` and `rows` have along a
+  leading M; metrics are those before the first. Nothing but the critic is
+  differentiated.
+  """
+
+  def step(critic_state, key):
+    critic, opt_state = critic_state
+
+    def microbatch(_, i, hiddens, rows):
+      student, teacher = outputs_of(hiddens)
+
+      def loss(critic):
+        return objective.critic_loss(
+          student,
+          teacher,
+          rows.replace(totals=totals),
+          own.replace(critic=critic),
+          jax.random.fold_in(key, i),
+        )
+
+      grads, metrics = jax.grad(loss, has_aux=True)(critic)
+      return None, (grads, metrics)
+
+    _, (grads, metrics) = _accumulate(microbatch, None, hiddens, rows)
+    metrics |= {'grad_norm': optax.tree.norm(grads)}
+    updates, opt_state = optimizer.update(grads, opt_state, critic)
+    return (optax.apply_updates(critic, updates), opt_state), metrics
+
+  keys = jax.random.split(key, objective.critic_steps)
+  critic_state, metrics = jax.lax.scan(step, critic_state, keys)
+  return critic_state, {f'critic/{k}': x[0] for k, x in metrics.items()}
+
+
+def _deal(x, microbatches):
+  """Rows i, i + M, i + 2M ... to microbatch i: devices keep their own rows."""
+  return x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
 
 
 def _accumulate(fn, carry, *stacked):
@@ -261,8 +303,3 @@ def _accumulate(fn, carry, *stacked):
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   inputs = (jnp.arange(leading), *stacked)
   return jax.lax.scan(body, (carry, zeros), inputs)[0]
-
-
-def state_shardings(state, mesh):
-  """(state, metrics) shardings of a (abstract) state on a mesh."""
-  return sharding.shardings(state, mesh), sharding.replicated(mesh)

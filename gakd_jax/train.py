@@ -61,11 +61,9 @@ def run(config, workdir, root=None):
   config = rundir.resolve_stages(config, root or workdir)
   mesh = sharding.make_mesh(**config.mesh)
   with jax.set_mesh(mesh):
-    this, student_params = build.build(config, workdir, mesh)
-    if config.train.steps == 0:
-      results = _evaluate_only(this, student_params)
-    else:
-      results = _train(this, student_params)
+    current = build.build(config, workdir, mesh)
+    evaluates_only = config.train.steps == 0
+    results = (_evaluate_only if evaluates_only else _train)(current)
   rundir.finish(workdir, results)
   summary.write(
     workdir / 'report.html',
@@ -75,62 +73,65 @@ def run(config, workdir, root=None):
   return results
 
 
-def _evaluate_only(this, params):
+def _evaluate_only(run):
   """A run of no steps: the student as it is, and the teacher's answers."""
-  if this.config.rollout.writer == 'teacher':
-    inputs.teacher_answers(this)
-  params = this.whole(params)
-  results = _evaluate(this, params, 0)
-  _export(this, params)
+  if run.writer.makes_rows:
+    inputs.teacher_answers(run)
+  params = run.start()
+  results = _evaluate(run, params, 0)
+  _export(run, params)
   return results
 
 
-def _train(this, student_params):
-  c = this.config
-  batches = inputs.training_batches(this)
+def _train(run):
+  c = run.config
+  batches = inputs.training_batches(run)
   total = inputs.total_steps(c, batches.steps_per_epoch)
-  train_step, make, shapes = build.make_train_step(
-    this, student_params, batches.steps_per_epoch, total
-  )
-  state = build.first_state(this, student_params, make, shapes)
+  training = build.training(run, batches.steps_per_epoch, total)
   checkpoints = checkpoint_lib.Checkpoints(
-    this.workdir / 'checkpoints', c.checkpoint.keep
+    run.workdir / 'checkpoints', c.checkpoint.keep
   )
   host = {'best': None, 'results': {}}
   with contextlib.closing(checkpoints), contextlib.closing(batches):
-    if checkpoints.latest_step() is not None:
-      state, host = checkpoints.restore(state)
+    if checkpoints.latest_step() is None:
+      state = training.init()
+    else:
+      state, host = checkpoints.restore(training.state)
       batches.set_state(host['data'])
       print(f'continuing from step {int(state.step)}', flush=True)
-    return _loop(this, state, host, train_step, batches, total, checkpoints)
+    return _loop(run, state, host, training.step, batches, total, checkpoints)
 
 
-def _loop(this, state, host, train_step, batches, total, checkpoints):
+def _loop(run, state, host, train_step, batches, total, checkpoints):
   """Steps to `total`; returns the results of the last evaluation."""
-  c = this.config
+  c = run.config
   start = int(state.step)
+  root = jax.random.key(c.seed)
 
   def due(every, now):
     return now == total or (every > 0 and now % every == 0)
 
   with (
     _stop_requests() as stop,
-    _Log(this, start, total) as log,
+    _Log(run, start, total) as log,
   ):
     for now in range(start + 1, total + 1):
       batch = next(batches)
       size = np.count_nonzero(batch.student.segments_BT)
-      batch = sharding.put_batch(batch, this.mesh)
-      state, metrics = train_step(state, this.frozen, batch)
+      batch = sharding.put_batch(batch, run.mesh)
+      batch = run.writer.write(
+        run.models, state, batch, jax.random.fold_in(root, now)
+      )
+      state, metrics = train_step(state, run.models, batch)
       log.step(now, metrics, size * jax.process_count())
       if due(c.eval_every, now):
         log.flush()
-        params = this.whole(state.params['student'])
-        host['results'] = _evaluate(this, params, now)
+        params = state.params['student']
+        host['results'] = _evaluate(run, params, now)
         log.write(now, host['results'])
         if _is_better(c.checkpoint, host['results'], host['best']):
           host['best'] = host['results'].get(c.checkpoint.best_metric)
-          _export(this, params)
+          _export(run, params)
       if due(c.checkpoint.every, now) or stop.requested:
         host['data'] = batches.get_state()
         checkpoints.save(now, state, host)
@@ -147,13 +148,13 @@ def _loop(this, state, host, train_step, batches, total, checkpoints):
 class _Log:
   """Metrics to disk and screen, each fetched while the next step runs."""
 
-  def __init__(self, this, start, total):
+  def __init__(self, run, start, total):
     self._metrics = report.Metrics(
-      this.workdir,
-      tensorboard=this.config.report.tensorboard,
+      run.workdir,
+      tensorboard=run.config.report.tensorboard,
       resume_step=start,
     )
-    self._progress = report.Progress(total, start, this.workdir.name)
+    self._progress = report.Progress(total, start, run.workdir.name)
     self._late = None
     self._time = None  # when the last step ended; None: no step to time from
 
@@ -215,11 +216,11 @@ def _stop_requests():
       signal.signal(number, handler)
 
 
-def _evaluate(this, params, now):
+def _evaluate(run, params, now):
   """{'generation/rouge_l': ...} of all evaluators."""
   results = {}
-  for name, evaluator in this.evaluators.items():
-    values = evaluator.run(this.subject, params, now)
+  for name, evaluator in run.evaluators.items():
+    values = evaluator.run(run.subject_of(evaluator), params, now)
     results |= {f'{name}/{key}': value for key, value in values.items()}
   return results
 
@@ -238,12 +239,14 @@ def _is_better(config, results, best):
   return new > best if config.best_mode == 'max' else new < best
 
 
-def _export(this, params):
+def _export(run, params):
   """The student as a Hugging Face directory, best/: its adapters, if any."""
-  if this.config.student.lora is None:  # Adapters are fp32, as PEFT has them.
-    dtype = this.config.student.dtype
+  params = run.models.whole(params)
+  if run.config.student.lora is None:  # Adapters are fp32, as PEFT has them.
+    dtype = run.config.student.dtype
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-  models.save(nnx.merge(this.student, params), this.workdir / 'best')
+  student = nnx.merge(run.models.student_definition, params)
+  models.save(student, run.workdir / 'best')
 
 
 def _peak_memory_gb():

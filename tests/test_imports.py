@@ -19,8 +19,8 @@ LEVELS = (
   ('main', 'evaluate', 'generate'),
   ('train', 'plan'),
   ('build', 'inputs'),
-  ('step', 'rollout', 'evals', 'flops'),
-  ('objectives', 'sampling', 'sampler'),
+  ('step', 'rollout', 'evals'),
+  ('objectives', 'sampling', 'sampler', 'flops'),
   ('models', 'data'),
   (
     'optim',

@@ -14,7 +14,8 @@ from flax import nnx
 from configs import base
 from gakd_jax import UserError, models, objectives, optim, step, train
 from gakd_jax.data import pipeline
-from gakd_jax.models import convert, lora, quantized, transformer
+from gakd_jax.models import convert, lora, pair, quantized, transformer
+from gakd_jax.objectives.base import Own
 
 B, T, V, D = 4, 10, 90, 16
 CONFIG = models.DecoderConfig(
@@ -40,7 +41,7 @@ def _batch():
     for n in (8, 3, 5, 1)
   ]
   tokens = pipeline.collate(bins, T, pad_id=0)
-  return pipeline.Batch(student=tokens, teacher=tokens, align={})
+  return pipeline.Batch(student=tokens, teacher=tokens)
 
 
 def _student(dropout=0.0):
@@ -56,45 +57,52 @@ def _student(dropout=0.0):
   return definition, *lora.partition(params)
 
 
-def _step(definition, mine, objective=None, microbatches=1):
+def _models(definition, base, teacher=None, t_params=None, remat=False):
+  """Of these parts; `base` {} is of a student that is trained whole."""
+  frozen = {'student': base} if base else {}
+  if teacher is not None:
+    frozen['teacher'] = t_params
+  return pair.Models(
+    definition, teacher, CONFIG, CONFIG, frozen, jnp.dtype('float32'), remat
+  )
+
+
+def _step(params, objective=None, microbatches=1):
   schedule = optim.make_schedule(RATE, 10)
   optimizer = optim.make(schedule, eps=1e-4)
-  state = step.init_state(mine, optimizer)
-  fn = step.make_train_step(
-    step.Models(definition, None, jnp.float32),
+  state = step.init_state(params, Own(), optimizer, None)
+  train_step = step.make_train_step(
     objective or objectives.make('sft', head_chunk=7),
     optimizer,
     schedule,
     seed=0,
     microbatches=microbatches,
   )
-  return fn, state
+  return train_step, state
 
 
 def test_a_step_moves_the_adapters_as_optax_does_and_nothing_else():
-  definition, mine, frozen = _student()
+  definition, adapters, frozen = _student()
   batch = _batch()
 
-  def loss(mine):
-    model = nnx.merge(definition, lora.combine(mine, frozen))
+  def loss(adapters):
+    model = nnx.merge(definition, lora.combine(adapters, frozen))
     tokens = batch.student
     log_q = jax.nn.log_softmax(model.logits(tokens.ids_BT, tokens.segments_BT))
     b, t = np.nonzero(tokens.mask_BT)
     return -jnp.mean(log_q[b, t - 1, tokens.ids_BT[b, t]])
 
   @jax.jit
-  def by_hand(mine):
+  def by_hand(adapters):
     adam = optax.adamw(RATE, eps=1e-4, weight_decay=0.0)
-    grads = jax.grad(loss)(mine)
-    updates, _ = adam.update(grads, adam.init(mine), mine)
-    return optax.apply_updates(mine, updates)
+    grads = jax.grad(loss)(adapters)
+    updates, _ = adam.update(grads, adam.init(adapters), adapters)
+    return optax.apply_updates(adapters, updates)
 
-  want = by_hand(mine)
+  want = by_hand(adapters)
   for microbatches in (1, 2):
-    fn, state = _step(
-      definition, jax.tree.map(jnp.copy, mine), None, microbatches
-    )
-    got, _ = fn(state, {'student': frozen}, batch)
+    fn, state = _step(jax.tree.map(jnp.copy, adapters), None, microbatches)
+    got, _ = fn(state, _models(definition, frozen), batch)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
       got.params['student'],
@@ -102,17 +110,17 @@ def test_a_step_moves_the_adapters_as_optax_does_and_nothing_else():
     )
   assert (
     sum(x.size for x in jax.tree.leaves(got.opt_state))
-    <= 1 + 2 * sum(x.size for x in jax.tree.leaves(mine)) + 1
+    <= 1 + 2 * sum(x.size for x in jax.tree.leaves(adapters)) + 1
   )
 
 
 def test_dropout_is_drawn_anew_each_step_and_not_in_another_run():
-  definition, mine, frozen = _student(dropout=0.3)
-  fn, state = _step(definition, mine)
+  definition, adapters, frozen = _student(dropout=0.3)
+  fn, state = _step(adapters)
 
   def losses(at):
     now = jax.tree.map(jnp.copy, state.replace(step=jnp.int32(at)))
-    return float(fn(now, {'student': frozen}, _batch())[1]['loss'])
+    return float(fn(now, _models(definition, frozen), _batch())[1]['loss'])
 
   assert losses(0) == losses(0)
   assert abs(losses(0) - losses(1)) > 1e-3
@@ -120,16 +128,16 @@ def test_dropout_is_drawn_anew_each_step_and_not_in_another_run():
 
 def test_a_frozen_head_has_no_gradient():
   """Arrays of its size that the loop over chunks carries: itself alone."""
-  definition, mine, frozen = _student()
+  definition, adapters, frozen = _student()
   plain = models.Decoder(CONFIG, nnx.Rngs(0))
   whole_definition, whole = transformer.split(plain)
   carried = []
-  for args, frozen_now in (
-    ((definition, mine), {'student': frozen}),
-    ((whole_definition, whole), {}),
+  for both, params in (
+    (_models(definition, frozen), adapters),
+    (_models(whole_definition, {}), whole),
   ):
-    fn, state = _step(*args)
-    text = fn.lower(state, frozen_now, _batch()).compile().as_text()
+    fn, state = _step(params)
+    text = fn.lower(state, both, _batch()).compile().as_text()
     loops = [line for line in text.split('\n') if re.search(r' while\(', line)]
     carried.append(max(line.count(f'f32[{V},{D}]') for line in loops))
   assert carried == [1, 2]
@@ -144,13 +152,13 @@ def _quantized(definition, params, kind):
 
 @pytest.mark.parametrize('remat', [False, True])
 def test_a_quantized_base_and_teacher_train_as_their_widened_copies(remat):
-  definition, mine, frozen = _student()
+  definition, adapters, frozen = _student()
   teacher, t_params = transformer.split(models.Decoder(CONFIG, nnx.Rngs(2)))
   objective = objectives.make('kld', head_chunk=7)
-  schedule = optim.make_schedule(RATE, 10)
-  optimizer = optim.make(schedule, eps=1e-4)
 
-  low, low_params = _quantized(definition, lora.combine(mine, frozen), 'int8')
+  low, low_params = _quantized(
+    definition, lora.combine(adapters, frozen), 'int8'
+  )
   low_teacher, low_t_params = _quantized(teacher, t_params, 'int8')
   _, low_frozen = lora.partition(low_params)
 
@@ -166,20 +174,13 @@ def test_a_quantized_base_and_teacher_train_as_their_widened_copies(remat):
     (low, low_teacher, low_frozen, low_t_params),
     (definition, teacher, widened(low_frozen), widened(low_t_params)),
   ):
-    state = step.init_state(jax.tree.map(jnp.copy, mine), optimizer)
-    fn = step.make_train_step(
-      step.Models(student, teacher_now, jnp.float32, remat),
-      objective,
-      optimizer,
-      schedule,
-      seed=0,
-    )
-    trees = {'student': base_tree, 'teacher': t_tree}
-    before = jax.tree.map(np.array, trees)
-    state, metrics = fn(state, trees, _batch())
-    jax.tree.map(np.testing.assert_array_equal, trees, before)
+    fn, state = _step(jax.tree.map(jnp.copy, adapters), objective)
+    both = _models(student, base_tree, teacher_now, t_tree, remat)
+    before = jax.tree.map(np.array, both.frozen)
+    state, metrics = fn(state, both, _batch())
+    jax.tree.map(np.testing.assert_array_equal, both.frozen, before)
     after.append((state.params['student'], metrics['loss']))
-  assert jax.tree.structure(after[0][0]) == jax.tree.structure(mine)
+  assert jax.tree.structure(after[0][0]) == jax.tree.structure(adapters)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *after)
 
 

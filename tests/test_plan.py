@@ -156,9 +156,9 @@ def test_operations_are_near_the_compilers_count(
   config.student.remat = False
   config.train.head_chunk = B * T
   config.critic.layers = 1
-  this = planned(config)
-  total = sum(this.flops.values())
-  compiled = this.compiled.cost_analysis()['flops']
+  found = planned(config)
+  total = sum(found.flops.values())
+  compiled = found.compiled.cost_analysis()['flops']
   assert total == pytest.approx(compiled, rel=within)
 
 
@@ -167,9 +167,11 @@ def test_planned_on_a_cpu_bf16_weights_are_not_there_twice(bare, config):
   config.teacher.path = bare(**shape)
   config.teacher.dtype = config.train.precision = 'bfloat16'
   config.train.batch_size, config.data.max_length = 1, 8
-  this = planned(config)
+  found = planned(config)
   # One layer of it in float32 may be; the loop's whole stack would be twice.
-  assert this.bytes['activations and other temporaries'] < this.bytes['teacher']
+  assert (
+    found.bytes['activations and other temporaries'] < found.bytes['teacher']
+  )
 
 
 def test_is_what_the_compiler_says_of_the_real_step(
@@ -187,27 +189,26 @@ def test_is_what_the_compiler_says_of_the_real_step(
   config.data.buckets = (T,)
   config.critic.init_from = model
   before = len(jax.live_arrays())
-  this = planned(config)
+  found = planned(config)
   assert len(jax.live_arrays()) == before
 
   mesh = sharding.make_mesh(**config.mesh)
   with jax.set_mesh(mesh):
-    run, params = build.build(config, tmp_path, mesh)
+    run = build.build(config, tmp_path, mesh)
     batches = inputs.training_batches(run)
-    step, make, shapes = build.make_train_step(
-      run, params, batches.steps_per_epoch, 6
-    )
-    state = build.first_state(run, params, make, shapes)
+    training = build.training(run, batches.steps_per_epoch, 6)
+    state = training.init()
     batch = sharding.put_batch(next(batches), mesh)
-    memory = step.lower(state, run.frozen, batch).compile().memory_analysis()
-    arrays = jax.tree.leaves((state, run.frozen, batch.student))
+    compiled = training.step.lower(state, run.models, batch).compile()
+    memory = compiled.memory_analysis()
+    arrays = jax.tree.leaves((state, run.models, batch.student))
   temporary = (
     memory.temp_size_in_bytes
     + memory.output_size_in_bytes
     - memory.alias_size_in_bytes
   )
-  assert this.peak == sum(x.nbytes for x in arrays) + temporary
-  assert this.parameters['critic'] == sum(
+  assert found.peak == sum(x.nbytes for x in arrays) + temporary
+  assert found.parameters['critic'] == sum(
     x.size for x in jax.tree.leaves(state.critic)
   )
 

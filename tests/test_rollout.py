@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import types
 
@@ -7,7 +8,7 @@ from configs import base
 from gakd_jax import UserError, inputs, models, rollout, sampling
 from gakd_jax.data import sources
 from gakd_jax.data import tokenizer as tokenizers
-from gakd_jax.models import transformer
+from gakd_jax.models import pair
 
 TURNS = (
   {'role': 'system', 'content': 'Be brief.'},
@@ -39,7 +40,9 @@ def subject(tiny_model_dir):
 def write(subject, path, rows=ROWS, **settings):
   """Writes the file; unfinished answers too, since most of them are."""
   settings = SETTINGS | {'keep_unfinished': True} | settings
-  left_out = rollout.write(*subject, rows, path, **settings)
+  own = {f.name for f in dataclasses.fields(rollout.Teacher)}
+  writer = rollout.Teacher(**{k: settings.pop(k) for k in own & set(settings)})
+  left_out = rollout.write_answers(writer, *subject, rows, path, **settings)
   lines = path.read_text(encoding='utf-8').split('\n')[:-1]
   return [json.loads(line) for line in lines], left_out
 
@@ -229,13 +232,14 @@ def test_a_file_of_somebody_else_is_not_written_to(subject, tmp_path):
     ({'samples': 2, 'temperature': 0.0}, 'would all be the same'),
     ({'samples': 0}, 'expected 1 to 256'),
     ({'samples': 257}, 'expected 1 to 256'),
+    ({'max_new_tokens': 0}, 'max_new_tokens=0'),
+    ({'top_p': 1.5}, 'top_p=1.5'),
+    ({'gamma': 5}, "writer 'teacher' has no setting 'gamma'; known are"),
   ],
 )
-def test_numbers_of_samples_that_make_no_sense(subject, settings, message):
+def test_settings_that_make_no_sense(settings, message):
   with pytest.raises(UserError, match=message):
-    rollout.check('teacher', **settings)
-  with pytest.raises(UserError, match=message):
-    write(subject, None, **settings)
+    rollout.make('teacher', **settings)
 
 
 def test_training_goes_on_with_the_teachers_answers(
@@ -253,7 +257,6 @@ def test_training_goes_on_with_the_teachers_answers(
     'samples': 2,
     'max_new_tokens': 100,
   }
-  teacher, params = transformer.split(subject[0])
 
   def answers(name):
     workdir = tmp_path / name
@@ -262,9 +265,10 @@ def test_training_goes_on_with_the_teachers_answers(
       types.SimpleNamespace(
         config=config,
         workdir=workdir,
-        teacher=teacher,
-        frozen={'teacher': params},
-        tokenizer=subject[1],
+        writer=rollout.make(**config.rollout),
+        models=pair.make(
+          subject[0], subject[0], dtype='float32', tokenizers=[subject[1]] * 2
+        )[0],
       )
     )
 

@@ -1,6 +1,7 @@
 """The train step: one update by hand, and all the ways that must equal it."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import re
@@ -14,7 +15,7 @@ from flax import nnx
 
 from gakd_jax import models, objectives, optim, sharding, step
 from gakd_jax.data import pipeline
-from gakd_jax.models import transformer
+from gakd_jax.models import pair, transformer
 
 B, T, D, V = 8, 12, 16, 100
 CHUNK = 10
@@ -35,6 +36,7 @@ CONFIG = models.DecoderConfig(
 # the full learning rate of them.
 OPTIMIZER = {'eps': 1e-4, 'weight_decay': 0.1, 'clip_norm': 0.5}
 RATE = 1e-2
+_CRITIC_OPTIMIZER = optim.make(lambda _: RATE, eps=1e-4)
 
 DEFINITION, _SHAPES = transformer.split(models.abstract(CONFIG))
 
@@ -75,7 +77,7 @@ def _documents(seed, lengths):
 
 def _batch(bins):
   tokens = pipeline.collate(bins, T, pad_id=0)
-  return pipeline.Batch(student=tokens, teacher=tokens, align={})
+  return pipeline.Batch(student=tokens, teacher=tokens)
 
 
 def _batches(steps=3):
@@ -85,23 +87,30 @@ def _batches(steps=3):
   return [_batch([[d] for d in bins]) for bins in documents]
 
 
+def _step_of(method, microbatches=1, places=None):
+  schedule = optim.make_schedule(RATE, 10, schedule='linear')
+  return step.make_train_step(
+    _objective(method),
+    optim.make(schedule, **OPTIMIZER),
+    schedule,
+    critic_optimizer=_CRITIC_OPTIMIZER,
+    seed=0,
+    microbatches=microbatches,
+    out_shardings=places,
+  )
+
+
 @functools.cache
 def _trace(
   method='kld', microbatches=1, mesh=None, dtype='float32', remat=False
 ):
-  """The traced step of a variant, with its first state, and its mesh."""
+  """The traced step of a variant, with its first state, models and mesh."""
   mesh = sharding.make_mesh(**dict(mesh)) if mesh else None
   objective = _objective(method)
-  _, critic = objective.init(jax.random.key(0), CONFIG, CONFIG)
-  schedule = optim.make_schedule(RATE, 10, schedule='linear')
-  optimizer = optim.make(schedule, **OPTIMIZER)
-  critic_optimizer = optim.make(lambda _: RATE, eps=1e-4)
-  state = step.init_state(
-    _params(0),
-    optimizer,
-    critic=_params(2, critic),
-    critic_optimizer=critic_optimizer,
-  )
+  own = objective.init(jax.random.key(0), CONFIG, CONFIG)
+  own = own.replace(critic=_params(2, own.critic))
+  optimizer = optim.make(lambda _: RATE, **OPTIMIZER)
+  state = step.init_state(_params(0), own, optimizer, _CRITIC_OPTIMIZER)
   frozen = {'teacher': _params(1)}
   with _on(mesh):
     places = None
@@ -109,18 +118,12 @@ def _trace(
       places = step.state_shardings(state, mesh)
       state = jax.device_put(state, places[0])
       frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh))
-    train_step = step.make_train_step(
-      step.Models(DEFINITION, DEFINITION, dtype, remat),
-      objective,
-      optimizer,
-      schedule,
-      critic_optimizer=critic_optimizer,
-      seed=0,
-      microbatches=microbatches,
-      out_shardings=places,
-    )
+    train_step = _step_of(method, microbatches, places)
     batch = _put(_batches()[0], mesh)
-    return train_step.trace(state, frozen, batch), state, frozen, mesh
+    both = pair.Models(
+      DEFINITION, DEFINITION, CONFIG, CONFIG, frozen, jnp.dtype(dtype), remat
+    )
+    return train_step.trace(state, both, batch), state, both, mesh
 
 
 def _on(mesh):
@@ -133,12 +136,12 @@ def _put(batch, mesh):
 
 @functools.cache
 def _compile(**variant):
-  traced, state, frozen, mesh = _trace(**variant)
+  traced, state, both, mesh = _trace(**variant)
   with _on(mesh):
     compiled = traced.lower().compile()
 
   def run(state, batch):
-    return compiled(state, frozen, _put(batch, mesh))
+    return compiled(state, both, _put(batch, mesh))
 
   return compiled, run, state
 
@@ -155,28 +158,57 @@ def _run(**variant):
   return results
 
 
-class _NoModels:
-  """The student's outputs are its parameters; there is no teacher."""
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=['frozen'], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class _Numbers:
+  """Models of one number each: all of their hidden states."""
 
-  def student_outputs(self, params, frozen, batch, key):
-    return params
+  frozen: dict
+  head_name = 'none'
 
-  def teacher_outputs(self, frozen, batch):
-    return None
+  def alone(self):
+    return _Numbers({})
+
+  def heads(self, params):
+    return None, None
+
+  def student_hidden(self, params, batch, key):
+    return params['w'] * jnp.ones((*batch.student.ids_BT.shape, 1))
+
+  def teacher_hidden(self, batch):
+    if not self.frozen:
+      return None
+    return self.student_hidden(self.frozen['teacher'], batch, None)
+
+  def pair(self, params, heads, hiddens):
+    return tuple(
+      x if x is None else transformer.Outputs(x, None) for x in hiddens
+    )
 
 
-def _simple_step(loss, **settings):
-  """The step of loss(student, batch, rng, step), by plain gradient descent."""
-
-  class Simple(objectives.base.Objective):
-    def loss(self, student, teacher, batch, extra, critic, rng, step):
-      return loss(student, batch, rng, step)
-
-  optimizer = optax.sgd(1.0)
+def _descend(objective, w, critic=None, **settings):
+  """The step by plain gradient descent of rate 1, and its first state."""
+  sgd = optax.sgd(1.0)
   train_step = step.make_train_step(
-    _NoModels(), Simple(), optimizer, lambda _: 1.0, **settings
+    objective, sgd, lambda _: 1.0, critic_optimizer=sgd, **settings
   )
-  return train_step, step.init_state(jnp.ones(()), optimizer)
+  own = objectives.base.Own(critic=critic or {})
+  return train_step, step.init_state({'w': jnp.float32(w)}, own, sgd, sgd)
+
+
+class _Alone(objectives.base.Objective):
+  """Of loss(student's hidden states, batch, key, step) alone."""
+
+  needs_teacher = False
+
+  def __init__(self, loss):
+    object.__setattr__(self, 'function', loss)
+
+  def loss(self, student, teacher, batch, own, key):
+    assert teacher is None
+    return self.function(student.hidden_BTD, batch, key, own.step)
 
 
 def _assert_close(got, want, atol):
@@ -285,18 +317,20 @@ def test_remat_recomputes():
 def test_rows_are_dealt_out_so_that_each_device_keeps_its_own():
   """Microbatch i of M has rows i, i + M, ...: seen by what each one sums."""
 
-  def loss(student, batch, rng, step):
-    del rng, step
+  def loss(hidden_BTD, batch, key, step):
+    del key, step
     first_B = batch.student.ids_BT[:, 0]
-    total = student * jnp.sum(first_B)
-    return total / batch.num_tokens, {'product': jnp.prod(first_B)}
+    total = jnp.sum(hidden_BTD[:, 0, 0] * first_B)
+    return total / batch.totals['tokens'], {'product': jnp.prod(first_B)}
 
   ids_BT = np.array([[1], [2], [3], [5], [7], [11], [13], [17]], np.int32)
   tokens = pipeline.Tokens(ids_BT, np.ones_like(ids_BT), ids_BT > 0)
-  train_step, state = _simple_step(loss, seed=0, microbatches=4)
-  state, metrics = train_step(state, {}, pipeline.Batch(tokens, tokens, {}))
+  train_step, state = _descend(_Alone(loss), 1.0, seed=0, microbatches=4)
+  batch = pipeline.Batch(tokens, tokens)
+  state, metrics = train_step(state, _Numbers({}), batch)
   assert metrics['product'] == 1 * 7 + 2 * 11 + 3 * 13 + 5 * 17
-  np.testing.assert_allclose(state.params['student'], 1 - ids_BT.sum() / 8)
+  moved = 1 - state.params['student']['w']
+  np.testing.assert_allclose(moved, ids_BT.sum() / 8)
 
 
 @pytest.mark.parametrize('microbatches', [1, 4])
@@ -304,47 +338,31 @@ def test_rows_are_dealt_out_so_that_each_device_keeps_its_own():
 def test_the_student_meets_the_updated_critic(microbatches, by_microbatch):
   """The critic w loses a share of 1 a step; the student's gradient is w."""
 
-  class Outputs(_NoModels):
-    def student_outputs(self, params, frozen, batch, key):
-      hidden_BTD = params * jnp.ones((*batch.student.ids_BT.shape, 1))
-      return transformer.Outputs(hidden_BTD, transformer.Head(jnp.ones((1, 1))))
-
-    def teacher_outputs(self, frozen, batch):
-      return self.student_outputs(frozen['teacher'], {}, batch, None)
-
   class Fake(objectives.base.Objective):
     critic_steps = 2
     critic_by_microbatch = by_microbatch
 
-    def loss(self, student, teacher, batch, extra, critic, rng, step):
+    def loss(self, student, teacher, batch, own, key):
       share = batch.student.ids_BT.shape[0] / B
-      return critic['w'] * jnp.mean(student.hidden_BTD) * share, {}
+      return own.critic['w'] * jnp.mean(student.hidden_BTD) * share, {}
 
-    def critic_loss(self, critic, student, teacher, batch, rng):
-      share = student.hidden_BTD.shape[0] / B
+    def critic_loss(self, student, teacher, batch, own, key):
+      share, w = student.hidden_BTD.shape[0] / B, own.critic['w']
       # Both sides are here, and neither gets a gradient.
       seen = jnp.mean(student.hidden_BTD) + jnp.mean(teacher.hidden_BTD)
-      return critic['w'] * seen * share, {'w': critic['w'] * share}
+      return w * seen * share, {'w': w * share}
 
-  sgd = optax.sgd(1.0)
-  train_step = step.make_train_step(
-    Outputs(),
+  train_step, state = _descend(
     Fake(),
-    sgd,
-    lambda _: 1.0,
-    critic_optimizer=sgd,
+    1.0,
+    critic={'w': jnp.float32(9.0)},
     seed=0,
     microbatches=microbatches,
   )
-  critic = {'w': jnp.float32(9.0)}
-  state = step.init_state(
-    jnp.float32(1.0), sgd, critic=critic, critic_optimizer=sgd
-  )
-  state, metrics = train_step(
-    state, {'teacher': jnp.float32(0.5)}, _batches(1)[0]
-  )
+  models_now = _Numbers({'teacher': {'w': jnp.float32(0.5)}})
+  state, metrics = train_step(state, models_now, _batches(1)[0])
   np.testing.assert_allclose(state.critic['w'], 9.0 - 2 * 1.5)
-  moved = 1.0 - state.params['student']
+  moved = 1.0 - state.params['student']['w']
   if by_microbatch:  # Each one's student meets what it has left of the critic.
     after = 9.0 - 3.0 * np.arange(1, microbatches + 1) / microbatches
     np.testing.assert_allclose(moved, after.mean())
@@ -353,17 +371,69 @@ def test_the_student_meets_the_updated_critic(microbatches, by_microbatch):
     np.testing.assert_allclose(metrics['critic/w'], 9.0)
 
 
+@pytest.mark.parametrize('microbatches', [1, 4])
+def test_terms_are_summed_and_compared(microbatches):
+  """Gradients of the hidden states by two terms: a, and -a where t is even."""
+
+  class Two(objectives.base.Objective):
+    needs_teacher = False
+
+    def terms(self):
+      return {'first': self.first, 'second': self.second}
+
+    def first(self, student, teacher, batch, own, key):
+      return 2 * jnp.sum(student.hidden_BTD), {'seen': own.memory['seen']}
+
+    def second(self, student, teacher, batch, own, key):
+      return -jnp.sum(student.hidden_BTD[:, ::2]), {}
+
+    def remember(self, own, metrics):
+      return {'seen': own.memory['seen'] + metrics['tokens']}
+
+  train_step, state = _descend(Two(), 1.0, seed=0, microbatches=microbatches)
+  state = state.replace(memory={'seen': jnp.zeros((), jnp.int32)})
+  batch = _batches(1)[0]
+  state, metrics = train_step(state, _Numbers({}), batch)
+  n = B * T
+  np.testing.assert_allclose(1 - state.params['student']['w'], 2 * n - n / 2)
+  want = {
+    'loss': 2 * n - n / 2,
+    'hidden_grad_first': 2 * n**0.5,
+    'hidden_grad_second': (n / 2) ** 0.5,
+    'hidden_grad_cosine': -(0.5**0.5),
+  }
+  for name, value in want.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
+  # What the method remembers is what it saw before, and goes on.
+  assert metrics['seen'] == 0
+  assert state.memory['seen'] == batch.student.mask_BT.sum()
+
+
+def test_cached_hidden_states_stand_in_for_the_teacher():
+  _, state, both, _ = _trace()
+  batch = _batches()[0]
+  cached = batch.replace(
+    cached={'teacher_hidden': both.teacher_hidden(batch)},
+    teacher=jax.tree.map(np.zeros_like, batch.teacher),
+  )
+  train_step = _step_of('kld')
+  got, want = (
+    train_step(jax.tree.map(jnp.copy, state), both, b) for b in (cached, batch)
+  )
+  _assert_close(got, want, atol=1e-6)
+
+
 def _pairs(distance, steps):
   """Metrics of steps in which the student stays where it is.
 
   At distance 0 it is the teacher. The critic starts fresh and learns.
   """
-  state, frozen = _trace(method='gakd')[1:3]
+  state, both = _trace(method='gakd')[1:3]
   run = _compile(method='gakd')[1]
-  _, critic = _objective('gakd').init(jax.random.key(0), CONFIG, CONFIG)
-  state = jax.tree.map(jnp.copy, state.replace(critic=critic))
+  own = _objective('gakd').init(jax.random.key(0), CONFIG, CONFIG)
+  state = jax.tree.map(jnp.copy, state.replace(critic=own.critic))
   student = jax.tree.map(
-    lambda t, s: t + distance * (s - t), frozen['teacher'], _params(0)
+    lambda t, s: t + distance * (s - t), both.frozen['teacher'], _params(0)
   )
   for batch in _batches(steps):
     state = state.replace(
@@ -441,14 +511,13 @@ def test_bf16_computes_beside_fp32_master_weights():
 
 
 def test_the_state_is_donated_and_the_teacher_is_not():
-  traced_frozen = _trace()[2]
+  both = _trace()[2]
   _, run, state = _compile()
   state = jax.tree.map(jnp.copy, state)
   run(state, _batches()[0])
   assert all(x.is_deleted() for x in jax.tree.leaves(state))
-  jax.tree.map(
-    np.testing.assert_array_equal, traced_frozen['teacher'], _params(1)
-  )
+  teacher = both.frozen['teacher']
+  jax.tree.map(np.testing.assert_array_equal, teacher, _params(1))
 
 
 def test_the_same_state_gives_the_same_result_bit_for_bit():
@@ -458,19 +527,22 @@ def test_the_same_state_gives_the_same_result_bit_for_bit():
 
 
 def test_randomness_comes_from_seed_step_and_microbatch_alone():
-  def loss(student, batch, rng, step):
+  def loss(hidden_BTD, batch, key, step):
     del batch
-    noise = jax.random.normal(rng)
-    return student * noise, {'noise': noise, 'step': step}
+    noise = jax.random.normal(key)
+    return jnp.mean(hidden_BTD) * noise, {'noise': noise}
 
   def draws(seed, microbatches=1):
-    train_step, state = _simple_step(loss, seed=seed, microbatches=microbatches)
+    train_step, state = _descend(
+      _Alone(loss), 1.0, seed=seed, microbatches=microbatches
+    )
     for _ in range(3):
-      state, metrics = train_step(state, {}, _batches(1)[0])
+      state, metrics = train_step(state, _Numbers({}), _batches(1)[0])
       yield float(metrics['noise'])
 
   def key(seed, at, i):
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), at), i)
+    root = jax.random.fold_in(jax.random.key(seed), at)
+    return jax.random.fold_in(jax.random.split(root, 3)[0], i)
 
   for seed, microbatches in [(3, 1), (4, 1), (3, 2)]:
     want = [

@@ -50,17 +50,19 @@ class Tokens:
 
 @flax.struct.dataclass
 class Batch:
-  """One text as both models read it; `align` relates differing tokenizers.
+  """One text as both models read it.
 
-  num_tokens, num_sequences: response tokens, and documents that have any, of
-  the whole optimizer step, which losses divide by; the train step counts them.
+  student, teacher: the same arrays where the tokenizers agree.
+  align: what relates differing ones, by row.
+  cached: of a teacher that need not run, 'teacher_hidden' [B, R, E].
+  totals: of the whole optimizer step, see `objectives.base.Objective.count`.
   """
 
   student: Tokens
   teacher: Tokens
-  align: dict
-  num_tokens: np.ndarray | None = None
-  num_sequences: np.ndarray | None = None
+  align: dict = flax.struct.field(default_factory=dict)
+  cached: dict = flax.struct.field(default_factory=dict)
+  totals: dict = flax.struct.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +292,7 @@ class Batches(grain.DatasetIterator):
     # Copied: workers send views of shared memory, which is theirs to free.
     tokens = jax.tree.map(np.array, next(self._running))
     self._step += 1
-    return Batch(student=tokens, teacher=tokens, align={})
+    return Batch(student=tokens, teacher=tokens)
 
   def get_state(self):
     return {'step': self._step}

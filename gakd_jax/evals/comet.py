@@ -17,7 +17,7 @@ from gakd_jax.evals.generation import Generation
 
 @dataclasses.dataclass(frozen=True)
 class Comet:
-  needs_teacher: ClassVar[bool] = False
+  teacher_reads_student_ids: ClassVar[bool] = False
 
   name: str
   of: Generation  # whose answers; a row's `input` is the text to translate

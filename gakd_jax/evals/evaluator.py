@@ -1,14 +1,15 @@
 """Evaluators: what is measured of a model, while it trains or when it is done.
 
 An evaluator is a frozen dataclass of settings with
-`run(subject, params, tag) -> {metric: float}`. To add one: a file here, and
-its line in `_KINDS`.
+`run(subject, params, tag) -> {metric: float}`; `params` are those of the
+student that are trained. `teacher_reads_student_ids` says whether it runs the
+teacher on the student's token ids. To add one: a file here, and its line in
+`_KINDS`.
 """
 
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -21,21 +22,17 @@ from gakd_jax.evals import (
   loss,
   multiple_choice,
 )
-from gakd_jax.models import transformer
+from gakd_jax.models import pair
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
   """What does not change between evaluations of one run."""
 
-  student: Any  # definition, see `models.transformer.split`
-  teacher: Any  # definition; None without a teacher
-  frozen: dict  # {'teacher': parameters} or {}
-  tokenizer: Any
+  models: pair.Models
   template: str
   max_length: int
   max_prompt_length: int
-  dtype: Any  # of the computation
   head_chunk: int
   mesh: Mesh
   workdir: Path
@@ -43,9 +40,6 @@ class Subject:
   # so that answers may go on after an interruption. It shows its progress.
   identity: str | None = None
   teacher_workdir: Path | None = None  # where the teacher's answers are
-
-  def cast(self, params):
-    return transformer.cast(params, self.dtype)
 
 
 _KINDS = {

@@ -18,7 +18,7 @@ from gakd_jax.evals.generation import Generation
 
 @dataclasses.dataclass(frozen=True)
 class Fidelity:
-  needs_teacher: ClassVar[bool] = True
+  teacher_reads_student_ids: ClassVar[bool] = True
 
   name: str
   of: Generation  # the answers to compare; it is evaluated before
@@ -31,7 +31,7 @@ class Fidelity:
     Log-probabilities are of the answers to the first seed.
     """
     del tag
-    if subject.teacher is None:
+    if subject.models.teacher_definition is None:
       return {}
     mine = self._answers(subject.workdir)
     texts = {

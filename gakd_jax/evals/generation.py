@@ -15,7 +15,6 @@ import time
 from typing import ClassVar
 
 import jax
-from flax import nnx
 
 from gakd_jax import partial, report, sampling
 from gakd_jax.data import templates
@@ -26,7 +25,7 @@ from gakd_jax.evals import scores, tasks
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-  needs_teacher: ClassVar[bool] = False
+  teacher_reads_student_ids: ClassVar[bool] = False
 
   name: str
   rows: tuple
@@ -57,17 +56,24 @@ class Generation:
     """
     prompts = [
       tokenizer_lib.fit_prompt(
-        subject.tokenizer, row, subject.template, subject.max_prompt_length
+        subject.models.tokenizer,
+        row,
+        subject.template,
+        subject.max_prompt_length,
       )
       for row in self.rows
     ]
     buckets = [
       scores.length_bucket(
-        len(subject.tokenizer.encode(r.references[0], add_special_tokens=False))
+        len(
+          subject.models.tokenizer.encode(
+            r.references[0], add_special_tokens=False
+          )
+        )
       )
       for r in self.rows
     ]
-    model = nnx.merge(subject.student, subject.cast(params))
+    model = subject.models.student(params)
     n = len(self.rows) * len(self.seeds)
     pool = tasks.Pool(self.task, expected=n, first_only=self.first_reference)
     progress = contextlib.nullcontext()
@@ -137,15 +143,15 @@ class Generation:
       top_k=self.top_k,
       top_p=self.top_p,
       no_repeat_ngram=self.no_repeat_ngram,
-      eos_ids=templates.stop_ids(subject.template, subject.tokenizer),
+      eos_ids=templates.stop_ids(subject.template, subject.models.tokenizer),
       seed=seed,
       batch_size=self.batch_size,
-      valid_vocab=len(subject.tokenizer),
+      valid_vocab=len(subject.models.tokenizer),
       done=set(answers),
     ):
       new = {
         i: {
-          'answer': tokenizer_lib.decode(subject.tokenizer, ids),
+          'answer': tokenizer_lib.decode(subject.models.tokenizer, ids),
           'tokens': len(ids),
         }
         for i, ids in zip(indices, written, strict=True)

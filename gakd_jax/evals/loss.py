@@ -23,7 +23,6 @@ import numpy as np
 from gakd_jax import sharding
 from gakd_jax.data import pipeline
 from gakd_jax.data import tokenizer as tokenizer_lib
-from gakd_jax.models import transformer
 from gakd_jax.objectives import divergences, head
 
 _BINS = 15
@@ -31,7 +30,7 @@ _BINS = 15
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-  needs_teacher: ClassVar[bool] = True
+  teacher_reads_student_ids: ClassVar[bool] = True
 
   name: str
   rows: tuple
@@ -46,7 +45,7 @@ def measure(subject, params, rows, batch_size):
   """{metric: mean over response tokens}; see above."""
   examples, _ = pipeline.encode_rows(
     rows,
-    subject.tokenizer,
+    subject.models.tokenizer,
     template=subject.template,
     max_length=subject.max_length,
     max_prompt_length=subject.max_prompt_length,
@@ -57,7 +56,7 @@ def measure(subject, params, rows, batch_size):
     # Empty rows fill up what the mesh cannot divide.
     batch_size=-(-batch_size // ways) * ways,
     max_length=subject.max_length,
-    pad_id=tokenizer_lib.pad_id(subject.tokenizer),
+    pad_id=tokenizer_lib.pad_id(subject.models.tokenizer),
     epochs=1,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
@@ -65,15 +64,7 @@ def measure(subject, params, rows, batch_size):
   totals = {}
   for batch in batches:
     batch = sharding.put_batch(batch, subject.mesh)
-    sums = _sums(
-      subject.student,
-      subject.teacher,
-      subject.dtype,
-      subject.head_chunk,
-      params,
-      subject.frozen,
-      batch,
-    )
+    sums = _sums(subject.models, params, batch, subject.head_chunk)
     for name, value in jax.device_get(sums).items():
       totals[name] = totals.get(name, 0.0) + value.astype(float)
   tokens = totals.pop('tokens')
@@ -82,17 +73,16 @@ def measure(subject, params, rows, batch_size):
   return means | {'ece': float(np.sum(np.abs(off)) / tokens)}
 
 
-@functools.partial(
-  jax.jit, static_argnames=('student', 'teacher', 'dtype', 'head_chunk')
-)
-def _sums(student, teacher, dtype, head_chunk, params, frozen, batch):
-  outputs = [transformer.apply(student, params, batch.student, dtype)]
-  if teacher is not None:
-    outputs.append(
-      transformer.apply(teacher, frozen['teacher'], batch.teacher, dtype)
-    )
-  _, sums = head.token_mean(
-    _measure, tuple(outputs), batch.student, 1, chunk=head_chunk
+@functools.partial(jax.jit, static_argnames='head_chunk')
+def _sums(models, params, batch, head_chunk):
+  outputs = tuple(filter(None, models.outputs(params, batch)))
+  targets_BT, mask_BT = head.next_token(batch.student)
+  _, sums = head.weighted_sum(
+    _measure,
+    head.shared(outputs),
+    targets_BT,
+    mask_BT.astype(jnp.float32),
+    chunk=head_chunk,
   )
   return sums | {'tokens': jnp.sum(batch.student.mask_BT)}
 

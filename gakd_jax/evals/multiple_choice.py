@@ -18,7 +18,6 @@ from gakd_jax import UserError, sharding
 from gakd_jax.data import pipeline
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers, extract, tasks
-from gakd_jax.models import transformer
 from gakd_jax.objectives import head
 
 
@@ -26,7 +25,7 @@ from gakd_jax.objectives import head
 class MultipleChoice:
   task: ClassVar[str] = 'choice'
   seeds: ClassVar[tuple] = (0,)
-  needs_teacher: ClassVar[bool] = False
+  teacher_reads_student_ids: ClassVar[bool] = False
 
   name: str
   rows: tuple
@@ -80,11 +79,14 @@ class MultipleChoice:
     examples = []
     for row in self.rows:
       prompt = tokenizer_lib.fit_prompt(
-        subject.tokenizer, row, subject.template, subject.max_prompt_length
+        subject.models.tokenizer,
+        row,
+        subject.template,
+        subject.max_prompt_length,
       )
       prompt = np.array(prompt, np.int32)
       responses = (
-        subject.tokenizer.encode(text, add_special_tokens=False)
+        subject.models.tokenizer.encode(text, add_special_tokens=False)
         for text in self._options(row).values()
       )
       examples += [
@@ -110,14 +112,14 @@ class MultipleChoice:
           for rows in _share(bins)
         ],
         length,
-        tokenizer_lib.pad_id(subject.tokenizer),
+        tokenizer_lib.pad_id(subject.models.tokenizer),
       )
+      batch = pipeline.Batch(student=tokens, teacher=tokens)
       sums = _sums(
-        subject.student,
-        subject.dtype,
-        subject.head_chunk,
+        subject.models.alone(),
         params,
-        sharding.put_batch(tokens, subject.mesh),
+        sharding.put_batch(batch, subject.mesh),
+        subject.head_chunk,
       )
       whole = sharding.replicated(subject.mesh)
       sums_B = jax.device_get(jax.device_put(sums, whole))
@@ -133,7 +135,10 @@ def _share(bins):
   return bins[jax.process_index() * n :][:n]
 
 
-@functools.partial(jax.jit, static_argnames=('student', 'dtype', 'head_chunk'))
-def _sums(student, dtype, head_chunk, params, tokens):
-  outputs = transformer.apply(student, params, tokens, dtype)
-  return jnp.sum(head.token_log_probs(outputs, tokens, chunk=head_chunk), 1)
+@functools.partial(jax.jit, static_argnames='head_chunk')
+def _sums(models, params, batch, head_chunk):
+  student, _ = models.outputs(params, batch)
+  log_q_BT = head.log_probs(
+    student, *head.next_token(batch.student), chunk=head_chunk
+  )
+  return jnp.sum(log_q_BT, axis=1)

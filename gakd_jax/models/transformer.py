@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
+from gakd_jax import sharding
 from gakd_jax.data import segments
 from gakd_jax.models import layers as layers_lib
 
@@ -63,15 +64,31 @@ class DecoderConfig:
 class Head:
   """What turns hidden states into logits: z = h W', `soft_cap`ped by `cap`.
 
-  weight_VD: [V, D].
+  weight_VD: [V, D], where `sharding.RULES` puts it.
+  gathered_RVD: None, or a whole copy of it on each of the R devices that split
+    rows, made once a step for all that `objectives/head.py` does with it.
   """
 
   weight_VD: jax.Array
   cap: float | None = struct.field(pytree_node=False, default=None)
+  gathered_RVD: jax.Array | None = None
 
   @property
   def vocab_size(self):
     return self.weight_VD.shape[0]
+
+  def first(self, V):
+    """The head of the first V ids."""
+    if self.vocab_size == V:
+      return self
+    gathered = self.gathered_RVD
+    if gathered is not None:
+      gathered = gathered[:, :V]
+    return self.replace(weight_VD=self.weight_VD[:V], gathered_RVD=gathered)
+
+  def gathered(self):
+    """With copies, if there is a mesh that splits rows."""
+    return self.replace(gathered_RVD=sharding.copies(self.weight_VD))
 
   def linear(self, hidden_ND):
     """h W' in fp32 whatever the compute dtype; [N, D] -> [N, V]."""
@@ -93,10 +110,11 @@ class Head:
 
 @struct.dataclass
 class Outputs:
-  """What a model returns for a batch."""
+  """What a model returns for a batch; `embedding_VD` gets no gradient."""
 
   hidden_BTD: jax.Array
   head: Head
+  embedding_VD: jax.Array | None = None
 
 
 def stack_blocks(config, rngs):

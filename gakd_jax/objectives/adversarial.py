@@ -11,27 +11,37 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from gakd_jax import flops
+
 softplus = jax.nn.softplus
 
 
-def _r1_r2(read, x_t, x_s, norm_t, norm_s, rng):
+def _r1_r2(read, x_t, x_s, norm_t, norm_s, a_BT1):
   """Half of |dD/dz|^2 at the teacher's and the student's input (R3GAN)."""
-  del read, x_t, x_s, rng
+  del read, x_t, x_s, a_BT1
   return 0.5 * (norm_t + norm_s)
 
 
-def _unit_norm(read, x_t, x_s, norm_t, norm_s, rng):
+def _unit_norm(read, x_t, x_s, norm_t, norm_s, a_BT1):
   """(|dD/dz| - 1)^2 at a random mixture of the two inputs (WGAN-GP)."""
   del norm_t, norm_s
-  dtype = jnp.promote_types(x_t.dtype, jnp.float32)
-  a_B11 = jax.random.uniform(rng, (x_t.shape[0], 1, 1), dtype)
-  _, norm = read((a_B11 * x_t + (1 - a_B11) * x_s).astype(x_t.dtype))
+  mixed = (a_BT1 * x_t + (1 - a_BT1) * x_s).astype(x_t.dtype)
+  _, norm = read(mixed)
   return jnp.square(jnp.sqrt(jnp.maximum(norm, 1e-12)) - 1)
 
 
-def _no_penalty(read, x_t, x_s, norm_t, norm_s, rng):
-  del read, x_t, x_s, norm_s, rng
+def _no_penalty(read, x_t, x_s, norm_t, norm_s, a_BT1):
+  del read, x_t, x_s, norm_s, a_BT1
   return jnp.zeros_like(norm_t)
+
+
+def mixtures(key, segments_BT):
+  """A number in [0, 1) for each document, at all of its positions; [B, T, 1].
+
+  Drawn by its place in the row and not by its length.
+  """
+  a_BS = jax.random.uniform(key, (len(segments_BT), segments_BT.shape[1] + 1))
+  return jnp.take_along_axis(a_BS, segments_BT, axis=1)[:, :, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,3 +68,36 @@ VARIANTS = {
     penalty=_unit_norm,
   ),
 }
+
+
+def operations(objective, shapes, critic, rows, length, microbatches):
+  """Operations of a step: W of both heads, W'W, the trunk; see `flops`.
+
+  An update of the critic is a forward pass over both sequences and its gradient
+  (6 passes over one), with a penalty a gradient's gradient (6 more; 2 where it
+  is only logged). L_G is another forward pass over the student's, and with a
+  relativistic loss the teacher's, and the gradient of the inputs.
+  """
+  n = rows * length
+  V, C = critic['projection'].shape
+  penalty = 0 if objective.kind == 'gan' else 2 if objective.reference else 6
+  update, loss = 6 + penalty, 3 if objective.kind == 'rgan' else 2
+  config = objective.critic_config(*shapes)
+  trunk = 2 * flops.block_weights(critic) + flops.attention(config, length)
+
+  def read(shape):
+    """Of the critic's input, for all tokens of one model."""
+    if not objective.is_linear(shape.head_cap):  # through logits
+      return 2 * n * V * (shape.width + C)
+    # E'W once a microbatch, then every token.
+    return 2 * C * (V * microbatches + n) * shape.width
+
+  student, teacher = map(read, shapes)
+  # W'W is of the penalty, and has as many products as that has passes.
+  gram = penalty * V * C * C * microbatches
+  # Forward, and the gradient of W.
+  per_update = n * update * trunk + 2 * (student + teacher) + gram
+  # Of L_G: forward, of the teacher if its third pass is there, and the
+  # gradients of the student's hidden states and head.
+  per_loss = n * loss * trunk + (loss - 2) * teacher + 3 * student
+  return objective.critic_steps * per_update + per_loss

@@ -1,33 +1,41 @@
 """What an objective is: the one part in which distillation methods differ."""
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import struct
 
 from gakd_jax import UserError
+
+
+@struct.dataclass
+class Own:
+  """What belongs to a method itself; nested dicts of arrays, {} if none."""
+
+  extra: dict = struct.field(default_factory=dict)  # descends with the student
+  critic: dict = struct.field(default_factory=dict)  # descends `critic_loss`
+  memory: dict = struct.field(default_factory=dict)  # moved by `remember`
+  constants: dict = struct.field(default_factory=dict)  # never moves
+  step: Any = 0  # optimizer steps taken
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
   """A method: what the student descends, given its outputs and the teacher's.
 
-  Methods are final, frozen dataclasses of settings, one file each. Parameters
-  of their own are made by `init`: `extra` (projectors, say) descends `loss`
-  with the student, `critic` descends `critic_loss`.
+  Methods are final, frozen dataclasses of settings, one file each.
   """
 
   head_chunk: int = 512  # tokens whose logits exist at a time, on each device
 
   needs_teacher = True
+  one_tokenizer = True  # Whether the teacher's must be the student's.
   critic_steps = 1  # updates of the critic in one step
   # Whether the critic is updated by every microbatch alone instead of once by
   # the whole batch.
   critic_by_microbatch = False
-  # What an update of the critic and what `loss` cost, in forward passes of the
-  # critic over one model's sequences: a gradient counts 2, without that of the
-  # weights 1.
-  critic_passes = 0, 0
-  whole_rows = False  # Whether a row must hold one document: no packing.
 
   def __post_init__(self):
     if self.head_chunk < 1:
@@ -35,19 +43,29 @@ class Objective:
         f'config.train.head_chunk={self.head_chunk} must be 1 or more tokens'
       )
 
+  def updates_critic_first(self, microbatches):
+    """Whether the critic sees all microbatches before the student's loss.
+
+    The student then runs twice.
+    """
+    return microbatches > 1 and not self.critic_by_microbatch
+
+  def check(self, config):
+    """Refuses a run's config that the method cannot work with."""
+
   def for_run(self, steps_per_epoch, total_steps):
     """The method with what it plans in epochs, or over a run, in steps."""
     del steps_per_epoch, total_steps
     return self
 
-  def init(self, rng, student, teacher, mesh=None):
-    """(extra, critic): the method's own parameters, nested dicts; {} if none.
+  def init(self, key, student, teacher, mesh=None):
+    """The method's `Own` at the start.
 
     `student` and `teacher` are the models' `DecoderConfig`s (the teacher's may
     be None); parameters are placed on `mesh`.
     """
-    del rng, student, teacher, mesh
-    return {}, {}
+    del key, student, teacher, mesh
+    return Own()
 
   def shapes(self, student, teacher):
     """What `init` returns, as shapes; no weight is read."""
@@ -55,31 +73,55 @@ class Objective:
       lambda: self.init(jax.random.key(0), student, teacher)
     )
 
-  def loss(self, student, teacher, batch, extra, critic, rng, step):
+  def constants(self, models):
+    """Arrays that the loss reads and nothing moves, made once, on the host.
+
+    models: `models.pair.Models`, for tokenizers and configs.
+    """
+    del models
+    return {}
+
+  def count(self, batch):
+    """{name: total} over the whole optimizer step, what losses divide by.
+
+    They are `batch.totals` to a loss, whose sum over microbatches is then the
+    mean over the step. At least 1, for a step without any.
+    """
+    return {'tokens': jnp.maximum(jnp.sum(batch.student.mask_BT), 1)}
+
+  def terms(self):
+    """{name: function like `loss`}: the student descends their sum."""
+    return {'loss': self.loss}
+
+  def loss(self, student, teacher, batch, own, key):
     """The loss of a (micro)batch.
 
     Args:
       student, teacher: `models.transformer.Outputs` on `batch.student` and
         `batch.teacher`; the teacher's is None if `needs_teacher` is false.
-      batch: `data.pipeline.Batch`, its numbers of the whole step set.
-      extra, critic: the method's own parameters.
-      rng: a key for this step and microbatch.
-      step: the number of optimizer steps taken.
+      batch: `data.pipeline.Batch` with its totals.
+      own: `Own`.
+      key: of this step and microbatch.
 
     Returns:
-      (scalar, {name: metric}): the terms of response tokens, divided by
-      `batch.num_tokens`, so that the sum over microbatches is the mean over
-      the optimizer step; metrics likewise.
+      (scalar, {name: metric}): sums divided by a total of the whole step.
+      Gradients are taken with respect to the student's outputs and `own.extra`.
     """
     raise NotImplementedError
 
-  def critic_loss(self, critic, student, teacher, batch, rng):
-    """What the critic descends on a (micro)batch; as `loss`.
-
-    No gradient reaches `student` or `teacher`.
-    """
+  def critic_loss(self, student, teacher, batch, own, key):
+    """What `own.critic` descends on a (micro)batch; as `loss`."""
     raise NotImplementedError
 
-  def summarize(self, metrics):
-    """The metrics of a step, from their sums over its microbatches."""
-    return metrics
+  def remember(self, own, metrics):
+    """The memory after a step, whose metrics are those of the whole batch."""
+    del metrics
+    return own.memory
+
+  def flops(self, student, teacher, own, rows, length, microbatches):
+    """{part: operations of a step} of what the method adds to two models.
+
+    `own` may be shapes; a batch has `rows` of `length` tokens.
+    """
+    del student, teacher, own, rows, length, microbatches
+    return {}

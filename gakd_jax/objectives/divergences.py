@@ -6,6 +6,8 @@ and zero where the two agree. Gradients flow to whatever is differentiated;
 stop them at the teacher outside.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -90,25 +92,38 @@ def _log_mixture(log_a_NV, log_b_NV, weight):
 
 
 def _tail_threshold(log_p_NV, tail_mass):
-  """The largest log p such that all tokens up to it hold less than the mass.
+  """A log p such that all tokens up to it hold less than the mass, and no more.
 
   By bisection, since sorting the vocabulary would cost more than the loss
-  itself; 40 halvings of [-50, 0] are finer than fp32.
+  itself, until one token is between the bounds: the first that is too much.
+  Where several are equally likely, 40 halvings are finer than fp32.
   """
   log_p_NV = jax.lax.stop_gradient(log_p_NV)
   p_NV = jnp.exp(log_p_NV)
 
-  def halve(_, bounds):
-    low_N1, high_N1 = bounds
+  def halve(state):
+    step, _, low_N1, high_N1 = state
     middle_N1 = (low_N1 + high_N1) / 2
-    mass_N1 = jnp.sum(
-      jnp.where(log_p_NV <= middle_N1, p_NV, 0.0), axis=-1, keepdims=True
+    mass_N1, between_N1 = (
+      jnp.sum(jnp.where(where_NV, x_NV, 0.0), axis=-1, keepdims=True)
+      for where_NV, x_NV in (
+        (log_p_NV <= middle_N1, p_NV),
+        ((log_p_NV > low_N1) & (log_p_NV <= high_N1), 1.0),
+      )
     )
     small_N1 = mass_N1 < tail_mass
     return (
+      step + 1,
+      jnp.any(between_N1 > 1),
       jnp.where(small_N1, middle_N1, low_N1),
       jnp.where(small_N1, high_N1, middle_N1),
     )
 
   zero_N1 = jnp.zeros_like(log_p_NV[:, :1])
-  return jax.lax.fori_loop(0, 40, halve, (zero_N1 - 50.0, zero_N1))[0]
+  # All tokens below this share of the mass have less than it together.
+  lowest = math.log(tail_mass / log_p_NV.shape[-1]) - 0.01
+  return jax.lax.while_loop(
+    lambda state: (state[0] < 40) & state[1],
+    halve,
+    (0, True, zero_N1 + lowest, zero_N1),
+  )[2]

@@ -49,8 +49,10 @@ class GAKD(base.Objective):
   rkl_scale: float = 1.0  # multiplies reverse KL once more
   g: float = 0.1  # weight of L_G; 0: no critic, the ablation
   gamma: float = 10.0  # weight of the penalty; 0: none
-  input: str = 'log_probs'  # log_probs, logits, probs: what the critic reads
-  pooling: str = 'mean'  # mean, last: how positions make a sequence's score
+  # What the critic reads: log_probs (None), logits, probs.
+  input: str | None = None
+  # How positions make a sequence's score: mean (None), last.
+  pooling: str | None = None
   warmup_epochs: float = 1.0  # in which the critic learns alone: L_G is 0
   warmup_steps: int | None = None  # instead of warmup_epochs
   critic_steps: int = 1  # updates of the critic in one step
@@ -59,18 +61,21 @@ class GAKD(base.Objective):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.reference:
-      object.__setattr__(self, 'input', 'logits')
-      object.__setattr__(self, 'pooling', 'last')
     for name, known in (
       ('kind', tuple(adversarial.VARIANTS)),
-      ('input', critic_lib.INPUTS),
-      ('pooling', ('mean', 'last')),
+      ('input', (*critic_lib.INPUTS, None)),
+      ('pooling', ('mean', 'last', None)),
     ):
-      if getattr(self, name) not in known:
+      value = getattr(self, name)
+      if value not in known:
         raise UserError(
-          f'config.objective: no {name} {getattr(self, name)!r}; known are '
-          f'{", ".join(known)}'
+          f'config.objective: no {name} {value!r}; known are '
+          f'{", ".join(filter(None, known))}'
+        )
+      if self.reference and name != 'kind' and value is not None:
+        raise UserError(
+          f'config.objective: reference=True has its own {name}; leave out '
+          f'{name}={value!r}'
         )
     for name, low, high in (
       ('kd', 0, 1),
@@ -85,7 +90,6 @@ class GAKD(base.Objective):
           f'config.objective: {name}={getattr(self, name)} is not within '
           f'{low} and {high}'
         )
-
     if self.warmup_steps is not None and self.warmup_steps < 0:
       raise UserError(
         f'config.objective: warmup_steps={self.warmup_steps} is negative'
@@ -93,17 +97,20 @@ class GAKD(base.Objective):
     critic_lib.check(self.critic)
 
   @property
+  def reads(self):
+    """What the critic reads."""
+    return self.input or ('logits' if self.reference else 'log_probs')
+
+  @property
   def critic_by_microbatch(self):
     return self.reference
 
-  @property
-  def whole_rows(self):
-    return self.reference
-
-  @property
-  def critic_passes(self):
-    penalty = 0 if self.kind == 'gan' else 2 if self.reference else 6
-    return 6 + penalty, 3 if self.kind == 'rgan' else 2
+  def check(self, config):
+    if self.reference and config.data.packing:
+      raise UserError(
+        'config.data.packing: reference=True reads rows whole, one document '
+        'each; set it to False'
+      )
 
   def for_run(self, steps_per_epoch, total_steps):
     steps = self.warmup_steps
@@ -119,76 +126,76 @@ class GAKD(base.Objective):
 
   def shapes(self, student, teacher):
     if self.g == 0:
-      return {}, {}
+      return base.Own()
     config = self.critic_config(student, teacher)
-    return {}, jax.eval_shape(
-      lambda: critic_lib.init(config, jax.random.key(0), self.input)
+    return base.Own(
+      critic=jax.eval_shape(
+        lambda: critic_lib.init(config, jax.random.key(0), self.reads)
+      )
     )
 
-  def init(self, rng, student, teacher, mesh=None):
+  def init(self, key, student, teacher, mesh=None):
     if self.g == 0:
-      return {}, {}
+      return base.Own()
     config = self.critic_config(student, teacher)
-    _, shapes = self.shapes(student, teacher)
+    shapes = self.shapes(student, teacher).critic
     places = None if mesh is None else sharding.shardings(shapes, mesh)
-    params = jax.jit(
-      lambda rng: critic_lib.init(config, rng, self.input), out_shardings=places
-    )(rng)
+    critic = jax.jit(
+      lambda key: critic_lib.init(config, key, self.reads), out_shardings=places
+    )(key)
     if self.critic.get('init_from'):
       trunk = models.load(self.critic['init_from'], 'float32', mesh)
       lora.merge(trunk)
       trunk = transformer.split(trunk)[1]
-      params |= {name: trunk[name] for name in ('blocks', 'final_norm')}
-    return {}, params
+      critic |= {name: trunk[name] for name in ('blocks', 'final_norm')}
+    return base.Own(critic=critic)
 
-  def loss(self, student, teacher, batch, extra, critic, rng, step):
-    del extra, rng
+  def critic_config(self, student, teacher):
+    V = min(student.vocab_size, teacher.vocab_size)
+    return critic_lib.config_of(self.critic, V)
 
-    def imitation(student):
-      return head.token_mean(
-        self._token_loss,
-        (student, teacher),
-        batch.student,
-        batch.num_tokens,
-        chunk=self.head_chunk,
-      )
+  def count(self, batch):
+    ends_BT = segments.is_last(batch.student.response_segments_BT)
+    sequences = jnp.maximum(jnp.sum(ends_BT), 1)
+    return super().count(batch) | {'sequences': sequences}
 
-    if not critic:
-      return imitation(student)
+  def terms(self):
+    if self.g == 0:
+      return {'imitation': self.imitation}
+    return {'imitation': self.imitation, 'generator': self.deception}
 
-    weight = jnp.where(step >= self.warmup_steps, self.g, 0.0)
-
-    def deception(student):
-      x_t, x_s, score, is_last_BT = self._pair(critic, student, teacher, batch)
-      loss_BT = adversarial.VARIANTS[self.kind].generator(
-        score(x_t), score(x_s)
-      )
-      loss = jnp.sum(loss_BT, where=is_last_BT) / batch.num_sequences
-      return weight * loss, loss
-
-    # Both gradients are computed here, where they can be compared, and the
-    # loss brings their sum along.
-    here = jax.lax.stop_gradient(student)
-    (loss_i, metrics), d_i = jax.value_and_grad(imitation, has_aux=True)(here)
-    (loss_g, generator), d_g = jax.value_and_grad(deception, has_aux=True)(here)
-    loss = _with_gradient(
-      loss_i + loss_g, jax.tree.map(jnp.add, d_i, d_g), student
+  def imitation(self, student, teacher, batch, own, key):
+    """(1 - kd) CE + kd rkl_scale RKL."""
+    del own, key
+    targets_BT, mask_BT = head.next_token(batch.student)
+    return head.weighted_sum(
+      self._token_loss,
+      head.shared((student, teacher)),
+      targets_BT,
+      mask_BT / batch.totals['tokens'],
+      chunk=self.head_chunk,
     )
-    d_i, d_g = (d.hidden_BTD.astype(jnp.float32) for d in (d_i, d_g))
-    return loss, metrics | {
-      'generator': generator,
-      'dot': jnp.vdot(d_i, d_g),
-      'square_imitation': jnp.vdot(d_i, d_i),
-      'square_generator': jnp.vdot(d_g, d_g),
-    }
 
-  def critic_loss(self, critic, student, teacher, batch, rng):
-    x_t, x_s, score, is_last_BT = self._pair(critic, student, teacher, batch)
-    w_VC = critic_lib.weight(critic['projection'], self.input)
+  def deception(self, student, teacher, batch, own, key):
+    """g L_G, from the end of the warm-up on."""
+    del key
+    x_t, x_s, score, is_last_BT = self._pair(
+      own.critic, student, teacher, batch
+    )
+    loss_BT = adversarial.VARIANTS[self.kind].generator(score(x_t), score(x_s))
+    loss = jnp.sum(loss_BT, where=is_last_BT) / batch.totals['sequences']
+    weight = jnp.where(own.step >= self.warmup_steps, self.g, 0.0)
+    return weight * loss, {'generator': loss}
+
+  def critic_loss(self, student, teacher, batch, own, key):
+    x_t, x_s, score, is_last_BT = self._pair(
+      own.critic, student, teacher, batch
+    )
+    w_VC = critic_lib.weight(own.critic['projection'], self.reads)
     gram_CC = w_VC.T @ w_VC
 
     def read(x_BTC):
-      """Scores, and |dD/dz|^2 of each position."""
+      """Scores, and |dD/dz|^2 of each sequence."""
 
       def total(x_BTC):
         d_BT = score(x_BTC)
@@ -205,18 +212,13 @@ class GAKD(base.Objective):
       jnp.stack([x_t, x_s])
     )
     variant = adversarial.VARIANTS[self.kind]
+    a_BT1 = adversarial.mixtures(key, self._segments(batch))
     penalty_BT = self.gamma * variant.penalty(
-      read, x_t, x_s, norm_t_BT, norm_s_BT, rng
+      read, x_t, x_s, norm_t_BT, norm_s_BT, a_BT1
     )
 
     def mean(x_BT):
-      return jnp.sum(x_BT, where=is_last_BT) / batch.num_sequences
-
-    def histogram(d_BT):
-      edges = jnp.asarray(report.HISTOGRAM_EDGES[1:-1], jnp.float32)
-      bin_BT = jnp.searchsorted(edges, d_BT)
-      n = jnp.zeros(edges.size + 1)
-      return n.at[bin_BT].add(is_last_BT.astype(n.dtype))
+      return jnp.sum(x_BT, where=is_last_BT) / batch.totals['sequences']
 
     loss, penalty = mean(variant.critic(d_t_BT, d_s_BT)), mean(penalty_BT)
     metrics = {
@@ -227,31 +229,21 @@ class GAKD(base.Objective):
       'margin': mean(d_t_BT - d_s_BT),
       'score_teacher': mean(d_t_BT),
       'score_student': mean(d_s_BT),
-      'histogram_teacher': histogram(d_t_BT),
-      'histogram_student': histogram(d_s_BT),
+      'histogram_teacher': _histogram(d_t_BT, is_last_BT),
+      'histogram_student': _histogram(d_s_BT, is_last_BT),
     }
     if self.reference:
       return 1000 * (loss + jax.lax.stop_gradient(penalty)), metrics
     return loss + penalty, metrics
 
-  def summarize(self, metrics):
-    if 'dot' not in metrics:
-      return metrics
-    metrics = dict(metrics)
-    dot = metrics.pop('dot')
-    norms = [
-      jnp.sqrt(metrics.pop(f'square_{term}'))
-      for term in ('imitation', 'generator')
-    ]
-    return metrics | {
-      'hidden_grad_imitation': norms[0],
-      'hidden_grad_generator': norms[1],
-      'hidden_grad_cosine': dot / jnp.maximum(norms[0] * norms[1], 1e-30),
+  def flops(self, student, teacher, own, rows, length, microbatches):
+    if not own.critic:
+      return {}
+    return {
+      'critic': adversarial.operations(
+        self, (student, teacher), own.critic, rows, length, microbatches
+      )
     }
-
-  def critic_config(self, student, teacher):
-    V = min(student.vocab_size, teacher.vocab_size)
-    return critic_lib.config_of(self.critic, V)
 
   def _token_loss(self, logits, targets_N):
     log_q_NV, log_p_NV = map(jax.nn.log_softmax, logits)
@@ -274,23 +266,23 @@ class GAKD(base.Objective):
       to the scores of sequences; where to look at them.
     """
     segments_BT = self._segments(batch)
-    w_VC = critic_lib.weight(critic['projection'], self.input)
+    w_VC = critic_lib.weight(critic['projection'], self.reads)
     dtype = student.hidden_BTD.dtype
     model = nnx.merge(
       critic_lib.definition(critic_lib.config_of(self.critic, w_VC.shape[0])),
       jax.tree.map(lambda x: x.astype(dtype), critic),
     )
-
+    pooling = self.pooling or ('last' if self.reference else 'mean')
     remat = bool(self.critic.get('init_from'))  # A large trunk.
 
     def score(x_BTC):
       return critic_lib.sequence_score(
-        model(x_BTC, segments_BT, remat), segments_BT, self.pooling
+        model(x_BTC, segments_BT, remat), segments_BT, pooling
       )
 
     x_t_BTC, x_s_BTC = (
       self._input(outputs, w_VC, segments_BT > 0)
-      for outputs in (jax.lax.stop_gradient(teacher), student)
+      for outputs in (teacher, student)
     )
     return x_t_BTC, x_s_BTC, score, segments.is_last(segments_BT)
 
@@ -305,33 +297,32 @@ class GAKD(base.Objective):
   def _input(self, outputs, w_VC, mask_BT):
     """W z of every token (W p for 'probs'), by the way that costs less."""
     B, T, D = outputs.hidden_BTD.shape
-    C = w_VC.shape[1]
+    V, C = w_VC.shape
     mesh = jax.sharding.get_abstract_mesh()
     n = B * T // (1 if mesh.empty else sharding.batch_ways(mesh))
-    linear = self.input != 'probs' and not outputs.head.cap
-    if linear and n * (D + C) > D * C:
+    outputs = outputs.replace(head=outputs.head.first(V))
+    if self.is_linear(outputs.head.cap) and n * (D + C) > D * C:
       return critic_lib.project(outputs, w_VC)
-    return head.token_features(
+    read = jax.nn.softmax if self.reads == 'probs' else lambda z_NV: z_NV
+    dtype = outputs.hidden_BTD.dtype
+    return head.token_map(
+      lambda z_NV, _, w_VC: (read(z_NV) @ w_VC).astype(dtype),
       outputs,
+      (),
       w_VC,
       mask_BT,
-      function=jax.nn.softmax if self.input == 'probs' else lambda z: z,
       chunk=self.head_chunk,
     )
 
-
-@jax.custom_vjp
-def _with_gradient(value, gradient, at):
-  """`value`, whose gradient with respect to `at` is `gradient`."""
-  del gradient, at
-  return value
+  def is_linear(self, head_cap):
+    """Whether what the critic reads is linear in the hidden states."""
+    return self.reads != 'probs' and not head_cap
 
 
-_with_gradient.defvjp(
-  lambda value, gradient, at: (value, gradient),
-  lambda gradient, cotangent: (
-    None,
-    None,
-    jax.tree.map(lambda d: cotangent.astype(d.dtype) * d, gradient),
-  ),
-)
+def _histogram(d_BT, where_BT):
+  """Counts of scores over `report.HISTOGRAM_EDGES`."""
+  edges = jnp.asarray(report.HISTOGRAM_EDGES[1:-1], jnp.float32)
+  counts = jnp.zeros(edges.size + 1)
+  return counts.at[jnp.searchsorted(edges, d_BT)].add(
+    where_BT.astype(counts.dtype)
+  )

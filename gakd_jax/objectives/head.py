@@ -1,20 +1,23 @@
-"""The vocabulary head, streamed: losses over logits that never exist whole.
+"""The vocabulary head, streamed: functions of logits that never exist whole.
 
 A (B, T, 151936) array of logits is the memory and time problem of this field.
-Here the head runs over chunks of response tokens, and the gradient of each
-chunk is computed *in the forward pass*, while its logits are there
-(`jax.custom_vjp` around a loop): peak memory is one chunk, whatever B and T
-are. Prompt and padding cost nothing: the response tokens are brought together
-first, and the loop ends with the last of them.
+Here the head runs over chunks of the tokens that count: peak memory is one
+chunk, whatever B and T are, and prompt and padding cost nothing. There is one
+loop over chunks, and three things to do with one:
 
-An objective gives a function of one chunk's logits to one loss a token; any
-number of heads may take part (student and teacher, usually), and only those
-that are differentiated get a gradient: a frozen head, or an evaluation, costs
-none.
+  weighted_sum  a loss of each token, summed. The gradient of a chunk is
+                computed *in the forward pass*, while its logits are there.
+  token_map     a few numbers of each token, kept and differentiable; logits
+                are computed once more in the backward pass.
+  log_probs     log q(target) of each token.
+
+Any number of models may take part, and only heads and hidden states that are
+differentiated get a gradient: a frozen head, or an evaluation, costs none.
 
 Under a mesh the loop runs on each device's own rows (`jax.shard_map` over the
-batch axes), the vocabulary split over `tensor` by the compiler. The head is
-gathered over `fsdp` once, and its gradient summed once, both outside the loop.
+batch axes), the vocabulary split over `tensor` by the compiler. A head that was
+not gathered over `fsdp` before (`Head.gathered`) is gathered once, and its
+gradient summed once, both outside the loop.
 """
 
 import functools
@@ -26,163 +29,80 @@ from jax.sharding import PartitionSpec as P
 from gakd_jax import sharding
 from gakd_jax.models.transformer import Head
 
+_ROWS, _WHOLE = P(sharding.BATCH_AXES), P()
 
-def token_mean(token_loss, outputs, tokens, num_tokens, *, chunk):
-  """Mean over response tokens of a per-token loss on next-token logits.
 
-  Args:
-    token_loss: (tuple of fp32 logits [N, V], one for each of `outputs`;
-      targets [N]) -> (loss [N], {name: metric [N], or [N, K]}).
-    outputs: tuple of `models.transformer.Outputs`, all [B, T, .].
-    tokens: `data.pipeline.Tokens`; the loss of token t stands at t - 1.
-    num_tokens: scalar to divide by: the response tokens of the whole optimizer
-      step, so that accumulation and sharding leave the value alone.
-    chunk: tokens whose logits exist at a time, on each device.
+def next_token(tokens):
+  """What each position of a text predicts: ids [B, T], and which of them count.
 
-  Returns:
-    Loss and metrics, scalars (or [K]) in fp32. Only the loss has a gradient.
+  tokens: `data.pipeline.Tokens`; what token t is stands at t - 1.
   """
-  targets_BT = jnp.roll(tokens.ids_BT, -1, axis=1)
-  # Comparable logits: the ids that all vocabularies have. Rows beyond them are
-  # padding of the embedding, and get no probability.
+  return jnp.roll(tokens.ids_BT, -1, axis=1), tokens.predicts_BT
+
+
+def shared(outputs):
+  """Outputs over the ids that all models have, with comparable logits.
+
+  Rows beyond them are padding of an embedding, and get no probability.
+  """
   V = min(o.head.vocab_size for o in outputs)
+  return tuple(o.replace(head=o.head.first(V)) for o in outputs)
 
-  def capped_loss(logits, targets_N):
-    pairs = zip(outputs, logits, strict=True)
-    return token_loss(tuple(o.head.capped(z) for o, z in pairs), targets_N)
 
-  return _weighted_sum(
-    capped_loss,
-    chunk,
-    [o.hidden_BTD for o in outputs],
-    [o.head.weight_VD[:V] for o in outputs],
-    targets_BT,
-    tokens.predicts_BT / num_tokens,
+def at(outputs, index_BM):
+  """Outputs at other positions: hidden state m is that of `index_BM[b, m]`."""
+  hidden_BMD = jnp.take_along_axis(
+    outputs.hidden_BTD, index_BM[:, :, None], axis=1
   )
+  return outputs.replace(hidden_BTD=hidden_BMD)
 
 
-def token_features(outputs, w_VC, mask_BT, *, function, chunk):
-  """function(logits) W of each token, for a few features of all logits.
+def weighted_sum(token_loss, outputs, targets, weights_BT, *, chunk):
+  """sum weights_BT * token_loss, and the same of its metrics.
 
   Args:
-    outputs: `models.transformer.Outputs`, [B, T, .].
-    w_VC: fp32; rows of the head beyond V are padding, and not read.
-    mask_BT: the tokens that are wanted; others are zero.
-    function: fp32 logits [N, V] -> [N, V].
-    chunk: tokens whose logits exist at a time, on each device, in the forward
-      pass and, computed once more, in the backward pass.
+    token_loss: (tuple of fp32 logits [N, V], one for each of `outputs`; the
+      targets of these tokens [N, ...]) -> (loss [N], {name: metric [N, ...]}).
+    outputs: tuple of `models.transformer.Outputs`, hidden states [B, T, .].
+    targets: tree of [B, T, ...], what `token_loss` needs to know of a token.
+    weights_BT: fp32; 0 where a token does not count. Those of a mean are
+      1 / the number of tokens of the whole optimizer step, so that accumulation
+      and sharding leave the value alone.
+    chunk: tokens whose logits exist at a time, on each device.
 
   Returns:
-    [B, T, C] in the dtype of the hidden states.
+    Loss and metrics, scalars (or [...]) in fp32. Only the loss has a gradient,
+    with respect to `outputs`.
   """
 
-  def local(h_BTD, head_VD, w_VC, mask_BT):
-    h_ND, mask_N = h_BTD.reshape(-1, h_BTD.shape[-1]), mask_BT.reshape(-1)
-    size = min(chunk, mask_N.size)
-    order_N = _response_first(mask_N, size)
+  def capped_loss(logits, targets):
+    pairs = zip(outputs, logits, strict=True)
+    return token_loss(tuple(o.head.capped(z) for o, z in pairs), targets)
 
-    # In fp32 outside of the loop, so that its gradient is summed in fp32.
-    head_VD = head_VD.astype(w_VC.dtype)
-
-    @jax.checkpoint
-    def features(index_N):
-      head = Head(head_VD.astype(h_ND.dtype), outputs.head.cap)
-      z_NV = head(h_ND.at[index_N].get(mode='clip'))
-      return (function(z_NV) @ w_VC).astype(h_ND.dtype)
-
-    def if_wanted(index_N):
-      wanted_N = mask_N.at[index_N].get(mode='fill', fill_value=False)
-      x_NC = jax.lax.cond(
-        jnp.any(wanted_N),
-        features,
-        lambda _: jnp.zeros((size, w_VC.shape[1]), h_ND.dtype),
-        index_N,
-      )
-      return jnp.where(wanted_N[:, None], x_NC, 0)
-
-    x_NC = jax.lax.map(if_wanted, order_N.reshape(-1, size))
-    x_NC = x_NC.reshape(-1, w_VC.shape[1])
-    out_NC = jnp.zeros((mask_N.size, w_VC.shape[1]), x_NC.dtype)
-    return out_NC.at[order_N].set(x_NC, mode='drop').reshape(*mask_BT.shape, -1)
-
-  head_VD = outputs.head.weight_VD[: w_VC.shape[0]]
-  args = outputs.hidden_BTD, head_VD, w_VC, mask_BT
-  return _by_rows(local, (True, False, False, True))(*args)
-
-
-def token_log_probs(outputs, tokens, *, chunk):
-  """log q(next token) in fp32, [B, T]; 0 where it is not of a response.
-
-  Args:
-    outputs: `models.transformer.Outputs`, [B, T, .].
-    tokens: `data.pipeline.Tokens`.
-    chunk: tokens whose logits exist at a time, on each device.
-  """
-
-  def local(h_BTD, head_VD, targets_BT, mask_BT):
-    h_ND, mask_N = h_BTD.reshape(-1, h_BTD.shape[-1]), mask_BT.reshape(-1)
-    targets_N = targets_BT.reshape(-1)
-    size = min(chunk, mask_N.size)
-    order_N = _response_first(mask_N, size)
-
-    def body(i, out_N):
-      index_N = jax.lax.dynamic_slice_in_dim(order_N, i * size, size)
-      z_NV = Head(head_VD, outputs.head.cap)(h_ND.at[index_N].get(mode='clip'))
-      target_N1 = targets_N.at[index_N].get(mode='clip')[:, None]
-      log_q_NV = jax.nn.log_softmax(z_NV)
-      log_q_N = jnp.take_along_axis(log_q_NV, target_N1, axis=1)[:, 0]
-      return out_N.at[index_N].set(log_q_N, mode='drop')
-
-    n_chunks = -(-jnp.sum(mask_N) // size)
-    zeros_N = jnp.zeros(mask_N.size, jnp.float32)
-    out_N = jax.lax.fori_loop(0, n_chunks, body, zeros_N)
-    return jnp.where(mask_N, out_N, 0).reshape(mask_BT.shape)
-
-  targets_BT = jnp.roll(tokens.ids_BT, -1, axis=1)
-  args = outputs.hidden_BTD, outputs.head.weight_VD, targets_BT
-  return _by_rows(local, (True, False, True, True))(*args, tokens.predicts_BT)
-
-
-def _by_rows(local, by_row):
-  """`local` on each device's own rows; without a mesh, on all of them.
-
-  by_row: of each argument, whether it is split or whole.
-  """
-  if jax.sharding.get_abstract_mesh().empty:
-    return local
-  rows = P(sharding.BATCH_AXES)
-  return jax.shard_map(
-    local,
-    in_specs=tuple(rows if split else P() for split in by_row),
-    out_specs=rows,
-    axis_names=set(sharding.BATCH_AXES),
-    check_vma=False,
-  )
-
-
-def _weighted_sum(token_loss, chunk, hiddens, heads, targets_BT, weights_BT):
-  """sum weights * token_loss, a function that brings its own gradient."""
-  run = functools.partial(_on_mesh, token_loss, chunk)
+  def run(hidden_on, head_on, hiddens, heads, targets, weights_BT):
+    head_specs = [_spec(x) for x in heads]
+    on = [(j, s) for j, s in enumerate(head_specs) if head_on[j]]
+    return _by_rows(
+      functools.partial(_sum_of_rows, capped_loss, chunk, hidden_on, head_on),
+      (_ROWS, head_specs, _ROWS, _ROWS),
+      (_WHOLE, (_ROWS, dict(on))),
+    )(hiddens, heads, targets, weights_BT)
 
   @jax.custom_vjp
-  def total(hiddens, heads, targets_BT, weights_BT):
+  def total(hiddens, heads, targets, weights_BT):
     none = [False] * len(hiddens)
-    return run(none, none, hiddens, heads, targets_BT, weights_BT)[0]
+    return run(none, none, hiddens, heads, targets, weights_BT)[0]
 
-  def forward(hiddens, heads, targets_BT, weights_BT):
+  def forward(*args):
     # Symbolic zeros tell which arguments are differentiated at all.
-    values, wanted = [], []
-    for arrays in (hiddens, heads):
-      values.append([x.value for x in arrays])
-      wanted.append([x.perturbed for x in arrays])
-    return run(*wanted, *values, targets_BT.value, weights_BT.value)
+    wanted = [[x.perturbed for x in arrays] for arrays in args[:2]]
+    return run(*wanted, *jax.tree.map(lambda x: x.value, args))
 
   def backward(gradients, cotangent):
-    d_loss = cotangent[0]
     # None stands for "no gradient": nothing is computed for it.
     d_hiddens, d_heads = (
       [
-        d_loss.astype(x.dtype) * d[j].astype(x.dtype) if j in d else None
+        (cotangent[0] * d[j]).astype(x.dtype) if j in d else None
         for j, x in enumerate(arrays)
       ]
       for d, arrays in zip(gradients, (hiddens, heads), strict=True)
@@ -190,124 +110,296 @@ def _weighted_sum(token_loss, chunk, hiddens, heads, targets_BT, weights_BT):
     return d_hiddens, d_heads, None, None
 
   total.defvjp(forward, backward, symbolic_zeros=True)
-  return total(hiddens, heads, targets_BT, weights_BT)
+  hiddens = [o.hidden_BTD for o in outputs]
+  heads = [_array(o.head) for o in outputs]
+  return total(hiddens, heads, targets, weights_BT)
 
 
-def _on_mesh(
-  token_loss, chunk, hidden_on, head_on, hiddens, heads, targets_BT, weights_BT
-):
-  """`_loop` on each device's rows, sums over all of them."""
-  loop = functools.partial(_loop, token_loss, chunk, hidden_on, head_on)
-  if jax.sharding.get_abstract_mesh().empty:
-    return loop(hiddens, heads, targets_BT, weights_BT)
+def token_map(function, outputs, rows, whole, mask_BT, *, chunk):
+  """function(logits, ...) of each token of a mask; 0 elsewhere.
 
-  def local(*args):
-    (loss, metrics), (d_hiddens, d_heads) = loop(*args)
-    loss, metrics, d_heads = jax.lax.psum(
-      (loss, metrics, d_heads), sharding.BATCH_AXES
-    )
-    return (loss, metrics), (d_hiddens, d_heads)
+  Args:
+    function: (fp32 logits [N, V], rows [N, ...], whole) -> [N, ...], a few
+      numbers a token.
+    outputs: `models.transformer.Outputs`, hidden states [B, T, D].
+    rows: tree of [B, T, ...]; not differentiated.
+    whole: tree of floating point arrays that all tokens share; they get a
+      gradient, as hidden states and head do.
+    mask_BT: the tokens that are wanted.
+    chunk: tokens whose logits exist at a time, on each device.
 
-  rows, whole = P(sharding.BATCH_AXES), P()
+  Returns:
+    [B, T, ...] in the dtype that `function` gives.
+  """
+  cap = outputs.head.cap
+
+  def of_logits(z_NV, rows, whole):
+    return function(Head(None, cap).capped(z_NV), rows, whole)
+
+  @jax.custom_vjp
+  def mapped(hidden_BTD, head, rows, whole, mask_BT):
+    return _by_rows(
+      functools.partial(_map_of_rows, of_logits, chunk),
+      (_ROWS, _spec(head), _ROWS, _WHOLE, _ROWS),
+      _ROWS,
+    )(hidden_BTD, head, rows, whole, mask_BT)
+
+  def forward(*args):
+    hidden, head, _, whole, _ = args
+    on = {
+      'hidden': hidden.perturbed,
+      'head': head.perturbed,
+      'whole': any(x.perturbed for x in jax.tree.leaves(whole)),
+    }
+    args = jax.tree.map(lambda x: x.value, args)
+    # A dict's keys are static, as what is wanted must be.
+    return mapped(*args), (args, {name: None for name in on if on[name]})
+
+  def backward(residuals, d_out):
+    args, wanted = residuals
+    specs = {'hidden': _ROWS, 'head': _spec(args[1]), 'whole': _WHOLE}
+    d = _by_rows(
+      functools.partial(_pull_of_rows, of_logits, chunk, wanted),
+      (_ROWS, specs['head'], _ROWS, _WHOLE, _ROWS, _ROWS),
+      {name: specs[name] for name in wanted},
+    )(*args, d_out)
+    return d.get('hidden'), d.get('head'), None, d.get('whole'), None
+
+  mapped.defvjp(forward, backward, symbolic_zeros=True)
+  head = _array(outputs.head)
+  return mapped(outputs.hidden_BTD, head, rows, whole, mask_BT)
+
+
+def log_probs(outputs, targets_BT, mask_BT, *, chunk):
+  """log q(target) in fp32, [B, T]; 0 outside of the mask. See `token_map`."""
+
+  def of_targets(z_NV, target_N, _):
+    log_q_NV = jax.nn.log_softmax(z_NV)
+    return jnp.take_along_axis(log_q_NV, target_N[:, None], axis=1)[:, 0]
+
+  return token_map(of_targets, outputs, targets_BT, (), mask_BT, chunk=chunk)
+
+
+def _array(head):
+  """The head's weights as the loop reads them."""
+  return head.weight_VD if head.gathered_RVD is None else head.gathered_RVD
+
+
+def _spec(head):
+  """Each device reads a copy of its own of a gathered head, [1, V, D]."""
+  return _ROWS if head.ndim == 3 else _WHOLE
+
+
+def _by_rows(local, in_specs, out_specs):
+  """`local(total, ...)` on each device's own rows; `total` sums over devices.
+
+  Without a mesh, or with one that does not split rows, on all of them.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or sharding.batch_ways(mesh) == 1:
+    return functools.partial(local, lambda x: x)
   return jax.shard_map(
-    local,
-    in_specs=(rows, whole, rows, rows),
-    out_specs=((whole, whole), (rows, whole)),
+    functools.partial(local, lambda x: jax.lax.psum(x, sharding.BATCH_AXES)),
+    in_specs=in_specs,
+    out_specs=out_specs,
     axis_names=set(sharding.BATCH_AXES),
     check_vma=False,
-  )(hiddens, heads, targets_BT, weights_BT)
+  )
 
 
-def _loop(
-  token_loss, chunk, hidden_on, head_on, hiddens, heads, targets_BT, weights_BT
+def _loop(mask_N, chunk, body, carry):
+  """body(index_N, carry) -> carry, over chunks of the tokens of a mask.
+
+  The last chunk is filled up with tokens outside of the mask, then with an
+  index out of bounds: it reads the last token, and what is written there is
+  dropped.
+  """
+  n = mask_N.size
+  chunk = min(chunk, n)
+  order_N = jnp.argsort(~mask_N, stable=True)
+  order_N = jnp.pad(order_N, (0, -n % chunk), constant_values=n)
+
+  def step(i, carry):
+    return body(jax.lax.dynamic_slice_in_dim(order_N, i * chunk, chunk), carry)
+
+  return jax.lax.fori_loop(0, -(-jnp.sum(mask_N) // chunk), step, carry)
+
+
+def _flat(tree):
+  """[B, T, ...] -> [B T, ...]."""
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def _take(tree, index_N):
+  return jax.tree.map(lambda x: x.at[index_N].get(mode='clip'), tree)
+
+
+def _sum_of_rows(
+  token_loss,
+  chunk,
+  hidden_on,
+  head_on,
+  total,
+  hiddens,
+  heads,
+  targets,
+  weights_BT,
 ):
   """Loss, metrics and the wanted gradients, a chunk of tokens at a time."""
-  flat = [h.reshape(-1, h.shape[-1]) for h in hiddens]
-  targets_N, weights_N = targets_BT.reshape(-1), weights_BT.reshape(-1)
-  n = targets_N.size
-  chunk = min(chunk, n)
-  order_N = _response_first(weights_N != 0, chunk)
-  n_chunks = -(-jnp.sum(weights_N != 0) // chunk)
+  gathered, heads = heads, [_own(head) for head in heads]
+  rows, weights_N = _flat((hiddens, targets)), weights_BT.reshape(-1)
 
-  def chunk_of(i):
-    index_N = jax.lax.dynamic_slice_in_dim(order_N, i * chunk, chunk)
-    hidden_ND = [h.at[index_N].get(mode='clip') for h in flat]
-    target_N = targets_N.at[index_N].get(mode='clip')
+  def chunk_of(index_N):
+    hiddens, targets = _take(rows, index_N)
     weight_N = weights_N.at[index_N].get(mode='fill', fill_value=0)
 
     def loss(*logits):
-      loss_N, metrics = token_loss(logits, target_N)
+      loss_N, metrics = token_loss(logits, targets)
       return jnp.sum(weight_N * loss_N), {
         name: jnp.sum(weight_N.reshape(-1, *(1,) * (x.ndim - 1)) * x, axis=0)
         for name, x in metrics.items()
       }
 
-    return index_N, hidden_ND, loss
+    return hiddens, loss
 
-  def logits_of(hidden_ND, head_VD):
-    return _split(Head(head_VD).linear(hidden_ND), P(None, 'tensor'))
-
-  def body(i, carry):
+  def body(index_N, carry):
     (loss, metrics), d_hiddens, d_heads = carry
-    index_N, hidden_ND, chunk_loss = chunk_of(i)
-    logits = map(logits_of, hidden_ND, heads)
+    hiddens, chunk_loss = chunk_of(index_N)
+    logits = map(_logits, hiddens, heads)
     # Gradients that nobody wants are dead code to the compiler.
     new_loss, pull, new_metrics = jax.vjp(
-      jax.checkpoint(chunk_loss, policy=_is_reduction), *logits, has_aux=True
+      jax.checkpoint(chunk_loss, policy=_is_of_tokens), *logits, has_aux=True
     )
     new = pull(jnp.ones_like(new_loss))
     # In the compute dtype for the matrix units; their sums are fp32.
-    new = [d.astype(h.dtype) for d, h in zip(new, hidden_ND, strict=True)]
+    new = [d.astype(h.dtype) for d, h in zip(new, hiddens, strict=True)]
     d_hiddens = {
       j: d.at[index_N].set(_d_hidden(new[j], heads[j]), mode='drop')
       for j, d in d_hiddens.items()
     }
-    d_heads = {j: d + _d_head(new[j], hidden_ND[j]) for j, d in d_heads.items()}
+    d_heads = {j: d + _d_head(new[j], hiddens[j]) for j, d in d_heads.items()}
     totals = jax.tree.map(jnp.add, (loss, metrics), (new_loss, new_metrics))
     return totals, d_hiddens, d_heads
 
   def shape_of_totals():
-    _, hidden_ND, chunk_loss = chunk_of(0)
-    return chunk_loss(*map(logits_of, hidden_ND, heads))
+    hiddens, chunk_loss = chunk_of(jnp.arange(min(chunk, weights_N.size)))
+    return chunk_loss(*map(_logits, hiddens, heads))
 
-  totals, d_hiddens, d_heads = jax.lax.fori_loop(
-    0,
-    n_chunks,
+  totals, d_hiddens, d_heads = _loop(
+    weights_N != 0,
+    chunk,
     body,
     (
-      _zeros(jax.eval_shape(shape_of_totals)),
-      {j: jnp.zeros_like(flat[j]) for j, on in enumerate(hidden_on) if on},
-      {
-        j: jnp.zeros(heads[j].shape, jnp.float32)
-        for j, on in enumerate(head_on)
-        if on
-      },
+      jax.tree.map(_zeros, jax.eval_shape(shape_of_totals)),
+      {j: _zeros(rows[0][j]) for j, on in enumerate(hidden_on) if on},
+      {j: _zeros(heads[j], 'f4') for j, on in enumerate(head_on) if on},
     ),
   )
-  return totals, (
+  return total(totals), (
     {j: d.reshape(hiddens[j].shape) for j, d in d_hiddens.items()},
-    d_heads,
+    {j: _as_given(d, gathered[j], total) for j, d in d_heads.items()},
   )
 
 
-def _response_first(mask_N, chunk):
-  """Indices of tokens, those of the mask first, up to a whole chunk.
+def _map_of_rows(
+  function, chunk, total, hidden_BTD, head, rows, whole, mask_BT
+):
+  del total
+  head_VD = _own(head)
+  hidden_ND, rows, mask_N = _flat((hidden_BTD, rows, mask_BT))
 
-  The last chunk is filled with an index that is out of bounds: it reads
-  nothing ('fill'), and what is written there is dropped.
-  """
-  order_N = jnp.argsort(~mask_N, stable=True)
-  n = mask_N.size
-  return jnp.pad(order_N, (0, -n % chunk), constant_values=n)
+  def values(index_N):
+    hidden_nD, rows_n = _take((hidden_ND, rows), index_N)
+    return function(_logits(hidden_nD, head_VD), rows_n, whole)
+
+  shape = jax.eval_shape(values, jnp.arange(1))
+  out_N = jnp.zeros((mask_N.size, *shape.shape[1:]), shape.dtype)
+  out_N = _loop(
+    mask_N,
+    chunk,
+    lambda index_N, out_N: out_N.at[index_N].set(values(index_N), mode='drop'),
+    out_N,
+  )
+  out_N = jnp.where(_align(mask_N, out_N), out_N, 0)
+  return out_N.reshape(*mask_BT.shape, *out_N.shape[1:])
 
 
-def _is_reduction(primitive, *_, **__):
+def _pull_of_rows(
+  function,
+  chunk,
+  wanted,
+  total,
+  hidden_BTD,
+  head,
+  rows,
+  whole,
+  mask_BT,
+  d_out_BT,
+):
+  """The wanted gradients of `_map_of_rows`; sums over tokens are fp32."""
+  head_VD = _own(head)
+  hidden_ND, rows, mask_N, d_out_N = _flat(
+    (hidden_BTD, rows, mask_BT, d_out_BT)
+  )
+  d_out_N = jnp.where(_align(mask_N, d_out_N), d_out_N, 0)
+
+  def body(index_N, d):
+    hidden_nD, rows_n = _take((hidden_ND, rows), index_N)
+    d_out_n = d_out_N.at[index_N].get(mode='fill', fill_value=0)
+    _, pull = jax.vjp(
+      lambda z_NV, whole: function(z_NV, rows_n, whole),
+      _logits(hidden_nD, head_VD),
+      whole,
+    )
+    d_z_NV, d_whole = pull(d_out_n)
+    d_z_NV = d_z_NV.astype(hidden_nD.dtype)
+    new = dict(d)
+    if 'hidden' in d:
+      new['hidden'] = (
+        d['hidden'].at[index_N].set(_d_hidden(d_z_NV, head_VD), mode='drop')
+      )
+    if 'head' in d:
+      new['head'] += _d_head(d_z_NV, hidden_nD)
+    if 'whole' in d:
+      new['whole'] = jax.tree.map(jnp.add, d['whole'], d_whole)
+    return new
+
+  zeros = {
+    'hidden': _zeros(hidden_ND),
+    'head': _zeros(head_VD, 'f4'),
+    'whole': jax.tree.map(_zeros, whole),
+  }
+  d = _loop(mask_N, chunk, body, {name: zeros[name] for name in wanted})
+  if 'hidden' in d:
+    d['hidden'] = d['hidden'].reshape(hidden_BTD.shape)
+  if 'head' in d:
+    d['head'] = _as_given(d['head'], head, total).astype(head.dtype)
+  if 'whole' in d:
+    d['whole'] = total(d['whole'])
+  return d
+
+
+def _own(head):
+  """[V, D] of what a device was given."""
+  return head[0] if head.ndim == 3 else head
+
+
+def _as_given(d_head_VD, head, total):
+  """The gradient of `_own`; that of a gathered head is summed by its giver."""
+  return d_head_VD[None] if head.ndim == 3 else total(d_head_VD)
+
+
+def _is_of_tokens(primitive, *_, **__):
   """What a chunk's gradient keeps of its loss: one number a token.
 
   Log-probabilities and the like are computed again from the logits, in the
   loop that uses them: that costs less than to write and read them.
   """
-  return primitive.name.startswith(('reduce', 'arg'))
+  return primitive.name.startswith(('reduce', 'arg', 'while'))
+
+
+def _logits(hidden_ND, head_VD):
+  return _split(Head(head_VD).linear(hidden_ND), P(None, 'tensor'))
 
 
 def _d_hidden(d_logits_NV, head_VD):
@@ -328,5 +420,9 @@ def _split(x, spec):
   return jax.lax.with_sharding_constraint(x, spec)
 
 
-def _zeros(tree):
-  return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+def _align(mask_N, x_N):
+  return mask_N.reshape(-1, *(1,) * (x_N.ndim - 1))
+
+
+def _zeros(x, dtype=None):
+  return jnp.zeros(x.shape, dtype or x.dtype)

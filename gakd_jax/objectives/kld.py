@@ -11,21 +11,21 @@ Distributions are compared over the token ids that both vocabularies have.
 
 import dataclasses
 import difflib
-import functools
 
 import jax
 
 from gakd_jax import UserError
 from gakd_jax.objectives import base, divergences, head
 
+# name: the function, and its settings.
 DIVERGENCES = {
-  'forward_kl': divergences.forward_kl,
-  'reverse_kl': divergences.reverse_kl,
-  'jsd': divergences.jsd,
-  'skew_forward': divergences.skew_forward,
-  'skew_reverse': divergences.skew_reverse,
-  'tvd': divergences.total_variation,
-  'adaptive': divergences.adaptive_kl,
+  'forward_kl': (divergences.forward_kl, ()),
+  'reverse_kl': (divergences.reverse_kl, ()),
+  'jsd': (divergences.jsd, ('beta',)),
+  'skew_forward': (divergences.skew_forward, ('alpha',)),
+  'skew_reverse': (divergences.skew_reverse, ('alpha',)),
+  'tvd': (divergences.total_variation, ()),
+  'adaptive': (divergences.adaptive_kl, ()),
 }
 
 
@@ -57,32 +57,28 @@ class KLD(base.Objective):
         f'config.objective: temperature={self.temperature} must be positive'
       )
 
-  def loss(self, student, teacher, batch, extra, critic, rng, step):
-    del extra, critic, rng, step
-    return head.token_mean(
+  def loss(self, student, teacher, batch, own, key):
+    del own, key
+    targets_BT, mask_BT = head.next_token(batch.student)
+    return head.weighted_sum(
       self._token_loss,
-      (student, teacher),
-      batch.student,
-      batch.num_tokens,
+      head.shared((student, teacher)),
+      targets_BT,
+      mask_BT / batch.totals['tokens'],
       chunk=self.head_chunk,
     )
 
   def _token_loss(self, logits, targets_N):
     z_q_NV, z_p_NV = logits
     T = self.temperature
-    divergence_N = self._divergence()(
-      jax.nn.log_softmax(z_p_NV / T), jax.nn.log_softmax(z_q_NV / T)
+    function, settings = DIVERGENCES[self.divergence]
+    divergence_N = function(
+      jax.nn.log_softmax(z_p_NV / T),
+      jax.nn.log_softmax(z_q_NV / T),
+      **{name: getattr(self, name) for name in settings},
     )
     if self.scale_by_t2:
       divergence_N *= T**2
     ce_N = divergences.cross_entropy(jax.nn.log_softmax(z_q_NV), targets_N)
     loss_N = (1 - self.kd) * ce_N + self.kd * divergence_N
     return loss_N, {'ce': ce_N, self.divergence: divergence_N}
-
-  def _divergence(self):
-    function = DIVERGENCES[self.divergence]
-    if self.divergence == 'jsd':
-      return functools.partial(function, beta=self.beta)
-    if self.divergence.startswith('skew'):
-      return functools.partial(function, alpha=self.alpha)
-    return function

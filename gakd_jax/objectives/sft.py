@@ -11,13 +11,14 @@ from gakd_jax.objectives import base, divergences, head
 class SFT(base.Objective):
   needs_teacher = False
 
-  def loss(self, student, teacher, batch, extra, critic, rng, step):
-    del teacher, extra, critic, rng, step
-    return head.token_mean(
+  def loss(self, student, teacher, batch, own, key):
+    del teacher, own, key
+    targets_BT, mask_BT = head.next_token(batch.student)
+    return head.weighted_sum(
       _token_loss,
       (student,),
-      batch.student,
-      batch.num_tokens,
+      targets_BT,
+      mask_BT / batch.totals['tokens'],
       chunk=self.head_chunk,
     )
 

@@ -21,7 +21,7 @@ from gakd_jax.evals import (
   loss,
   multiple_choice,
 )
-from gakd_jax.models import transformer
+from gakd_jax.models import pair
 
 ROWS = tuple(
   sources.Row(f'Say {text}.', references=(text,), where=f'f:{i}')
@@ -38,17 +38,17 @@ def paths(tiny_model_dir):
 def parts(paths):
   """A subject, its parameters, and both models as functions of ids."""
   student, teacher = map(models.load, paths)
-  definition, params = transformer.split(student)
-  t_definition, t_params = transformer.split(teacher)
+  both, params = pair.make(
+    student,
+    teacher,
+    dtype='float32',
+    tokenizers=[tokenizer_lib.load(path) for path in paths],
+  )
   subject = evaluator.Subject(
-    student=definition,
-    teacher=t_definition,
-    frozen={'teacher': t_params},
-    tokenizer=tokenizer_lib.load(paths[0]),
+    models=both,
     template='chat',
     max_length=64,
     max_prompt_length=48,
-    dtype=jnp.float32,
     head_chunk=7,
     mesh=sharding.make_mesh(data=1),
     workdir=None,
@@ -67,7 +67,7 @@ def test_loss_is_what_full_logits_give(parts):
   subject, params, student, teacher = parts
   log_p, log_q, targets = [], [], []
   for row in ROWS:
-    ids = tokenizer_lib.encode(subject.tokenizer, row, 'chat')
+    ids = tokenizer_lib.encode(subject.models.tokenizer, row, 'chat')
     log_q.append(log_probs(student, *ids))
     log_p.append(log_probs(teacher, *ids))
     targets += ids[1]
@@ -108,9 +108,13 @@ def test_a_mesh_measures_the_same(parts, paths):
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   with jax.set_mesh(mesh):
     student, teacher = (models.load(p, mesh=mesh) for p in paths)
-    params = transformer.split(student)[1]
-    frozen = {'teacher': transformer.split(teacher)[1]}
-    there = dataclasses.replace(subject, mesh=mesh, frozen=frozen)
+    both, params = pair.make(
+      student,
+      teacher,
+      dtype='float32',
+      tokenizers=subject.models.tokenizers,
+    )
+    there = dataclasses.replace(subject, mesh=mesh, models=both)
     found = loss.measure(there, params, ROWS, 4)
     choices = multiple_choice.MultipleChoice('x', CHOICES)
     examples = choices._examples(there)
@@ -147,10 +151,10 @@ def test_the_option_with_the_highest_mean_log_probability(
   if candidates == 'label':
     texts = [f'the correct answer is answer{i}' for i in (1, 2, 3)]
   for row, line in zip(CHOICES, map(json.loads, lines), strict=True):
-    prompt = tokenizer_lib.encode(subject.tokenizer, row, 'chat')[0]
+    prompt = tokenizer_lib.encode(subject.models.tokenizer, row, 'chat')[0]
     means = []
     for text in texts:
-      ids = subject.tokenizer.encode(text, add_special_tokens=False)
+      ids = subject.models.tokenizer.encode(text, add_special_tokens=False)
       log_q = log_probs(student, prompt, ids)
       means.append(np.mean(log_q[np.arange(len(ids)), ids]))
     assert list(line['log_probs'].values()) == pytest.approx(means, rel=1e-4)
@@ -220,7 +224,7 @@ def test_fidelity_on_three_texts(parts, tmp_path):
   alone = dataclasses.replace(subject, teacher_workdir=None)
   found = fidelity.Fidelity('fidelity', of).run(alone, params, 0)
   assert found.keys() == {k for k in result if k.endswith(('gold', 'student'))}
-  nobody = dataclasses.replace(subject, teacher=None)
+  nobody = dataclasses.replace(subject, models=subject.models.alone())
   assert fidelity.Fidelity('fidelity', of).run(nobody, params, 0) == {}
   lost = dataclasses.replace(subject, teacher_workdir=tmp_path)
   with pytest.raises(UserError, match="'sums' was not evaluated"):

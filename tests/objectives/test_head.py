@@ -75,12 +75,21 @@ def _direct(hiddens, heads, tokens):
   return mean(loss_N), jax.tree.map(mean, metrics)
 
 
+def _token_mean(token_loss, outputs, tokens, n, *, chunk):
+  """As the objectives for one tokenizer call it."""
+  targets_BT, mask_BT = head.next_token(tokens)
+  outputs = head.shared(outputs)
+  return head.weighted_sum(
+    token_loss, outputs, targets_BT, mask_BT / n, chunk=chunk
+  )
+
+
 def _streamed(hiddens, heads, tokens, chunk=10, token_loss=_token_loss):
   outputs = tuple(
     Outputs(h, Head(w)) for h, w in zip(hiddens, heads, strict=True)
   )
   n = jnp.maximum(tokens.mask_BT.sum(), 1)
-  return head.token_mean(token_loss, outputs, tokens, n, chunk=chunk)
+  return _token_mean(token_loss, outputs, tokens, n, chunk=chunk)
 
 
 def _with_gradients(f):
@@ -131,7 +140,7 @@ def test_a_soft_cap_bends_logits_before_the_loss():
   def streamed(hiddens, heads, tokens):
     capped = Outputs(hiddens[0], Head(heads[0], 2.0))
     outputs = capped, Outputs(hiddens[1], Head(heads[1]))
-    return head.token_mean(_token_loss, outputs, tokens, 21, chunk=10)
+    return _token_mean(_token_loss, outputs, tokens, 21, chunk=10)
 
   def loss(logits, targets_N):
     return _token_loss([2 * jnp.tanh(logits[0] / 2), logits[1]], targets_N)
@@ -221,7 +230,7 @@ def test_the_loss_divides_by_the_number_that_it_is_given():
   @jax.jit
   def mean(n):
     outputs = (Outputs(hiddens[0], Head(heads[0])),)
-    return head.token_mean(_token_loss, outputs, _tokens(), n, chunk=10)
+    return _token_mean(_token_loss, outputs, _tokens(), n, chunk=10)
 
   (one, one_metrics), (four, four_metrics) = mean(1), mean(4)
   np.testing.assert_allclose(one, 4 * four, rtol=1e-6)
@@ -430,7 +439,7 @@ def test_log_probabilities_of_each_token(chunk):
   tokens = _tokens()
   (hidden_BTD, _), (head_VD, _) = _outputs()
   outputs = Outputs(hidden_BTD, Head(head_VD, cap=3.0))
-  found_BT = head.token_log_probs(outputs, tokens, chunk=chunk)
+  found_BT = head.log_probs(outputs, *head.next_token(tokens), chunk=chunk)
   z_BTV = 3 * np.tanh(np.asarray(hidden_BTD) @ np.asarray(head_VD).T / 3)
   log_q_BTV = z_BTV - np.log(np.sum(np.exp(z_BTV), -1, keepdims=True))
   expected_BT = np.zeros((B, T))
@@ -443,7 +452,9 @@ def test_log_probabilities_of_each_token(chunk):
   rows = NamedSharding(mesh, P(sharding.BATCH_AXES))
   with jax.set_mesh(mesh):
     on_mesh_BT = jax.jit(
-      lambda outputs, tokens: head.token_log_probs(outputs, tokens, chunk=chunk)
+      lambda outputs, tokens: head.log_probs(
+        outputs, *head.next_token(tokens), chunk=chunk
+      )
     )(
       Outputs(
         jax.device_put(hidden_BTD, rows),

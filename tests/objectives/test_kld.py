@@ -10,6 +10,7 @@ import pytest
 from gakd_jax import UserError, objectives
 from gakd_jax.data.pipeline import Batch, Tokens
 from gakd_jax.models.transformer import Head, Outputs
+from gakd_jax.objectives.base import Own
 from gakd_jax.objectives.kld import KLD
 from gakd_jax.objectives.sft import SFT
 
@@ -32,7 +33,7 @@ def _inputs():
 def _run(**settings):
   """The student's loss, metrics, and gradient in its hidden states."""
   tokens = Tokens(IDS_1T, np.ones_like(IDS_1T), MASK_1T)
-  batch = Batch(tokens, tokens, {}, num_tokens=MASK_1T.sum())
+  batch = Batch(tokens, tokens, totals={'tokens': MASK_1T.sum()})
   (s_hidden, s_head), teacher = _inputs()
   objective = objectives.make(**settings)
 
@@ -41,7 +42,7 @@ def _run(**settings):
   def loss(s_hidden):
     student = Outputs(s_hidden, Head(s_head))
     t_outputs = Outputs(teacher[0], Head(teacher[1]))
-    return objective.loss(student, t_outputs, batch, {}, {}, None, 0)
+    return objective.loss(student, t_outputs, batch, Own(), None)
 
   (value, metrics), gradient = loss(s_hidden)
   return float(value), jax.tree.map(float, metrics), gradient
@@ -130,9 +131,9 @@ def test_settings_of_a_divergence_reach_it():
     ({'name': 'kld', 'divergence': ''}, ["no divergence ''"]),
     (
       {'name': 'kld', 'temprature': 2},
-      ["no setting 'temprature'", "did you mean 'temperature'?", 'head_chunk'],
+      ["no setting 'temprature'", "did you mean 'temperature'?", 'alpha'],
     ),
-    ({'name': 'sft', 'kd': 0.5}, ["sft has no setting 'kd'", 'head_chunk']),
+    ({'name': 'sft', 'kd': 0.5}, ["sft has no setting 'kd'", 'known are none']),
     ({'name': 'kld', 'kd': 1.1}, ['kd=1.1', '0 and 1']),
     ({'name': 'kld', 'kd': -0.1}, ['kd=-0.1', '0 and 1']),
     ({'name': 'kld', 'beta': 2}, ['beta=2', '0 and 1']),

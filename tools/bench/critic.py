@@ -37,10 +37,11 @@ def critic_step(from_logits):
   from gakd_jax.models import DecoderConfig
   from gakd_jax.models import critic as critic_lib
   from gakd_jax.models.transformer import Head, Outputs
+  from gakd_jax.objectives.base import Own
 
   objective = objectives.make('gakd', kind='rgan')
   shape = DecoderConfig(V, 0, 0, 0, 0, 0, 0, True, 0, 0, 0)
-  _, critic = objective.init(jax.random.key(0), shape, shape)
+  critic = objective.init(jax.random.key(0), shape, shape).critic
   optimizer = optim.make(lambda _: 2e-4, weight_decay=0.01)
   opt_state = optimizer.init(critic)
   rng = np.random.default_rng(0)
@@ -54,25 +55,27 @@ def critic_step(from_logits):
   ids_BT, mask_BT = kd_step.inputs(response=1.0)
   tokens = Tokens(ids_BT, ids_BT * 0 + 1, mask_BT)
   batch = jax.device_put(
-    Batch(tokens, tokens, {}, num_tokens=mask_BT.sum(), num_sequences=float(B))
+    Batch(
+      tokens, tokens, totals={'tokens': mask_BT.sum(), 'sequences': float(B)}
+    )
   )
 
   def ours(critic, student, teacher):
     loss, _ = objective.critic_loss(
-      critic, student, teacher, batch, jax.random.key(0)
+      student, teacher, batch, Own(critic=critic), jax.random.key(0)
     )
     return loss
 
   def direct(critic, student, teacher):
     segments_BT = batch.student.predicts_BT.astype(jnp.int32)
     is_last_BT = segments.is_last(segments_BT)
-    w_VC = critic_lib.weight(critic['projection'], objective.input)
+    w_VC = critic_lib.weight(critic['projection'], objective.reads)
     config = critic_lib.config_of(objective.critic, V)
     model = nnx.merge(critic_lib.definition(config), critic)
 
     def total(z_BTV):
       d_BT = critic_lib.sequence_score(
-        model(z_BTV @ w_VC, segments_BT), segments_BT, objective.pooling
+        model(z_BTV @ w_VC, segments_BT), segments_BT, 'mean'
       )
       d_B = jnp.sum(d_BT, axis=1, where=is_last_BT)
       return jnp.sum(d_B), d_B

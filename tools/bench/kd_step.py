@@ -50,12 +50,11 @@ def jax_step(
   shape, remat: of the student.
   """
   import jax
-  import jax.numpy as jnp
   from flax import nnx
 
   from gakd_jax import objectives, optim, step
   from gakd_jax.data.pipeline import Batch, Tokens
-  from gakd_jax.models import Decoder, DecoderConfig, lora, transformer
+  from gakd_jax.models import Decoder, DecoderConfig, lora, pair
 
   def model(shape, seed, adapters=None, quantize=None):
     config = DecoderConfig(
@@ -74,38 +73,31 @@ def jax_step(
         linear.quantize(quantize)
     if adapters is not None:
       lora.attach(decoder, lora.LoRAConfig(**adapters), seed)
-    return config, *transformer.split(decoder)
+    return decoder
 
-  student_config, student, params = model(shape, 0, adapters, quantize)
-  teacher_config, teacher, t_params = model(TEACHER, 1)
-  frozen = {'teacher': t_params}
-  if adapters is not None:
-    params, frozen['student'] = lora.partition(params)
+  models, params = pair.make(
+    model(shape, 0, adapters, quantize),
+    model(TEACHER, 1),
+    dtype='float32',
+    remat=remat,
+  )
   objective = objectives.make(head_chunk=chunk, **objective)
   schedule = optim.make_schedule(1e-4, 100)
   optimizer = optim.make(schedule, weight_decay=0.01, clip_norm=1.0)
   critic_optimizer = optim.make(schedule, weight_decay=0.01)
-  _, critic = objective.init(jax.random.key(2), student_config, teacher_config)
-  models = step.Models(student, teacher, jnp.float32, remat)
+  own = objective.init(jax.random.key(2), *models.configs)
   train_step = step.make_train_step(
-    models,
-    objective,
-    optimizer,
-    schedule,
-    critic_optimizer=critic_optimizer,
-    seed=0,
+    objective, optimizer, schedule, critic_optimizer=critic_optimizer, seed=0
   )
-  state = step.init_state(
-    params, optimizer, critic=critic, critic_optimizer=critic_optimizer
-  )
-  del params, critic
+  state = step.init_state(params, own, optimizer, critic_optimizer)
+  del params, own
   ids_BT, mask_BT = inputs(response)
   tokens = Tokens(ids_BT, ids_BT * 0 + 1, mask_BT)
-  batch = jax.device_put(Batch(tokens, tokens, {}))
+  batch = jax.device_put(Batch(tokens, tokens))
 
   def take():
     nonlocal state
-    state, metrics = train_step(state, frozen, batch)
+    state, metrics = train_step(state, models, batch)
     return float(metrics['loss'])
 
   return take

@@ -13,6 +13,7 @@ step runs and is not in the compiler's count. The plan equals that count.
 """
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -85,8 +86,7 @@ def measure(case, folder, steps=3):
   mesh = sharding.make_mesh()
   with jax.set_mesh(mesh):
     planned = plan.make(config, mesh)
-    this, student = build.abstract(config, mesh)
-    _, make, state = build.make_train_step(this, student, 0, 10)
+    run = build.abstract(config, mesh)
     gc.collect()
     before = resident('VmRSS')
 
@@ -99,18 +99,20 @@ def measure(case, folder, steps=3):
         tree,
       )
 
-    state = build.first_state(this, random(student), make, state)
-    frozen = random(this.frozen)
+    places = sharding.abstract(run.shapes, mesh)
+    run = dataclasses.replace(run, start=lambda: random(places))
+    state = build.training(run, 0, 10).init()
+    models = dataclasses.replace(run.models, frozen=random(run.models.frozen))
     ids_BT = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
     mask_BT = np.arange(T)[None, :].repeat(B, 0) > 0
     tokens = Tokens(ids_BT, np.ones_like(ids_BT), mask_BT)
-    batch = sharding.put_batch(Batch(tokens, tokens, {}), mesh)
-    jax.block_until_ready((state, frozen, batch))
+    batch = sharding.put_batch(Batch(tokens, tokens), mesh)
+    jax.block_until_ready((state, models, batch))
     gc.collect()
     Path('/proc/self/clear_refs').write_text('5')  # VmHWM starts again.
     between = resident('VmRSS') - before
     for _ in range(steps):
-      state, metrics = planned.compiled(state, frozen, batch)
+      state, metrics = planned.compiled(state, models, batch)
       loss = float(metrics['loss'])
   peak = resident('VmHWM') - before
   return {

@@ -1,0 +1,152 @@
+"""A student and its teacher: the one owner of both models of a run."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gakd_jax.models import lora, transformer
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=['frozen'],
+  meta_fields=[
+    'student_definition',
+    'teacher_definition',
+    'student_config',
+    'teacher_config',
+    'dtype',
+    'remat',
+  ],
+  drop_fields=['tokenizers'],
+)
+@dataclasses.dataclass(frozen=True)
+class Models:
+  """Student and teacher, but for what of the student is trained.
+
+  A tree whose leaves are `frozen`, so that functions under `jax.jit` take it as
+  an argument; tokenizers stay outside. Definitions are static, see
+  `transformer.split`. The teacher gets no gradient; None: there is none.
+  """
+
+  student_definition: Any
+  teacher_definition: Any
+  student_config: transformer.DecoderConfig
+  teacher_config: transformer.DecoderConfig | None
+  # Parameters of the 'teacher', of a 'student' whose adapters alone are
+  # trained, and a 'method's constants; never donated, never saved.
+  frozen: dict
+  dtype: Any  # of the computation
+  remat: bool = False  # of the student's blocks
+  tokenizers: tuple = ()  # of student and teacher
+
+  @property
+  def configs(self):
+    return self.student_config, self.teacher_config
+
+  @property
+  def tokenizer(self):
+    """The student's."""
+    return self.tokenizers[0]
+
+  @property
+  def head_name(self):
+    """The student's parameter that is its vocabulary head."""
+    return 'embedding' if self.student_config.tied_head else 'head_weight'
+
+  def alone(self):
+    """The student without a teacher."""
+    frozen = {k: x for k, x in self.frozen.items() if k != 'teacher'}
+    return dataclasses.replace(
+      self, teacher_definition=None, teacher_config=None, frozen=frozen
+    )
+
+  def whole(self, params):
+    """The student's parameters, of those that are trained."""
+    return lora.combine(params, self.frozen.get('student'))
+
+  def student(self, params):
+    """The student as a `Decoder`, in the dtype of the computation."""
+    params = transformer.cast(self.whole(params), self.dtype)
+    return nnx.merge(self.student_definition, params)
+
+  def teacher(self):
+    """The teacher as a `Decoder`, in its own dtype."""
+    return nnx.merge(self.teacher_definition, self.frozen['teacher'])
+
+  def student_hidden(self, params, batch, key=None):
+    """Hidden states [B, T, D] of `batch.student`; `key` draws dropout."""
+    return transformer.apply(
+      self.student_definition,
+      self.whole(params),
+      batch.student,
+      self.dtype,
+      self.remat,
+      key,
+    ).hidden_BTD
+
+  def teacher_hidden(self, batch):
+    """[B, R, E] of `batch.teacher`, or as they were cached; or None."""
+    if self.teacher_definition is None or 'teacher_hidden' in batch.cached:
+      return batch.cached.get('teacher_hidden')
+    return transformer.apply(
+      self.teacher_definition,
+      self.frozen['teacher'],
+      batch.teacher,
+      self.dtype,
+    ).hidden_BTD
+
+  def heads(self, params):
+    """(student's, teacher's or None), gathered: once for many batches."""
+    heads = [self.student(params).head]
+    if self.teacher_definition is not None:
+      heads.append(self.teacher().head)
+    heads = [
+      head.replace(weight_VD=head.weight_VD.astype(self.dtype)).gathered()
+      for head in heads
+    ]
+    return *heads, *[None] * (2 - len(heads))
+
+  def pair(self, params, heads, hiddens):
+    """`Outputs` of student and teacher (None), from their parts."""
+    student = transformer.Outputs(
+      hiddens[0], heads[0], self.whole(params)['embedding']
+    )
+    if self.teacher_definition is None:
+      return student, None
+    embedding = self.frozen['teacher']['embedding']
+    return student, transformer.Outputs(hiddens[1], heads[1], embedding)
+
+  def outputs(self, params, batch):
+    """`Outputs` of student and teacher (None) on a batch."""
+    hiddens = self.student_hidden(params, batch), self.teacher_hidden(batch)
+    return self.pair(params, self.heads(params), hiddens)
+
+
+def make(student, teacher=None, *, dtype, remat=False, tokenizers=()):
+  """`Models` of two `Decoder`s, and the parameters of the student to train.
+
+  Those are its adapters if it has any, else all of them. Parameters may be
+  shapes.
+  """
+  definition, params = transformer.split(student)
+  frozen, t_definition = {}, None
+  if lora.adapters(student):
+    params, frozen['student'] = lora.partition(params)
+  if teacher is not None:
+    t_definition, frozen['teacher'] = transformer.split(teacher)
+  models = Models(
+    student_definition=definition,
+    teacher_definition=t_definition,
+    student_config=student.config,
+    teacher_config=teacher and teacher.config,
+    frozen=frozen,
+    dtype=jnp.dtype(dtype),
+    remat=remat,
+    tokenizers=tuple(tokenizers),
+  )
+  return models, params
