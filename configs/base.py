@@ -85,6 +85,8 @@ def get_config():
   c.critic_optimizer.learning_rate = 2e-4
   c.critic_optimizer.schedule = 'constant'
   c.optimizer.clip_norm = 1.0
+  # Of a method's own parameters (projectors, say); None: the student's.
+  c.optimizer.extra_learning_rate = config_dict.placeholder(float)
 
   c.train = ml_collections.ConfigDict()
   c.train.steps = config_dict.placeholder(int)  # optimizer steps, or

@@ -259,14 +259,21 @@ def _check_positions(path, max_length):
 def optimizer(config, total_steps):
   """The optax chain of an optimizer's config, and its schedule."""
   settings = config.to_dict()
+  rate = settings.pop('learning_rate')
   schedule = optim.make_schedule(
-    settings.pop('learning_rate'),
+    rate,
     total_steps,
     schedule=settings.pop('schedule'),
     warmup_steps=settings.pop('warmup_steps'),
     end=settings.pop('end'),
   )
-  return optim.make(schedule, **settings), schedule
+  extra = settings.pop('extra_learning_rate', None)
+  if extra is not None and not extra > 0:
+    raise UserError(
+      f'config.optimizer.extra_learning_rate={extra} must be positive, or None'
+    )
+  extra_rate = 1.0 if extra is None else extra / rate
+  return optim.make(schedule, extra_rate=extra_rate, **settings), schedule
 
 
 def training(run, steps_per_epoch, total):

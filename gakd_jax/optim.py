@@ -52,13 +52,20 @@ def make(
   weight_decay=0.0,
   no_decay=r'(scale|bias)$',
   clip_norm=None,
+  extra_rate=1.0,
 ):
   """An optax chain: clip by global norm, then the optimizer.
 
   'adamw', or 'rmsprop' as in PyTorch: weight decay is added to the gradient,
   `b1` is the momentum and `b2` the decay of the squares. `no_decay` is a regex
-  of parameter paths that weight decay leaves alone.
+  of parameter paths that weight decay leaves alone. `extra_rate` multiplies the
+  learning rate of a method's own parameters, those under 'extra/'.
   """
+
+  def is_extra(params):
+    return jax.tree_util.tree_map_with_path(
+      lambda path, _: sharding.path_name(path).startswith('extra/'), params
+    )
 
   def decays(params):
     return jax.tree_util.tree_map_with_path(
@@ -78,6 +85,9 @@ def make(
     raise UserError(
       f'config.optimizer: no optimizer {name!r}; known are adamw, rmsprop'
     )
+  if extra_rate != 1:
+    own_rate = optax.masked(optax.scale(extra_rate), is_extra)
+    optimizer = optax.chain(optimizer, own_rate)
   if clip_norm is None:
     return optimizer
   return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)

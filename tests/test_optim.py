@@ -157,6 +157,14 @@ def test_the_rate_is_that_of_the_optimizers_own_step():
   np.testing.assert_allclose(steps, [1.0, 0.75, 0.5, 0.25], rtol=1e-4)
 
 
+def test_a_methods_own_parameters_have_a_rate_of_their_own():
+  params = {'student': {'w': jnp.ones(3)}, 'extra': {'w': jnp.ones(3)}}
+  optimizer = optim.make(lambda _: 0.1, weight_decay=0.5, extra_rate=20.0)
+  updates, _ = optimizer.update(params, optimizer.init(params), params)
+  np.testing.assert_allclose(updates['student']['w'], -0.15, rtol=1e-5)
+  np.testing.assert_allclose(updates['extra']['w'], -3.0, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
   ('make', 'message'),
   [

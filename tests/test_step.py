@@ -276,6 +276,8 @@ def test_steps_count_and_learn():
     ({'microbatches': 4}, 1e-6),
     ({'mesh': (('data', 8),)}, 1e-5),
     ({'mesh': (('data', 2), ('fsdp', 2), ('tensor', 2))}, 1e-5),
+    ({'mesh': (('data', 1), ('tensor', 8))}, 1e-5),
+    ({'mesh': (('data', 1), ('fsdp', 4)), 'microbatches': 2}, 1e-5),
   ],
   ids=str,
 )

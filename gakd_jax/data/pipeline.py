@@ -1,7 +1,7 @@
 """From rows to batches, as a pure function of (rows, seed, epoch, step).
 
-`plan` decides which rows share a batch; a batch is then looked up by its step
-alone. So the order cannot depend on workers, and the whole state of the
+`arrange` decides which rows share a batch; a batch is then looked up by its
+step alone. So the order cannot depend on workers, and the whole state of the
 iterator is one integer: a run resumes with any number of workers or hosts.
 """
 
@@ -145,7 +145,7 @@ def default_buckets(max_length):
   return (*(n for n in short if n < max_length), max_length)
 
 
-def plan(lengths, *, batch_size, buckets, packing=False, seed=None, epoch=0):
+def arrange(lengths, *, batch_size, buckets, packing=False, seed=None, epoch=0):
   """Which examples share a batch, for one epoch; every example is in one bin.
 
   lengths: tokens of each example. buckets: batch lengths T, ascending.
@@ -241,15 +241,16 @@ def collate(bins, length, pad_id):
 class Source:
   """Batches by step: what Grain's workers read from. Holds ids, not text."""
 
-  def __init__(self, examples, plan_epoch, epochs, pad_id, rows):
+  def __init__(self, examples, arrange_epoch, epochs, pad_id, rows, room=0):
     self._documents = [(e.prompt_ids, e.response_ids) for e in examples]
-    self._plan_epoch = plan_epoch
+    self._arrange_epoch = arrange_epoch
     self._epochs = epochs
     self._pad_id = pad_id
+    self._room = room
     self._rows = rows  # The part of a global batch that is this process's.
-    self._planned = 0, plan_epoch(epoch=0)
-    self.steps_per_epoch = len(self._planned[1])
-    slots = sum(length * len(bins) for length, bins in self._planned[1])
+    self._arranged = 0, arrange_epoch(epoch=0)
+    self.steps_per_epoch = len(self._arranged[1])
+    slots = sum((n + room) * len(bins) for n, bins in self._arranged[1])
     self.padding = 1 - sum(e.length for e in examples) / slots
 
   def __len__(self):
@@ -259,12 +260,12 @@ class Source:
 
   def __getitem__(self, step):
     epoch, i = divmod(int(step), self.steps_per_epoch)
-    planned = self._planned
-    if planned[0] != epoch:
-      self._planned = planned = epoch, self._plan_epoch(epoch=epoch)
-    length, bins = planned[1][i]
+    arranged = self._arranged
+    if arranged[0] != epoch:
+      self._arranged = arranged = epoch, self._arrange_epoch(epoch=epoch)
+    length, bins = arranged[1][i]
     documents = [[self._documents[j] for j in b] for b in bins[self._rows]]
-    return collate(documents, length, self._pad_id)
+    return collate(documents, length + self._room, self._pad_id)
 
 
 class Batches(grain.DatasetIterator):
@@ -334,6 +335,7 @@ def batches(
   pad_id,
   buckets=None,
   packing=False,
+  room=0,
   seed=None,
   epochs=None,
   workers=0,
@@ -344,13 +346,22 @@ def batches(
 
   batch_size: rows of the global batch, of which this process gets its slice.
   buckets: batch lengths, ascending to max_length (None: default_buckets).
-  packing, seed: see `plan`. workers: processes that build batches; 0 for none.
+  room: tokens that every batch has beyond its bucket, for responses that are
+    still to be written: rows are then bucketed by their prompts, or by as much
+    of a response as does not fit there.
+  packing, seed: see `arrange`.
+  workers: processes that build batches; 0 for none.
   Raises UserError if these do not fit together.
   """
   buckets = tuple(buckets or default_buckets(max_length))
   if buckets[-1] != max_length or list(buckets) != sorted(set(buckets)):
     raise UserError(
       f'buckets are {buckets}: they must ascend to max_length, {max_length}'
+    )
+  if packing and room:
+    raise UserError(
+      'packed rows have no room for responses that are still to be written; '
+      'set config.data.packing to False'
     )
   if batch_size < 1 or batch_size % process_count:
     raise UserError(
@@ -359,9 +370,9 @@ def batches(
     )
   if not examples:
     raise UserError('there are no examples to make batches of')
-  plan_epoch = functools.partial(
-    plan,
-    [example.length for example in examples],
+  arrange_epoch = functools.partial(
+    arrange,
+    [max(len(e.prompt_ids), e.length - room) for e in examples],
     batch_size=batch_size,
     buckets=buckets,
     packing=packing,
@@ -369,7 +380,8 @@ def batches(
   )
   share = batch_size // process_count
   rows = slice(process_index * share, (process_index + 1) * share)
-  return Batches(Source(examples, plan_epoch, epochs, pad_id, rows), workers)
+  source = Source(examples, arrange_epoch, epochs, pad_id, rows, room)
+  return Batches(source, workers)
 
 
 def stats(examples):

@@ -99,7 +99,7 @@ class MultipleChoice:
     """Mean log-probability of each example's response."""
     longest = max(example.length for example in examples)
     ways = sharding.batch_ways(subject.mesh)
-    batches = pipeline.plan(
+    batches = pipeline.arrange(
       [example.length for example in examples],
       batch_size=-(-self.batch_size // ways) * ways,
       buckets=pipeline.default_buckets(longest),

@@ -21,6 +21,8 @@ gradient summed once, both outside the loop.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,28 +77,23 @@ def weighted_sum(token_loss, outputs, targets, weights_BT, *, chunk):
     with respect to `outputs`.
   """
 
-  def capped_loss(logits, targets):
+  def capped_loss(logits, targets, _):
     pairs = zip(outputs, logits, strict=True)
     return token_loss(tuple(o.head.capped(z) for o, z in pairs), targets)
 
-  def run(hidden_on, head_on, hiddens, heads, targets, weights_BT):
-    head_specs = [_spec(x) for x in heads]
-    on = [(j, s) for j, s in enumerate(head_specs) if head_on[j]]
-    return _by_rows(
-      functools.partial(_sum_of_rows, capped_loss, chunk, hidden_on, head_on),
-      (_ROWS, head_specs, _ROWS, _ROWS),
-      (_WHOLE, (_ROWS, dict(on))),
-    )(hiddens, heads, targets, weights_BT)
+  def run(wanted, hiddens, heads, targets, weights_BT):
+    return _sums(
+      capped_loss, chunk, wanted, hiddens, heads, (), targets, weights_BT
+    )
 
   @jax.custom_vjp
   def total(hiddens, heads, targets, weights_BT):
-    none = [False] * len(hiddens)
-    return run(none, none, hiddens, heads, targets, weights_BT)[0]
+    return run(_Wanted(), hiddens, heads, targets, weights_BT)[0]
 
   def forward(*args):
     # Symbolic zeros tell which arguments are differentiated at all.
-    wanted = [[x.perturbed for x in arrays] for arrays in args[:2]]
-    return run(*wanted, *jax.tree.map(lambda x: x.value, args))
+    on = [[j for j, x in enumerate(xs) if x.perturbed] for xs in args[:2]]
+    return run(_Wanted(*on), *jax.tree.map(lambda x: x.value, args))
 
   def backward(gradients, cotangent):
     # None stands for "no gradient": nothing is computed for it.
@@ -105,7 +102,7 @@ def weighted_sum(token_loss, outputs, targets, weights_BT, *, chunk):
         (cotangent[0] * d[j]).astype(x.dtype) if j in d else None
         for j, x in enumerate(arrays)
       ]
-      for d, arrays in zip(gradients, (hiddens, heads), strict=True)
+      for d, arrays in zip(gradients, (hiddens, heads), strict=False)
     )
     return d_hiddens, d_heads, None, None
 
@@ -131,10 +128,15 @@ def token_map(function, outputs, rows, whole, mask_BT, *, chunk):
   Returns:
     [B, T, ...] in the dtype that `function` gives.
   """
-  cap = outputs.head.cap
 
   def of_logits(z_NV, rows, whole):
-    return function(Head(None, cap).capped(z_NV), rows, whole)
+    return function(outputs.head.capped(z_NV), rows, whole)
+
+  def inner_product(logits, rows_and_d, whole):
+    """Of `function` and its cotangent: what has the gradient that is asked."""
+    rows, d_N = rows_and_d
+    product_N = of_logits(logits[0], rows, whole) * d_N.astype(jnp.float32)
+    return jnp.sum(product_N, axis=tuple(range(1, d_N.ndim))), {}
 
   @jax.custom_vjp
   def mapped(hidden_BTD, head, rows, whole, mask_BT):
@@ -156,14 +158,15 @@ def token_map(function, outputs, rows, whole, mask_BT, *, chunk):
     return mapped(*args), (args, {name: None for name in on if on[name]})
 
   def backward(residuals, d_out):
-    args, wanted = residuals
-    specs = {'hidden': _ROWS, 'head': _spec(args[1]), 'whole': _WHOLE}
-    d = _by_rows(
-      functools.partial(_pull_of_rows, of_logits, chunk, wanted),
-      (_ROWS, specs['head'], _ROWS, _WHOLE, _ROWS, _ROWS),
-      {name: specs[name] for name in wanted},
-    )(*args, d_out)
-    return d.get('hidden'), d.get('head'), None, d.get('whole'), None
+    (hidden_BTD, head, rows, whole, mask_BT), on = residuals
+    wanted = _Wanted(
+      [0] * ('hidden' in on), [0] * ('head' in on), 'whole' in on
+    )
+    weights_BT = mask_BT.astype(jnp.float32)
+    args = [hidden_BTD], [head], whole, (rows, d_out), weights_BT
+    _, d = _sums(inner_product, chunk, wanted, *args)
+    d_head = d[1][0].astype(head.dtype) if d[1] else None
+    return d[0].get(0), d_head, None, d[2], None
 
   mapped.defvjp(forward, backward, symbolic_zeros=True)
   head = _array(outputs.head)
@@ -227,77 +230,105 @@ def _loop(mask_N, chunk, body, carry):
 
 def _flat(tree):
   """[B, T, ...] -> [B T, ...]."""
-  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+  return jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, *x.shape[2:]), tree)
 
 
 def _take(tree, index_N):
   return jax.tree.map(lambda x: x.at[index_N].get(mode='clip'), tree)
 
 
-def _sum_of_rows(
-  token_loss,
-  chunk,
-  hidden_on,
-  head_on,
-  total,
-  hiddens,
-  heads,
-  targets,
-  weights_BT,
+class _Wanted(NamedTuple):
+  """What a gradient is wanted of: of which models, and of what they share."""
+
+  hiddens: Sequence = ()
+  heads: Sequence = ()
+  whole: bool = False
+
+
+def _sums(
+  token_loss, chunk, wanted, hiddens, heads, whole, targets, weights_BT
 ):
-  """Loss, metrics and the wanted gradients, a chunk of tokens at a time."""
-  gathered, heads = heads, [_own(head) for head in heads]
-  rows, weights_N = _flat((hiddens, targets)), weights_BT.reshape(-1)
+  """((loss, metrics), gradients) of all rows; see `_sum_of_rows`."""
+  head_specs = [_spec(x) for x in heads]
+  return _by_rows(
+    functools.partial(_sum_of_rows, token_loss, chunk, wanted),
+    (_ROWS, head_specs, _WHOLE, _ROWS, _ROWS),
+    (_WHOLE, (_ROWS, {j: head_specs[j] for j in wanted.heads}, _WHOLE)),
+  )(hiddens, heads, whole, targets, weights_BT)
+
+
+def _sum_of_rows(
+  token_loss, chunk, wanted, total, hiddens, heads, whole, targets, weights_BT
+):
+  """Loss, metrics and the wanted gradients, a chunk of tokens at a time.
+
+  Gradients are dicts by model of hidden states and of heads, and one like
+  `whole`, or None; but for those of hidden states they are fp32.
+  """
+  given, heads = heads, [_own(head) for head in heads]
+  *rows, weights_N = _flat((hiddens, targets, weights_BT))
 
   def chunk_of(index_N):
     hiddens, targets = _take(rows, index_N)
     weight_N = weights_N.at[index_N].get(mode='fill', fill_value=0)
 
-    def loss(*logits):
-      loss_N, metrics = token_loss(logits, targets)
+    def loss(logits, whole):
+      loss_N, metrics = token_loss(logits, targets, whole)
       return jnp.sum(weight_N * loss_N), {
-        name: jnp.sum(weight_N.reshape(-1, *(1,) * (x.ndim - 1)) * x, axis=0)
+        name: jnp.sum(_align(weight_N, x) * x, axis=0)
         for name, x in metrics.items()
       }
 
-    return hiddens, loss
+    return hiddens, [*map(_logits, hiddens, heads)], loss
 
   def body(index_N, carry):
-    (loss, metrics), d_hiddens, d_heads = carry
-    hiddens, chunk_loss = chunk_of(index_N)
-    logits = map(_logits, hiddens, heads)
+    totals, (d_hiddens, d_heads, d_whole) = carry
+    hiddens, logits, loss = chunk_of(index_N)
     # Gradients that nobody wants are dead code to the compiler.
-    new_loss, pull, new_metrics = jax.vjp(
-      jax.checkpoint(chunk_loss, policy=_is_of_tokens), *logits, has_aux=True
+    value, pull, metrics = jax.vjp(
+      jax.checkpoint(loss, policy=_is_of_tokens), logits, whole, has_aux=True
     )
-    new = pull(jnp.ones_like(new_loss))
+    d_logits, new_whole = pull(jnp.ones_like(value))
     # In the compute dtype for the matrix units; their sums are fp32.
-    new = [d.astype(h.dtype) for d, h in zip(new, hiddens, strict=True)]
+    d_logits = [
+      d.astype(h.dtype) for d, h in zip(d_logits, hiddens, strict=True)
+    ]
     d_hiddens = {
-      j: d.at[index_N].set(_d_hidden(new[j], heads[j]), mode='drop')
+      j: d.at[index_N].set(_d_hidden(d_logits[j], heads[j]), mode='drop')
       for j, d in d_hiddens.items()
     }
-    d_heads = {j: d + _d_head(new[j], hiddens[j]) for j, d in d_heads.items()}
-    totals = jax.tree.map(jnp.add, (loss, metrics), (new_loss, new_metrics))
-    return totals, d_hiddens, d_heads
+    d_heads = {
+      j: d + _d_head(d_logits[j], hiddens[j]) for j, d in d_heads.items()
+    }
+    if wanted.whole:
+      d_whole = jax.tree.map(jnp.add, d_whole, new_whole)
+    totals = jax.tree.map(jnp.add, totals, (value, metrics))
+    return totals, (d_hiddens, d_heads, d_whole)
 
   def shape_of_totals():
-    hiddens, chunk_loss = chunk_of(jnp.arange(min(chunk, weights_N.size)))
-    return chunk_loss(*map(_logits, hiddens, heads))
+    _, logits, loss = chunk_of(jnp.arange(min(chunk, weights_N.size)))
+    return loss(logits, whole)
 
-  totals, d_hiddens, d_heads = _loop(
+  totals, (d_hiddens, d_heads, d_whole) = _loop(
     weights_N != 0,
     chunk,
     body,
     (
       jax.tree.map(_zeros, jax.eval_shape(shape_of_totals)),
-      {j: _zeros(rows[0][j]) for j, on in enumerate(hidden_on) if on},
-      {j: _zeros(heads[j], 'f4') for j, on in enumerate(head_on) if on},
+      (
+        {j: _zeros(rows[0][j]) for j in wanted.hiddens},
+        {j: _zeros(heads[j], 'f4') for j in wanted.heads},
+        jax.tree.map(_zeros, whole) if wanted.whole else None,
+      ),
     ),
   )
   return total(totals), (
     {j: d.reshape(hiddens[j].shape) for j, d in d_hiddens.items()},
-    {j: _as_given(d, gathered[j], total) for j, d in d_heads.items()},
+    # Those of a gathered head are summed by who gathered it.
+    {
+      j: d[None] if given[j].ndim == 3 else total(d) for j, d in d_heads.items()
+    },
+    total(d_whole) if wanted.whole else None,
   )
 
 
@@ -324,69 +355,9 @@ def _map_of_rows(
   return out_N.reshape(*mask_BT.shape, *out_N.shape[1:])
 
 
-def _pull_of_rows(
-  function,
-  chunk,
-  wanted,
-  total,
-  hidden_BTD,
-  head,
-  rows,
-  whole,
-  mask_BT,
-  d_out_BT,
-):
-  """The wanted gradients of `_map_of_rows`; sums over tokens are fp32."""
-  head_VD = _own(head)
-  hidden_ND, rows, mask_N, d_out_N = _flat(
-    (hidden_BTD, rows, mask_BT, d_out_BT)
-  )
-  d_out_N = jnp.where(_align(mask_N, d_out_N), d_out_N, 0)
-
-  def body(index_N, d):
-    hidden_nD, rows_n = _take((hidden_ND, rows), index_N)
-    d_out_n = d_out_N.at[index_N].get(mode='fill', fill_value=0)
-    _, pull = jax.vjp(
-      lambda z_NV, whole: function(z_NV, rows_n, whole),
-      _logits(hidden_nD, head_VD),
-      whole,
-    )
-    d_z_NV, d_whole = pull(d_out_n)
-    d_z_NV = d_z_NV.astype(hidden_nD.dtype)
-    new = dict(d)
-    if 'hidden' in d:
-      new['hidden'] = (
-        d['hidden'].at[index_N].set(_d_hidden(d_z_NV, head_VD), mode='drop')
-      )
-    if 'head' in d:
-      new['head'] += _d_head(d_z_NV, hidden_nD)
-    if 'whole' in d:
-      new['whole'] = jax.tree.map(jnp.add, d['whole'], d_whole)
-    return new
-
-  zeros = {
-    'hidden': _zeros(hidden_ND),
-    'head': _zeros(head_VD, 'f4'),
-    'whole': jax.tree.map(_zeros, whole),
-  }
-  d = _loop(mask_N, chunk, body, {name: zeros[name] for name in wanted})
-  if 'hidden' in d:
-    d['hidden'] = d['hidden'].reshape(hidden_BTD.shape)
-  if 'head' in d:
-    d['head'] = _as_given(d['head'], head, total).astype(head.dtype)
-  if 'whole' in d:
-    d['whole'] = total(d['whole'])
-  return d
-
-
 def _own(head):
   """[V, D] of what a device was given."""
   return head[0] if head.ndim == 3 else head
-
-
-def _as_given(d_head_VD, head, total):
-  """The gradient of `_own`; that of a gathered head is summed by its giver."""
-  return d_head_VD[None] if head.ndim == 3 else total(d_head_VD)
 
 
 def _is_of_tokens(primitive, *_, **__):

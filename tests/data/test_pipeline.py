@@ -133,12 +133,12 @@ def test_encode_rows_in_chunks(tiny, monkeypatch):
 
 def plan(**options):
   options = {'batch_size': 4, 'buckets': BUCKETS, 'seed': 1} | options
-  return pipeline.plan(lengths(), **options)
+  return pipeline.arrange(lengths(), **options)
 
 
 @pytest.mark.parametrize('packing', [False, True])
 @pytest.mark.parametrize('seed', [None, 1])
-def test_plan_loses_and_repeats_nothing(packing, seed):
+def test_arrange_loses_and_repeats_nothing(packing, seed):
   batches = plan(packing=packing, seed=seed)
   assert all(len(bins) == 4 for _, bins in batches)
   indices = [i for _, bins in batches for bin_ in bins for i in bin_]
@@ -150,7 +150,7 @@ def test_plan_loses_and_repeats_nothing(packing, seed):
   assert empty < 4
 
 
-def test_plan_uses_the_shortest_bucket_that_fits():
+def test_arrange_uses_the_shortest_bucket_that_fits():
   batches = plan()
   singles = [bin_ for _, bins in batches for bin_ in bins if bin_]
   assert all(len(bin_) == 1 for bin_ in singles)
@@ -165,30 +165,32 @@ def test_plan_uses_the_shortest_bucket_that_fits():
   assert own[16] - 4 < used[16] <= own[16] + 3
 
 
-def test_plan_of_a_few_short_examples_stays_short():
-  assert pipeline.plan([3, 5], batch_size=4, buckets=BUCKETS) == [
+def test_arrange_of_a_few_short_examples_stays_short():
+  assert pipeline.arrange([3, 5], batch_size=4, buckets=BUCKETS) == [
     (8, [[0], [1], [], []])
   ]
 
 
-def test_plan_without_seed_keeps_the_order():
-  batches = pipeline.plan([9, 3, 30, 4, 12, 5], batch_size=2, buckets=BUCKETS)
+def test_arrange_without_seed_keeps_the_order():
+  batches = pipeline.arrange(
+    [9, 3, 30, 4, 12, 5], batch_size=2, buckets=BUCKETS
+  )
   assert batches == [(8, [[1], [3]]), (16, [[5], [0]]), (32, [[4], [2]])]
   assert plan(seed=None) == plan(seed=None, epoch=3)
 
 
-def test_plan_is_a_function_of_seed_and_epoch():
+def test_arrange_is_a_function_of_seed_and_epoch():
   assert plan(epoch=3) == plan(epoch=3)
   plans = [plan(), plan(epoch=1), plan(seed=2)]
   assert all(a != b for a, b in itertools.combinations(plans, 2))
 
 
 @pytest.mark.parametrize('packing', [False, True])
-def test_plan_has_the_same_length_in_every_epoch(packing):
+def test_arrange_has_the_same_length_in_every_epoch(packing):
   assert len({len(plan(packing=packing, epoch=e)) for e in range(20)}) == 1
 
 
-def test_plan_shuffles_the_order_of_buckets():
+def test_arrange_shuffles_the_order_of_buckets():
   order = [length for length, _ in plan()]
   assert order != sorted(order)
 
@@ -204,9 +206,9 @@ def test_packing_fills_bins():
   }
 
 
-def test_plan_refuses_what_does_not_fit():
+def test_arrange_refuses_what_does_not_fit():
   with pytest.raises(ValueError, match='33 tokens do not fit'):
-    pipeline.plan([33], batch_size=1, buckets=BUCKETS)
+    pipeline.arrange([33], batch_size=1, buckets=BUCKETS)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +302,31 @@ def test_padding_is_what_the_batches_show():
   segments = [batch.student.segments_BT for batch in batches]
   empty = sum((s == 0).sum() for s in segments) / sum(s.size for s in segments)
   assert batches.padding == pytest.approx(empty)
+
+
+def test_room_for_responses_is_beyond_the_bucket_of_the_prompt():
+  """Prompts of 3 and 9, and one whose response takes more than the room."""
+  examples = [
+    pipeline.Example(np.arange(p, dtype=np.int32), np.arange(r) + 50, None)
+    for p, r in [(3, 2), (3, 4), (9, 1), (3, 8)]
+  ]
+  batches = pipeline.batches(
+    examples,
+    batch_size=2,
+    max_length=12,
+    buckets=(4, 12),
+    pad_id=0,
+    room=5,
+    epochs=1,
+  )
+  found = list(batches)
+  assert [b.student.ids_BT.shape for b in found] == [(2, 9), (2, 17)]
+  assert [b.student.mask_BT.sum() for b in found] == [6, 9]
+  assert batches.padding == pytest.approx(1 - 33 / (18 + 34))
+  with pytest.raises(UserError, match='no room for responses'):
+    pipeline.batches(
+      examples, batch_size=2, max_length=12, pad_id=0, packing=True, room=5
+    )
 
 
 def test_order_depends_on_seed_and_epoch_alone():

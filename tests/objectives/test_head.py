@@ -290,6 +290,90 @@ def test_sums_over_chunks_do_not_stall_in_bf16():
   )
 
 
+def test_a_factor_outside_of_the_loss_is_not_rounded_before_it_is_used():
+  """1/3 in bf16 is 0.2 % too large; the gradient is rounded once, either way."""
+  hidden_BTD, head_VD = (x[0].astype(jnp.bfloat16) for x in _outputs())
+
+  def total(hidden_BTD, factor):
+    return factor * _streamed([hidden_BTD], [head_VD], _tokens())[0]
+
+  third, whole = (
+    np.asarray(jax.grad(total)(hidden_BTD, factor), np.float64)
+    for factor in (1 / 3, 1.0)
+  )
+  scale = np.sum(third * whole) / np.sum(whole * whole)
+  assert abs(3 * scale - 1) < 5e-4
+
+
+def test_positions_that_the_caller_chooses():
+  """Each token of an answer at the position of another one."""
+  hiddens, heads = _outputs()
+  rng = np.random.default_rng(3)
+  index_BM, targets_BM = rng.integers(0, T, (B, 5)), rng.integers(0, V, (B, 5))
+  weights_BM = rng.random((B, 5)).astype(np.float32)
+  weights_BM[1:3, 2:] = 0
+
+  def loss(logits, targets):
+    ids_N, scale_N = targets
+    value_N, metrics = _token_loss(logits, ids_N)
+    return scale_N * value_N, metrics
+
+  def streamed(hidden_BTD):
+    outputs = head.at(Outputs(hidden_BTD, Head(heads[0])), index_BM)
+    targets = targets_BM, jnp.asarray(2 * weights_BM)
+    value, _ = head.weighted_sum(loss, (outputs,), targets, weights_BM, chunk=4)
+    return value
+
+  def direct(hidden_BTD):
+    hidden_BMD = hidden_BTD[np.arange(B)[:, None], index_BM]
+    log_q_BMV = jax.nn.log_softmax(hidden_BMD @ heads[0].T)
+    rows, columns = np.indices((B, 5))
+    ce_BM = -log_q_BMV[rows, columns, targets_BM]
+    return jnp.sum(2 * weights_BM**2 * ce_BM)
+
+  got, want = (jax.value_and_grad(f)(hiddens[0]) for f in (streamed, direct))
+  _assert_close(got, want, atol=1e-5)
+
+
+@functools.cache
+def _compiled_map(rows, dtype='float32', argnums=(0, 1, 2), V=1000, C=4):
+  """The gradients of features of all logits, for shapes alone."""
+
+  def loss(hidden_BTD, head_VD, w_VC, mask_BT):
+    outputs = Outputs(hidden_BTD, Head(head_VD))
+    x_BTC = head.token_map(
+      lambda z_NV, _, w_VC: jax.nn.softmax(z_NV) @ w_VC,
+      outputs,
+      (),
+      w_VC,
+      mask_BT,
+      chunk=64,
+    )
+    return jnp.sum(jnp.sin(x_BTC))
+
+  shape = jax.ShapeDtypeStruct
+  return jax.jit(jax.grad(loss, argnums)).trace(
+    shape((rows, 256, D), dtype),
+    shape((V, D), dtype),
+    shape((V, C), 'float32'),
+    shape((rows, 256), 'bool'),
+  )
+
+
+def test_gradients_of_features_take_one_chunk_and_one_head():
+  """Whatever the number of chunks, and in fp32 only as a sum."""
+  small, large = (
+    _compiled_map(rows).lower().compile().memory_analysis() for rows in (2, 16)
+  )
+  more = large.temp_size_in_bytes - small.temp_size_in_bytes
+  # Features and their gradient, and what `_loop` knows of a token.
+  assert more <= (16 - 2) * 256 * (4 * 4 * 4 + 32)
+  wide = f'f32[1000,{D}]'
+  assert wide in str(_compiled_map(2, 'bfloat16').jaxpr)
+  frozen = _compiled_map(2, 'bfloat16', argnums=(0, 2))
+  assert wide not in str(frozen.jaxpr)
+
+
 def test_tied_weights_get_the_sum_of_both_gradients():
   """As the embedding and as the head: weights that occur twice."""
   tokens = _tokens()
