@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from gakd_jax import UserError, sampler, sampling, sharding
-from gakd_jax.models import transformer
+from gakd_jax.models import decoding, transformer
 
 V = 32
 CONFIG = transformer.DecoderConfig(
@@ -45,7 +45,9 @@ def model():
 
 def generate(model, prompts=PROMPTS, **kwargs):
   return sampling.generate(
-    model, prompts, **{'max_new_tokens': 9, 'batch_size': 3} | kwargs
+    decoding.unstack(model),
+    prompts,
+    **{'max_new_tokens': 9, 'batch_size': 3} | kwargs,
   )
 
 
@@ -108,6 +110,7 @@ def test_each_row_ends_at_its_eos(model):
 
 def test_batches_come_one_by_one_and_go_on_where_they_were(model):
   settings = {'max_new_tokens': 9, 'seed': 5, 'batch_size': 2}
+  model = decoding.unstack(model)
   batches = list(sampling.stream(model, PROMPTS, **settings))
   assert sorted(i for rows, _ in batches for i in rows) == list(
     range(len(PROMPTS))
@@ -146,7 +149,13 @@ def test_decoding_stops_with_the_last_row(model):
   keys = jax.random.split(jax.random.key(0), 3)
   ids_BS, end_B = jax.jit(
     lambda: sampling.decode_batch(
-      model, prompt_BT, length_B, keys, Counting(), 50, eos_ids=(3,)
+      decoding.unstack(model),
+      prompt_BT,
+      length_B,
+      keys,
+      Counting(),
+      50,
+      eos_ids=(3,),
     )
   )()
   jax.effects_barrier()

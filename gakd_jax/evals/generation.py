@@ -22,6 +22,7 @@ from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers as answers_lib
 from gakd_jax.evals import scores, tasks
+from gakd_jax.models import decoding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Generation:
       )
       for r in self.rows
     ]
-    model = nnx.merge(subject.student, subject.cast(params))
+    model = decoding.unstack(nnx.merge(subject.student, subject.cast(params)))
     n = len(self.rows) * len(self.seeds)
     pool = tasks.Pool(self.task, expected=n, first_only=self.first_reference)
     progress = contextlib.nullcontext()
