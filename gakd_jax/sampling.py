@@ -316,9 +316,11 @@ def _check(prompts, config, max_new_tokens, batch_size):
 
 def _fit_batch(params, batch_size):
   """The parameters' mesh, if any, and a batch size that divides over it."""
-  mesh = decoding.mesh_of(params)
-  ways = 1 if mesh is None else sharding.batch_ways(mesh)
-  return mesh, -(-batch_size // ways) * ways
+  place = jax.tree.leaves(params)[0].sharding
+  if not isinstance(place, NamedSharding):
+    return None, batch_size
+  ways = sharding.batch_ways(place.mesh)
+  return place.mesh, -(-batch_size // ways) * ways
 
 
 def _place(arrays, mesh, spec):

@@ -10,9 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jax.sharding import NamedSharding
 
-from gakd_jax import sharding
 from gakd_jax.models import layers, lora, transformer
 
 
@@ -27,34 +25,21 @@ def unstack(model):
   Layers are copied one after another: beside the two models there is one
   merged layer at a time.
   """
-  definition, params = transformer.split(model)
-  mesh = mesh_of(params)
+  unstacked = nnx.merge(*nnx.split(model))
   blocks_def, params_L = nnx.split(model.blocks)
-  unstacked = nnx.merge(definition, params)
   unstacked.blocks = nnx.List(
-    [_layer(blocks_def, params_L, l, mesh) for l in range(model.config.layers)]
+    [_layer(blocks_def, params_L, l) for l in range(model.config.layers)]
   )
   return unstacked
 
 
-@functools.partial(jax.jit, static_argnames=('definition', 'mesh'))
-def _layer(definition, params_L, l, mesh):
+@functools.partial(jax.jit, static_argnames='definition')
+def _layer(definition, params_L, l):
   block = nnx.merge(definition, jax.tree.map(lambda p: p[l], params_L))
-  for _, module in nnx.iter_modules(block):
+  for _, module in list(nnx.iter_modules(block)):
     if isinstance(module, layers.Linear) and not module.is_quantized:
       lora.fold(module)
-  if mesh is None:
-    return block
-  definition, params = transformer.split(block)
-  places = sharding.shardings(params, mesh)
-  params = jax.lax.with_sharding_constraint(params, places)
-  return nnx.merge(definition, params)
-
-
-def mesh_of(params):
-  """The mesh that parameters lie on; None: a single device."""
-  place = getattr(jax.tree.leaves(params)[0], 'sharding', None)
-  return place.mesh if isinstance(place, NamedSharding) else None
+  return block
 
 
 @struct.dataclass
