@@ -121,31 +121,19 @@ def decode_batch(
     ids_BS and end_B: row b's prompt and response are `ids_BS[b, :end_B[b]]`,
     the EOS included where there was one.
   """
-  # Over `tensor` devices talk for each token, and some of what they say waits
-  # for the whole mesh: then all go on as long as one has to.
-  is_split = mesh is not None and mesh.shape['tensor'] > 1
-  waits_for = sharding.BATCH_AXES if is_split else ()
-
-  def decode(model, prompt_BT, length_B, key_B):
-    state = start(prompt_BT, length_B, max_new_tokens)
-    reader = decoding.prefill(model, prompt_BT, state.ids_BS.shape[1])
-
-    def write_token(carry):
-      logits_BV, reader = read_last(carry[1], carry[0])
-      token_B = draw(sampler, logits_BV, carry[0], key_B)
-      return append(carry[0], token_B, max_new_tokens, eos_ids), reader
-
-    def unfinished(carry):
-      is_open = ~jnp.all(carry[0].done_B)
-      return jax.lax.psum(is_open, waits_for) > 0 if waits_for else is_open
-
-    state, _ = jax.lax.while_loop(unfinished, write_token, (state, reader))
-    return state.ids_BS, state.end_B
-
+  decode = functools.partial(
+    _decode_rows,
+    sampler=sampler,
+    max_new_tokens=max_new_tokens,
+    eos_ids=eos_ids,
+    # Of some collectives over `tensor` (permutations), each device of the mesh
+    # takes part: then all go on for as long as any has to.
+    in_step=mesh is not None and mesh.shape['tensor'] > 1,
+  )
   if mesh is not None:
-    # Each device decodes its own rows, with the whole model but for the split
-    # over `tensor`, and stops with the last of them: left to the compiler, the
-    # loop talks to other devices for each token.
+    # Each device has its own rows and the whole model, but for the split over
+    # `tensor`, and stops with the last of its rows: left to the compiler, the
+    # loop talks to the other devices for each token.
     rows = P(sharding.BATCH_AXES)
     decode = jax.shard_map(
       decode,
@@ -156,6 +144,30 @@ def decode_batch(
       check_vma=False,
     )
   return decode(model, prompt_BT, length_B, key_B)
+
+
+def _decode_rows(
+  model, prompt_BT, length_B, key_B, sampler, max_new_tokens, eos_ids, in_step
+):
+  """`decode_batch` of a device's own rows."""
+  state = start(prompt_BT, length_B, max_new_tokens)
+  reader = decoding.prefill(model, prompt_BT, state.ids_BS.shape[1])
+
+  def unfinished(carry):
+    state, _ = carry
+    is_open = ~jnp.all(state.done_B)
+    if in_step:
+      is_open = jax.lax.psum(is_open, sharding.BATCH_AXES) > 0
+    return is_open
+
+  def write_token(carry):
+    state, reader = carry
+    logits_BV, reader = read_last(reader, state)
+    token_B = draw(sampler, logits_BV, state, key_B)
+    return append(state, token_B, max_new_tokens, eos_ids), reader
+
+  state, _ = jax.lax.while_loop(unfinished, write_token, (state, reader))
+  return state.ids_BS, state.end_B
 
 
 def generate(model, prompts, **settings):

@@ -204,11 +204,8 @@ def test_a_sharded_model_says_the_same(model):
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   params = jax.device_put(params, sharding.shardings(params, mesh))
   sharded = nnx.merge(definition, params)
-  # Of four groups of devices, each with a row or none, none waits for ever.
-  eos_ids = generate(model, SHORT)[0][3:4]
-  for settings in {}, {'eos_ids': eos_ids}:
-    expected = generate(model, SHORT, **settings)
-    assert generate(sharded, SHORT, **settings) == expected
+  # Of four groups of devices the last has no row, and the others wait for it.
+  assert generate(sharded, SHORT) == generate(model, SHORT)
 
 
 def _calls(lines):
@@ -275,7 +272,7 @@ def test_a_call_copies_no_parameters():
 
   Slices of stacked layers would be the whole model once more.
   """
-  config = dataclasses.replace(CONFIG, width=128, ff_width=512, layers=4)
+  config = dataclasses.replace(CONFIG, width=256, ff_width=1024)
   model = decoding.unstack(transformer.Decoder(config, nnx.Rngs(0)))
   definition, params = transformer.split(model)
 
