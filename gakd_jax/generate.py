@@ -20,6 +20,7 @@ from absl import app, flags
 from gakd_jax import UserError, models, rollout, sampling, sharding
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizers
+from gakd_jax.models import decoding
 
 _MODEL = flags.DEFINE_string(
   'model', None, 'Hugging Face directory or hub id.', required=True
@@ -97,7 +98,7 @@ def _tokenizer():
 
 def answers(prompts):
   """Yields the answer (a string) to each prompt as it comes."""
-  model = models.load(_MODEL.value, dtype=_DTYPE.value)
+  model = decoding.unstack(models.load(_MODEL.value, dtype=_DTYPE.value))
   tokenizer, template = _tokenizer()
   eos_ids = templates.stop_ids(template, tokenizer)
   for i, prompt in enumerate(prompts):

@@ -19,6 +19,7 @@ from gakd_jax import UserError, partial, report, sampling
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import scores
+from gakd_jax.models import decoding as decoding_lib
 from gakd_jax.sampler import Sampler
 
 # A sample's place is its row and, in the bits above these, its number: what it
@@ -197,7 +198,7 @@ def _fill(answers, log, model, tokenizer, rows, wanted, decoding):
   with report.Progress(len(wanted), len(answers), 'answers') as progress:
     last = time.monotonic()
     for batch, responses in sampling.stream(
-      model,
+      decoding_lib.unstack(model),
       [ids for ids, _, _ in wanted],
       done=frozenset(answers),
       places=[r + (n << _ROW_BITS) for _, r, n in wanted],

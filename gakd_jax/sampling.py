@@ -2,7 +2,12 @@
 
 `stream` is what evaluation and the command line call (`generate`: all at once);
 `decode_batch` is the same decoding as a function under `jax.jit`, for rollouts.
-How logits become a token is in `sampler`.
+How logits become a token is in `sampler`, how tokens are read in
+`models/decoding`.
+
+The loop carries rows (`State`) whose last token is not read yet: reading it
+gives the distribution of the next one. So there is nothing to undo where a row
+does not advance. `read_last`, `draw` and `append` are steps of any such loop.
 
 A row's slot in the cache is its position, so rows of different length share a
 batch without a common index, and no row waits for another. What a row draws
@@ -12,17 +17,16 @@ in their last bits, and so, rarely, a token that was a near tie.)
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, struct
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gakd_jax import UserError, sharding
-from gakd_jax.models import transformer
+from gakd_jax.models import decoding, transformer
 from gakd_jax.sampler import Sampler
 
 # Prompts are padded to a power of two, at least this: less padding would cost
@@ -30,81 +34,140 @@ from gakd_jax.sampler import Sampler
 _SHORTEST_PROMPT = 64
 
 
-def prefill(model, blocks, prompt_BT, length_B, slots):
-  """Reads right-padded prompts.
+@struct.dataclass
+class State:
+  """Rows as far as they are written.
 
-  Args:
-    model, blocks: the decoder and its `unstacked()` blocks.
-    prompt_BT, length_B: row b's prompt is `prompt_BT[b, :length_B[b]]`.
-    slots: S, the size of the cache to make; at least T.
+  Row b's prompt and response are `ids_BS[b, :end_B[b]]`, and its response
+  starts at `start_B[b]`. Nothing more is written to a row that is done.
+  """
+
+  ids_BS: jax.Array
+  start_B: jax.Array
+  end_B: jax.Array
+  done_B: jax.Array
+
+
+def start(prompt_BT, length_B, max_new_tokens):
+  """The `State` of prompts without responses; S = T + max_new_tokens.
+
+  A row of length 0 fills up the batch: it is done.
+  """
+  ids_BS = jnp.pad(prompt_BT, ((0, 0), (0, max_new_tokens)))
+  return State(ids_BS, length_B, length_B, length_B == 0)
+
+
+def read_last(reader, state):
+  """Reads each row's last token.
 
   Returns:
-    The hidden states [B, D] of each row's last prompt token, and the cache.
+    The logits [B, V] of the token after it, and the reader that has read it.
+    A done row reads the same token again, which changes nothing.
   """
-  B, T = prompt_BT.shape
-  position_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-  # Attend over the T slots in use, and make room for the response only then.
-  outputs, cache = model.decode(
-    blocks, prompt_BT, position_BT, model.init_cache(B, T)
+  last_B1 = jnp.maximum(state.end_B - 1, 0)[:, None]
+  ids_B1 = jnp.take_along_axis(state.ids_BS, last_B1, axis=1)
+  hidden_B1D, reader = reader.read(ids_B1, last_B1)
+  return reader.model.head(hidden_B1D[:, 0]), reader
+
+
+def draw(sampler, logits_BV, state, key_B):
+  """The token [B] after each row; response token i with fold_in(key, i)."""
+  logits_BV = sampler.filter(logits_BV, state.ids_BS, state.end_B)
+  i_B = state.end_B - state.start_B
+  return sampler.draw(logits_BV, jax.vmap(jax.random.fold_in)(key_B, i_B))
+
+
+def append(state, token_B, max_new_tokens, eos_ids):
+  """Writes a token to each row that is not done.
+
+  A row is done with an EOS, or with `max_new_tokens` of its response.
+  """
+  B, S = state.ids_BS.shape
+  # Slot S does not exist: what would go to a done row is dropped.
+  slot_B = jnp.where(state.done_B, S, state.end_B)
+  end_B = jnp.where(state.done_B, state.end_B, state.end_B + 1)
+  is_last_B = end_B - state.start_B >= max_new_tokens
+  is_eos_B = jnp.isin(token_B, jnp.array(eos_ids, jnp.int32))
+  return state.replace(
+    ids_BS=state.ids_BS.at[jnp.arange(B), slot_B].set(token_B, mode='drop'),
+    end_B=end_B,
+    done_B=state.done_B | is_last_B | is_eos_B,
   )
-  cache = [
-    (
-      jnp.pad(k_BKHS, ((0, 0), (0, 0), (0, 0), (0, slots - T))),
-      jnp.pad(v_BKSH, ((0, 0), (0, 0), (0, slots - T), (0, 0))),
-    )
-    for k_BKHS, v_BKSH in cache
-  ]
-  last_B = jnp.maximum(length_B - 1, 0)
-  return outputs.hidden_BTD[jnp.arange(B), last_B], cache
 
 
 def decode_batch(
-  model, prompt_BT, length_B, key_B, sampler, max_new_tokens, eos_ids=()
+  model,
+  prompt_BT,
+  length_B,
+  key_B,
+  sampler,
+  max_new_tokens,
+  eos_ids=(),
+  mesh=None,
 ):
   """Writes a response to each prompt of a batch; to be called under a jit.
 
   Args:
-    model: the `Decoder`.
-    prompt_BT, length_B: right-padded prompts, as for `prefill`. A row of
-      length 0 fills up the batch: it is never waited for and stays empty.
+    model: a `Decoder` of `decoding.unstack`.
+    prompt_BT, length_B: row b's prompt is `prompt_BT[b, :length_B[b]]`. A row
+      of length 0 fills up the batch: it is never waited for and stays empty.
     key_B: each row's key; response token i is drawn with fold_in(key, i).
     sampler: a `Sampler`.
     max_new_tokens: of each response, the EOS included. S = T + this.
     eos_ids: tuple of ids that end a response.
+    mesh: that of the model, if any; the batch divides over it.
 
   Returns:
     ids_BS and end_B: row b's prompt and response are `ids_BS[b, :end_B[b]]`,
     the EOS included where there was one.
   """
-  B, T = prompt_BT.shape
-  S = T + max_new_tokens
-  blocks = model.unstacked()
-  hidden_BD, cache = prefill(model, blocks, prompt_BT, length_B, S)
-  eos_ids = jnp.array(eos_ids, jnp.int32)
-
-  def unfinished(state):
-    step, _, _, done_B, _, _ = state
-    return (step < max_new_tokens) & ~jnp.all(done_B)
-
-  def write_token(state):
-    step, ids_BS, end_B, done_B, hidden_BD, cache = state
-    logits_BV = sampler.filter(model.head(hidden_BD), ids_BS, end_B)
-    step_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, step)
-    token_B = sampler.draw(logits_BV, step_key_B)
-    # Slot S does not exist: what finished rows write there is dropped.
-    slot_B = jnp.where(done_B, S, end_B)
-    ids_BS = ids_BS.at[jnp.arange(B), slot_B].set(token_B, mode='drop')
-    outputs, cache = model.decode(
-      blocks, token_B[:, None], slot_B[:, None], cache
+  decode = functools.partial(
+    _decode_rows,
+    sampler=sampler,
+    max_new_tokens=max_new_tokens,
+    eos_ids=eos_ids,
+    # Of some collectives over `tensor` (permutations), each device of the mesh
+    # takes part: then all go on for as long as any has to.
+    in_step=mesh is not None and mesh.shape['tensor'] > 1,
+  )
+  if mesh is not None:
+    # Each device has its own rows and the whole model, but for the split over
+    # `tensor`, and stops with the last of its rows: left to the compiler, the
+    # loop talks to the other devices for each token.
+    rows = P(sharding.BATCH_AXES)
+    decode = jax.shard_map(
+      decode,
+      mesh=mesh,
+      in_specs=(P(), rows, rows, rows),
+      out_specs=rows,
+      axis_names=set(sharding.BATCH_AXES),
+      check_vma=False,
     )
-    end_B = jnp.where(done_B, end_B, end_B + 1)
-    done_B |= jnp.isin(token_B, eos_ids)
-    return step + 1, ids_BS, end_B, done_B, outputs.hidden_BTD[:, 0], cache
+  return decode(model, prompt_BT, length_B, key_B)
 
-  ids_BS = jnp.pad(prompt_BT, ((0, 0), (0, max_new_tokens)))
-  state = (0, ids_BS, length_B, length_B == 0, hidden_BD, cache)
-  _, ids_BS, end_B, *_ = jax.lax.while_loop(unfinished, write_token, state)
-  return ids_BS, end_B
+
+def _decode_rows(
+  model, prompt_BT, length_B, key_B, sampler, max_new_tokens, eos_ids, in_step
+):
+  """`decode_batch` of a device's own rows."""
+  state = start(prompt_BT, length_B, max_new_tokens)
+  reader = decoding.prefill(model, prompt_BT, state.ids_BS.shape[1])
+
+  def unfinished(carry):
+    state, _ = carry
+    is_open = ~jnp.all(state.done_B)
+    if in_step:
+      is_open = jax.lax.psum(is_open, sharding.BATCH_AXES) > 0
+    return is_open
+
+  def write_token(carry):
+    state, reader = carry
+    logits_BV, reader = read_last(reader, state)
+    token_B = draw(sampler, logits_BV, state, key_B)
+    return append(state, token_B, max_new_tokens, eos_ids), reader
+
+  state, _ = jax.lax.while_loop(unfinished, write_token, (state, reader))
+  return state.ids_BS, state.end_B
 
 
 def generate(model, prompts, **settings):
@@ -140,8 +203,9 @@ def stream(
   a caller that was interrupted gets the same batches again.
 
   Args:
-    model: the `Decoder`. One on a mesh decodes on the whole mesh; every
-      process then passes the same prompts and gets all the responses.
+    model: a `Decoder` of `decoding.unstack`. One on a mesh decodes on the
+      whole mesh; every process then passes the same prompts and gets all the
+      responses.
     prompts: non-empty lists of token ids.
     max_new_tokens: of each response, the EOS included.
     temperature, top_k, top_p, no_repeat_ngram, valid_vocab: see `Sampler`.
@@ -169,16 +233,15 @@ def stream(
   key = jax.random.key(seed)
   places = range(len(prompts)) if places is None else places
 
-  def start(rows):
+  def begin(rows):
     batch = _place(
       _pad(prompts, rows, places, batch_size), mesh, P(sharding.BATCH_AXES)
     )
     written = _decode(
-      definition, params, batch, key, sampler, max_new_tokens, eos_ids
+      definition, params, batch, key, sampler, max_new_tokens, eos_ids, mesh
     )
-    return rows, _place(
-      written, mesh, P()
-    )  # A process reads what it has whole.
+    # A process reads what it has whole.
+    return rows, _place(written, mesh, P())
 
   def finish(rows, written):
     ids_BS, end_B = jax.device_get(written)
@@ -190,10 +253,10 @@ def stream(
     return rows, responses
 
   running = None
-  for rows in plan(prompts, batch_size):
+  for rows in batches_of(prompts, batch_size):
     if done.issuperset(rows):
       continue
-    started = start(rows)
+    started = begin(rows)
     if running:
       yield finish(*running)
     running = started
@@ -201,7 +264,7 @@ def stream(
     yield finish(*running)
 
 
-def plan(prompts, batch_size):
+def batches_of(prompts, batch_size):
   """Which rows share a batch: lists of indices, the longest prompts first."""
   order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
   return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -212,22 +275,30 @@ def padding(prompts, batch_size):
   batch_size = min(batch_size, len(prompts))
   slots = sum(
     batch_size * _bucket(max(len(prompts[i]) for i in rows))
-    for rows in plan(prompts, batch_size)
+    for rows in batches_of(prompts, batch_size)
   )
   return 1 - sum(map(len, prompts)) / slots
 
 
 @functools.partial(
   jax.jit,
-  static_argnames=('definition', 'sampler', 'max_new_tokens', 'eos_ids'),
+  static_argnames=(
+    'definition',
+    'sampler',
+    'max_new_tokens',
+    'eos_ids',
+    'mesh',
+  ),
 )
-def _decode(definition, params, batch, key, sampler, max_new_tokens, eos_ids):
+def _decode(
+  definition, params, batch, key, sampler, max_new_tokens, eos_ids, mesh=None
+):
   """`decode_batch`; parameters are an argument: new ones do not recompile."""
   prompt_BT, length_B, place_B = batch
   key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, place_B)
   model = nnx.merge(definition, params)
   return decode_batch(
-    model, prompt_BT, length_B, key_B, sampler, max_new_tokens, eos_ids
+    model, prompt_BT, length_B, key_B, sampler, max_new_tokens, eos_ids, mesh
   )
 
 
@@ -260,7 +331,7 @@ def _fit_batch(params, batch_size):
   place = jax.tree.leaves(params)[0].sharding
   if not isinstance(place, NamedSharding):
     return None, batch_size
-  ways = math.prod(place.mesh.shape[axis] for axis in sharding.BATCH_AXES)
+  ways = sharding.batch_ways(place.mesh)
   return place.mesh, -(-batch_size // ways) * ways
 
 

@@ -8,6 +8,7 @@ import pytest
 from gakd_jax import models, sampling
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizers
+from gakd_jax.models import decoding
 
 
 def run(*arguments, text=''):
@@ -21,7 +22,7 @@ def run(*arguments, text=''):
 
 
 def expected_answers(path, questions, seed, **settings):
-  model, tokenizer = models.load(path), tokenizers.load(path)
+  model, tokenizer = decoding.unstack(models.load(path)), tokenizers.load(path)
   for i, question in enumerate(questions):
     ids, _ = tokenizers.encode(tokenizer, sources.Row(question), 'chat')
     response = sampling.generate(

@@ -1,14 +1,18 @@
 import collections
 import dataclasses
+import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gakd_jax import UserError, sampler, sampling, sharding
-from gakd_jax.models import transformer
+from gakd_jax.models import decoding, transformer
 
 V = 32
 CONFIG = transformer.DecoderConfig(
@@ -45,7 +49,9 @@ def model():
 
 def generate(model, prompts=PROMPTS, **kwargs):
   return sampling.generate(
-    model, prompts, **{'max_new_tokens': 9, 'batch_size': 3} | kwargs
+    decoding.unstack(model),
+    prompts,
+    **{'max_new_tokens': 9, 'batch_size': 3} | kwargs,
   )
 
 
@@ -108,6 +114,7 @@ def test_each_row_ends_at_its_eos(model):
 
 def test_batches_come_one_by_one_and_go_on_where_they_were(model):
   settings = {'max_new_tokens': 9, 'seed': 5, 'batch_size': 2}
+  model = decoding.unstack(model)
   batches = list(sampling.stream(model, PROMPTS, **settings))
   assert sorted(i for rows, _ in batches for i in rows) == list(
     range(len(PROMPTS))
@@ -146,7 +153,13 @@ def test_decoding_stops_with_the_last_row(model):
   keys = jax.random.split(jax.random.key(0), 3)
   ids_BS, end_B = jax.jit(
     lambda: sampling.decode_batch(
-      model, prompt_BT, length_B, keys, Counting(), 50, eos_ids=(3,)
+      decoding.unstack(model),
+      prompt_BT,
+      length_B,
+      keys,
+      Counting(),
+      50,
+      eos_ids=(3,),
     )
   )()
   jax.effects_barrier()
@@ -191,7 +204,103 @@ def test_a_sharded_model_says_the_same(model):
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   params = jax.device_put(params, sharding.shardings(params, mesh))
   sharded = nnx.merge(definition, params)
+  # Of four groups of devices the last has no row, and the others wait for it.
   assert generate(sharded, SHORT) == generate(model, SHORT)
+
+
+def _calls(lines):
+  """The computations that lines of HLO call."""
+  for line in lines:
+    pattern = r'(?:to_apply|calls|body|condition)=%?([\w.-]+)'
+    yield from re.findall(pattern, line)
+    for several in re.findall(r'branch_computations={(.*?)}', line):
+      yield from re.findall(r'[\w.-]+', several)
+
+
+def _within_loops(text):
+  """The lines of compiled HLO that loops run, through all that they call."""
+  lines_of, name = {}, None
+  for line in text.splitlines():
+    if start := re.match(r'(?:ENTRY )?%?([\w.-]+) .*{$', line):
+      name = start[1]
+      lines_of[name] = []
+    elif name:
+      lines_of[name].append(line)
+  loops = [x for x in itertools.chain(*lines_of.values()) if ' while(' in x]
+  todo, seen = list(_calls(loops)), set()
+  while todo:
+    name = todo.pop()
+    if name not in seen:
+      seen.add(name)
+      todo += _calls(lines_of[name])
+  return [line for name in seen for line in lines_of[name]]
+
+
+@pytest.mark.parametrize('axes', [{'data': 8}, {'data': 1, 'fsdp': 8}])
+def test_no_token_waits_for_another_device(model, axes):
+  definition, params = transformer.split(model)
+  mesh = sharding.make_mesh(**axes)
+  params = jax.device_put(params, sharding.shardings(params, mesh))
+  unstacked = decoding.unstack(nnx.merge(definition, params))
+  definition, params = transformer.split(unstacked)
+  rows = jax.ShapeDtypeStruct(
+    (8,), np.int32, sharding=NamedSharding(mesh, P(sharding.BATCH_AXES))
+  )
+
+  @jax.jit
+  def decode(params, prompt_BT, length_B):
+    return sampling.decode_batch(
+      nnx.merge(definition, params),
+      prompt_BT,
+      length_B,
+      jax.random.split(jax.random.key(0), 8),
+      sampler.Sampler(top_p=0.9, no_repeat_ngram=2),
+      16,
+      eos_ids=(3,),
+      mesh=mesh,
+    )
+
+  compiled = decode.lower(params, rows.update(shape=(8, 4)), rows).compile()
+  lines = _within_loops(compiled.as_text())
+  assert any(' dot(' in line for line in lines), 'the layers are in the loop'
+  collective = r' (all-|collective-|reduce-scatter|ragged-)[a-z-]*\('
+  assert not [line for line in lines if re.search(collective, line)]
+
+
+def test_a_call_copies_no_parameters():
+  """Temporaries are those of tokens, of a model that is larger than they are.
+
+  Slices of stacked layers would be the whole model once more.
+  """
+  config = dataclasses.replace(CONFIG, width=256, ff_width=1024)
+  model = decoding.unstack(transformer.Decoder(config, nnx.Rngs(0)))
+  definition, params = transformer.split(model)
+
+  @jax.jit
+  def decode(params, prompt_BT, length_B, key_B):
+    model = nnx.merge(definition, params)
+    return sampling.decode_batch(
+      model, prompt_BT, length_B, key_B, sampler.Sampler(), 4
+    )
+
+  row = np.zeros((1, 4), np.int32), np.array([4])
+  lowered = decode.lower(params, *row, jax.random.split(jax.random.key(0), 1))
+  memory = lowered.compile().memory_analysis()
+  assert memory.argument_size_in_bytes > 3 * 2**20
+  assert memory.temp_size_in_bytes < 2**20
+
+
+def test_rows_are_written_up_to_their_end():
+  state = sampling.start(np.full((4, 2), 9), np.array([1, 2, 0, 2]), 2)
+  np.testing.assert_array_equal(state.done_B, [False, False, True, False])
+  for tokens in [1, 3, 4, 3], [5, 6, 7, 8], [5, 6, 7, 8]:
+    state = sampling.append(state, np.array(tokens), 2, eos_ids=(3,))
+  # Row 0 has its two tokens, rows 1 and 3 their EOS, row 2 is not there.
+  np.testing.assert_array_equal(state.end_B, [3, 3, 0, 3])
+  np.testing.assert_array_equal(
+    state.ids_BS, [[9, 1, 5, 0], [9, 9, 3, 0], [9, 9, 0, 0], [9, 9, 3, 0]]
+  )
+  assert state.done_B.all()
 
 
 def test_learned_positions_have_an_end():

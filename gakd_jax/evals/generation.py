@@ -21,6 +21,7 @@ from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers as answers_lib
 from gakd_jax.evals import scores, tasks
+from gakd_jax.models import decoding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Generation:
       )
       for r in self.rows
     ]
-    model = subject.models.student(params)
+    model = decoding.unstack(subject.models.student(params))
     n = len(self.rows) * len(self.seeds)
     pool = tasks.Pool(self.task, expected=n, first_only=self.first_reference)
     progress = contextlib.nullcontext()

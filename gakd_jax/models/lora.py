@@ -1,7 +1,7 @@
 """LoRA: low-rank adapters of a model's projections (arXiv 2106.09685).
 
 A projection x W becomes x W + (alpha / rank) dropout(x) A B, with A of
-[in, rank] and B of [rank, out]; no merged copy is made. Only A and B are
+[in, rank] and B of [rank, out]; training makes no merged copy. Only A and B are
 trained: `partition` cuts the parameter tree, and the rest is the frozen base,
 which keeps its own dtype, has no gradient and is in no checkpoint.
 """
@@ -150,15 +150,21 @@ def merge(model):
           f'{model.source}: its projections are quantized; to merge adapters, '
           'load it without `quantize`'
         )
-      kernel = linear.kernel[...]
-      added = linear.lora.scale * jnp.einsum(
-        '...ir,...ro->...io',
-        linear.lora.a[...].astype(jnp.float32),
-        linear.lora.b[...].astype(jnp.float32),
-      )
-      merged = kernel.astype(jnp.float32) + added
-      linear.kernel[...] = merged.astype(kernel.dtype)
-      del linear.lora
+      fold(linear)
+
+
+def fold(linear):
+  """Adds a projection's adapter, if any, to its kernel, and removes it."""
+  if linear.lora:
+    kernel = linear.kernel[...]
+    added = linear.lora.scale * jnp.einsum(
+      '...ir,...ro->...io',
+      linear.lora.a[...].astype(jnp.float32),
+      linear.lora.b[...].astype(jnp.float32),
+    )
+    merged = kernel.astype(jnp.float32) + added
+    linear.kernel[...] = merged.astype(kernel.dtype)
+    del linear.lora
 
 
 def partition(params):

@@ -5,8 +5,8 @@ them into logits; (B, T, V) logits exist only where somebody asks for them in
 so many words (`Decoder.logits`) and, chunk by chunk, in `objectives/head.py`.
 
 Layers are stacked along a leading L and scanned in training, for a short
-compile. Decoding unrolls them: a scan would copy the key-value cache for every
-token.
+compile. Decoding has single ones (`decoding.unstack`): a scan would copy the
+key-value cache for every token.
 """
 
 import dataclasses
@@ -234,23 +234,14 @@ class Decoder(nnx.Module):
     keys = jnp.zeros((batch, c.kv_heads, c.head_dim, slots), dtype)
     return [(keys, keys.swapaxes(2, 3)) for _ in range(c.layers)]
 
-  def unstacked(self):
-    """The blocks one by one: slice the stack once, outside a decoding loop."""
-    blocks_def, params_L = nnx.split(self.blocks)
-    return [
-      nnx.merge(blocks_def, jax.tree.map(lambda p, l=l: p[l], params_L))
-      for l in range(self.config.layers)
-    ]
-
-  def decode(self, blocks, ids_BT, positions_BT, cache):
-    """Hidden states of tokens that extend a cache.
+  def decode(self, ids_BT, positions_BT, cache):
+    """Hidden states of tokens that extend a cache; of `decoding.unstack`.
 
     The slot of a token is its position, for every row its own: rows of
     different length never disturb each other, and a row is rolled back by not
     advancing its position. Slots at or past the end of the cache are dropped.
 
     Args:
-      blocks: `unstacked()`.
       ids_BT, positions_BT: the tokens and where they stand; [B, T].
       cache: from `init_cache` or an earlier call.
 
@@ -269,10 +260,11 @@ class Decoder(nnx.Module):
       mask_BTS=distance_BTS >= 0,
       distance_BTS=distance_BTS,
     )
-    windows = _windows(self.config) or [None] * len(blocks)
+    windows = _windows(self.config) or [None] * len(self.blocks)
     x_BTD = self._embed(ids_BT, positions_BT)
     new_cache = []
-    for block, window, layer_cache in zip(blocks, windows, cache, strict=True):
+    layers = zip(self.blocks, windows, cache, strict=True)
+    for block, window, layer_cache in layers:
       x_BTD, layer_cache = block(
         x_BTD, context._replace(window=window), layer_cache, positions_BT
       )

@@ -7,7 +7,7 @@ import safetensors.numpy
 from flax import nnx
 
 from gakd_jax import UserError, models, sharding
-from gakd_jax.models import convert, families
+from gakd_jax.models import convert, decoding, families
 from gakd_jax.models.transformer import split
 from tools import make_goldens
 
@@ -164,13 +164,12 @@ def test_cached_decoding_equals_the_full_forward(directory):
   want_BTD = jax.jit(lambda p: nnx.merge(definition, p)(ids_BT).hidden_BTD)(
     params
   )
+  definition, params = split(decoding.unstack(model))
 
   @jax.jit
   def decode(params, ids_BT, positions_BT, cache):
     model = nnx.merge(definition, params)
-    outputs, cache = model.decode(
-      model.unstacked(), ids_BT, positions_BT, cache
-    )
+    outputs, cache = model.decode(ids_BT, positions_BT, cache)
     return outputs.hidden_BTD, cache
 
   B, T = ids_BT.shape

@@ -10,7 +10,7 @@ import safetensors.numpy
 from flax import nnx
 
 from gakd_jax import UserError, models
-from gakd_jax.models import convert, lora, peft
+from gakd_jax.models import convert, decoding, lora, peft
 from gakd_jax.models.transformer import split
 from tools import make_goldens
 
@@ -94,10 +94,10 @@ def test_cached_decoding_has_the_adapters(qwen):
   def decode(params):
     model = nnx.merge(definition, params)
     cache = model.init_cache(*IDS_BT.shape)
-    blocks = model.unstacked()
-    return model.decode(blocks, IDS_BT, positions_BT, cache)[0].hidden_BTD
+    return model.decode(IDS_BT, positions_BT, cache)[0].hidden_BTD
 
   want = jax.jit(lambda p: nnx.merge(definition, p)(IDS_BT).hidden_BTD)(params)
+  definition, params = split(decoding.unstack(model))
   np.testing.assert_allclose(decode(params), want, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gakd_jax import UserError, models, plan, sharding
-from gakd_jax.models import convert, lora, quantized
+from gakd_jax.models import convert, decoding, lora, quantized
 from gakd_jax.models.transformer import cast, split
 from tools import make_goldens
 
@@ -247,10 +247,10 @@ def test_cached_decoding_equals_the_full_forward(tiny_model_dir):
   def decode(params):
     model = nnx.merge(definition, params)
     cache = model.init_cache(*IDS_BT.shape)
-    blocks = model.unstacked()
-    return model.decode(blocks, IDS_BT, positions_BT, cache)[0].hidden_BTD
+    return model.decode(IDS_BT, positions_BT, cache)[0].hidden_BTD
 
   want = jax.jit(lambda p: nnx.merge(definition, p)(IDS_BT).hidden_BTD)(params)
+  definition, params = split(decoding.unstack(model))
   np.testing.assert_allclose(decode(params), want, atol=1e-5)
 
 

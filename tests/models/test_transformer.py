@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from gakd_jax import models
-from gakd_jax.models import families
+from gakd_jax.models import decoding, families
 from gakd_jax.models.transformer import split
 
 # Fields that differ between the checkpoints' config.json files.
@@ -145,15 +145,14 @@ def test_remat_recomputes_and_gives_the_same_gradients(model):
 
 def test_cached_decoding_equals_the_full_forward(model, hidden):
   """Rows of different length: prompts padded on the right, then one by one."""
-  definition, params = split(model)
+  definition, params = split(decoding.unstack(model))
   ids_BT, lengths_B = _ids(5, 3, 12), np.array([2, 5, 3])
   want_BTD = hidden(ids_BT, np.ones_like(ids_BT))
 
   @jax.jit
   def decode(params, ids_BT, positions_BT, cache):
     model = nnx.merge(definition, params)
-    blocks = model.unstacked()
-    outputs, cache = model.decode(blocks, ids_BT, positions_BT, cache)
+    outputs, cache = model.decode(ids_BT, positions_BT, cache)
     return outputs.hidden_BTD, cache
 
   cache = model.init_cache(3, 12)
@@ -175,10 +174,11 @@ def test_cached_decoding_equals_the_full_forward(model, hidden):
 
 def test_slots_past_the_end_of_the_cache_are_dropped(model):
   cache, positions_BT = model.init_cache(1, 2), np.array([[0, 1, 2]])
+  unstacked = decoding.unstack(model)
 
   @jax.jit
   def fill(ids_BT):
-    return model.decode(model.unstacked(), ids_BT, positions_BT, cache)[1]
+    return unstacked.decode(ids_BT, positions_BT, cache)[1]
 
   a, b = fill(np.array([[3, 4, 5]])), fill(np.array([[3, 4, 6]]))
   assert all(np.all(x != 0) for x in jax.tree.leaves(a))

@@ -62,8 +62,9 @@ def digest(tokens):
 
 def jax_side(path):
   from gakd_jax import models, sampling
+  from gakd_jax.models import decoding
 
-  model = models.load(path)
+  model = decoding.unstack(models.load(path))
   ids = prompts(model.config.vocab_size).tolist()
   return lambda: digest(
     sampling.generate(
