@@ -134,7 +134,9 @@ def write_dataset():
   rollout.write_answers(
     writer,
     # All devices share the prompts.
-    models.load(_MODEL.value, _DTYPE.value, sharding.make_mesh()),
+    decoding.unstack(
+      models.load(_MODEL.value, _DTYPE.value, sharding.make_mesh())
+    ),
     tokenizer,
     rows,
     _OUTPUT.value,

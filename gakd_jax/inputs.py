@@ -10,6 +10,7 @@ import jax
 from gakd_jax import UserError, models, rollout
 from gakd_jax.data import pipeline, sources
 from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.models import decoding
 
 
 def examples(config, spec, tokenizer):
@@ -83,7 +84,7 @@ def teacher_answers(run):
     )
     rollout.write_answers(
       run.writer,
-      run.models.teacher(),
+      decoding.unstack(run.models.teacher()),
       run.models.tokenizers[1],
       rows,
       path,

@@ -19,7 +19,6 @@ from gakd_jax import UserError, partial, report, sampling
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import scores
-from gakd_jax.models import decoding as decoding_lib
 from gakd_jax.sampler import Sampler
 
 # A sample's place is its row and, in the bits above these, its number: what it
@@ -133,7 +132,8 @@ def write_answers(
 
   Args:
     writer: a `Teacher`: how answers are drawn, and how many to each prompt.
-    model, tokenizer, rows, path: see above.
+    model: a `Decoder` of `decoding.unstack`.
+    tokenizer, rows, path: see above.
     source: what identifies model and data; a dict of names to JSON values.
     keep_unfinished: otherwise answers that are empty or did not end within
       `max_new_tokens` are left out: a student would learn not to stop.
@@ -198,7 +198,7 @@ def _fill(answers, log, model, tokenizer, rows, wanted, decoding):
   with report.Progress(len(wanted), len(answers), 'answers') as progress:
     last = time.monotonic()
     for batch, responses in sampling.stream(
-      decoding_lib.unstack(model),
+      model,
       [ids for ids, _, _ in wanted],
       done=frozenset(answers),
       places=[r + (n << _ROW_BITS) for _, r, n in wanted],

@@ -8,7 +8,7 @@ from configs import base
 from gakd_jax import UserError, inputs, models, rollout, sampling
 from gakd_jax.data import sources
 from gakd_jax.data import tokenizer as tokenizers
-from gakd_jax.models import pair
+from gakd_jax.models import decoding, pair
 
 TURNS = (
   {'role': 'system', 'content': 'Be brief.'},
@@ -42,7 +42,10 @@ def write(subject, path, rows=ROWS, **settings):
   settings = SETTINGS | {'keep_unfinished': True} | settings
   own = {f.name for f in dataclasses.fields(rollout.Teacher)}
   writer = rollout.Teacher(**{k: settings.pop(k) for k in own & set(settings)})
-  left_out = rollout.write_answers(writer, *subject, rows, path, **settings)
+  model, tokenizer = subject
+  left_out = rollout.write_answers(
+    writer, decoding.unstack(model), tokenizer, rows, path, **settings
+  )
   lines = path.read_text(encoding='utf-8').split('\n')[:-1]
   return [json.loads(line) for line in lines], left_out
 
