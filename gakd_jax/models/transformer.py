@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
+from gakd_jax import sharding
 from gakd_jax.data import segments
 from gakd_jax.models import attention as attention_lib
 from gakd_jax.models import layers as layers_lib
@@ -188,7 +189,8 @@ def run_blocks(
     layer = context._replace(key=key)
     if differ:
       layer = layer._replace(window=window)
-    return nnx.merge(blocks_def, params)(x_BTD, layer)[0], None
+    x_BTD, _ = nnx.merge(blocks_def, params)(sharding.by_rows(x_BTD), layer)
+    return sharding.by_rows(x_BTD), None
 
   if remat:
     body = jax.checkpoint(body, prevent_cse=False)
@@ -226,11 +228,11 @@ class Decoder(nnx.Module):
     return Head(weight[...], self.config.head_cap)
 
   def _embed(self, ids_BT, positions_BT):
-    x_BTD = self.embedding[...][ids_BT]
+    x_BTD = sharding.look_up(self.embedding[...], ids_BT)
     if self.config.scaled_embedding:
       x_BTD *= jnp.asarray(self.config.width**0.5, x_BTD.dtype)
     if self.config.learned_positions:
-      x_BTD += self.position_embedding[...][positions_BT]
+      x_BTD += sharding.look_up(self.position_embedding[...], positions_BT)
     return x_BTD
 
   def __call__(self, ids_BT, segments_BT=None, **settings):
