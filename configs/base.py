@@ -37,6 +37,10 @@ def get_config():
   c.teacher.dtype = 'bfloat16'  # in memory; it is never trained
   c.teacher.quantize = config_dict.placeholder(str)  # None, int8, nf4
 
+  # Who computes attention: xla; cudnn, on CUDA, which never holds the scores;
+  # auto: cudnn where it can (see gakd_jax/models/attention).
+  c.attention = 'auto'
+
   c.data = ml_collections.ConfigDict()
   # A file (.jsonl, .json, .parquet, .gz), a directory, a hub id
   # (org/name:split), synthetic:<split>:<rows>, or a tuple of these.

@@ -24,6 +24,7 @@ from gakd_jax import (
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import evaluator as evaluator_lib
 from gakd_jax.models import lora, pair, quantized, transformer
+from gakd_jax.models.attention import choose_backend
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,9 @@ def build(config, workdir, mesh):
     shape = config.student.shape if path is paths[0] else None
     _check_vocabulary(path, tokenizer, shape)
     _check_positions(path, config.data.max_length)
+    choose_backend(
+      config.attention, models.read_config(path), config.train.precision
+    )
   if len(paths) == 2 and objective.one_tokenizer:
     tokenizer_lib.check_same(*tokenizers, *paths)
   evaluators = evaluator_lib.make(config.evals, config.data.validation)
@@ -195,7 +199,9 @@ def _assemble(config, mesh, objective, writer, load, tokenizers=(), **rest):
     student,
     teacher,
     dtype=config.train.precision,
+    attention=config.attention,
     remat=config.student.remat,
+    packed=config.data.packing,
     tokenizers=tokenizers,
   )
   constants = objective.constants(both)

@@ -202,7 +202,12 @@ def _subject(config, evaluators, path, workdir, teacher, mesh, identity):
   # A teacher is measured against itself.
   model = t_model if is_teacher else models.load(path, dtype, mesh)
   both, params = pair.make(
-    model, t_model, dtype=dtype, tokenizers=(tokenizer, tokenizer)
+    model,
+    t_model,
+    dtype=dtype,
+    attention=config.attention,
+    packed=False,
+    tokenizers=(tokenizer, tokenizer),
   )
   subject = evaluator.Subject(
     models=both,

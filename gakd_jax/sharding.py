@@ -123,6 +123,38 @@ def copies(x_VD):
   )(x_VD)
 
 
+def _tie(x, *spec):
+  """Splits the first dimensions of an array over axes of the mesh in force.
+
+  Not over those that do not divide a dimension, or that `jax.shard_map` has
+  split already; nothing without a mesh.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  places = [tuple(a for a in axes if a in mesh.auto_axes) for axes in spec]
+  for i, axes in enumerate(places):
+    if x.shape[i] % math.prod(mesh.shape[axis] for axis in axes):
+      places[i] = ()
+  return jax.lax.with_sharding_constraint(x, P(*places)) if any(places) else x
+
+
+def by_rows(x):
+  """Ties the rows of an array to the batch axes.
+
+  Under `fsdp`, the compiler would else split activations by width, as the
+  parameters are, and bring the rows of all devices together in every layer.
+  """
+  return _tie(x, BATCH_AXES)
+
+
+def look_up(table_VD, ids_BT):
+  """Rows of a table that `RULES` split over `tensor` and `fsdp`, `by_rows`.
+
+  Each device looks up its columns of what all along `fsdp` need, and they
+  exchange columns for rows; the table stays where it is, and its gradient.
+  """
+  return by_rows(_tie(table_VD[ids_BT], ('data',), (), ('fsdp',)))
+
+
 def check_batch_size(batch_size, microbatch_size, mesh):
   """Refuses a batch that does not divide over microbatches and the mesh."""
   ways = batch_ways(mesh)

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gakd_jax import UserError, sharding
@@ -96,3 +96,41 @@ def test_batch_sizes_must_divide():
     sharding.check_batch_size(12, 8, mesh)
   with pytest.raises(UserError, match=r'6 rows .* 4 devices'):
     sharding.check_batch_size(12, 6, mesh)
+
+
+def test_rows_are_tied_to_the_axes_that_are_free_and_divide():
+  x_BD, odd_BD = np.ones((8, 6)), np.ones((6, 6))
+  assert sharding.by_rows(x_BD) is x_BD  # without a mesh
+  with jax.set_mesh(sharding.make_mesh(data=2, fsdp=2, tensor=2)):
+    tie = jax.jit(sharding.by_rows)
+    assert tie(x_BD).sharding.spec == P(('data', 'fsdp'))
+    assert tie(odd_BD).sharding.is_fully_replicated
+    for axes in ({'data'}, {'data', 'fsdp'}):
+      inside = jax.jit(
+        jax.shard_map(
+          lambda x: 2 * sharding.by_rows(x),
+          in_specs=P(tuple(axes)),
+          out_specs=P(tuple(axes)),
+          axis_names=axes,
+        )
+      )
+      np.testing.assert_array_equal(inside(x_BD), 2 * x_BD)
+
+
+def test_a_look_up_leaves_the_table_where_it_is():
+  mesh = sharding.make_mesh(data=2, fsdp=4)
+  table_VD = np.arange(80.0).reshape(10, 8)
+  ids_BT = np.arange(24).reshape(8, 3) % 10
+  np.testing.assert_array_equal(
+    sharding.look_up(table_VD, ids_BT), table_VD[ids_BT]
+  )
+  with jax.set_mesh(mesh):
+    args = (
+      jax.device_put(table_VD, NamedSharding(mesh, P(None, 'fsdp'))),
+      sharding.put_batch(ids_BT, mesh),
+    )
+    compiled = jax.jit(sharding.look_up).lower(*args).compile()
+    found_BTD = compiled(*args)
+  np.testing.assert_array_equal(found_BTD, table_VD[ids_BT])
+  assert found_BTD.sharding.spec == P(('data', 'fsdp'))
+  assert '[10,8]' not in compiled.as_text()

@@ -3,23 +3,11 @@
 Modules take their sizes and switches from a `transformer.DecoderConfig`.
 """
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from gakd_jax.models import quantized
-
-
-class Context(NamedTuple):
-  """What the tokens of one forward pass share, in every layer."""
-
-  rope: Any  # of `rope_tables`; None where positions are learned
-  mask_BTS: jax.Array  # which keys a token sees
-  distance_BTS: jax.Array  # how many positions before the token they are
-  window: Any = None  # only keys nearer than this; None: all
-  key: Any = None  # of dropout; None: there is none
 
 
 class Linear(nnx.Module):
@@ -138,81 +126,6 @@ def apply_rope(x_BTNH, tables):
   return rotated.astype(x_BTNH.dtype)
 
 
-def attend(q_BTNH, k_BKHS, v_BKSH, mask_BTS, scale, cap=None):
-  """Softmax attention over keys and values whose heads lie together.
-
-  Scores are fp32, times `scale`, then `soft_cap`ped.
-  """
-  B, T, N, H = q_BTNH.shape
-  K, S = v_BKSH.shape[1:3]
-  q_BKGTH = q_BTNH.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4)
-  # Products of matrices as they lie: of an einsum in another order, XLA makes
-  # one that takes several times as long on a CPU.
-  score_BKGTS = scale * jnp.matmul(
-    q_BKGTH.reshape(B, K, -1, H),
-    k_BKHS,
-    preferred_element_type=jnp.float32,
-  ).reshape(B, K, -1, T, S)
-  if cap:
-    score_BKGTS = soft_cap(score_BKGTS, cap)
-  score_BKGTS = jnp.where(mask_BTS[:, None, None], score_BKGTS, -jnp.inf)
-  weight_BKGTS = jax.nn.softmax(score_BKGTS).astype(v_BKSH.dtype)
-  y_BKMH = jnp.matmul(weight_BKGTS.reshape(B, K, -1, S), v_BKSH)
-  y_BTKGH = y_BKMH.reshape(B, K, -1, T, H).transpose(0, 3, 1, 2, 4)
-  return y_BTKGH.reshape(B, T, N, H)
-
-
-class Attention(nnx.Module):
-  """Grouped-query attention."""
-
-  def __init__(self, config, rngs):
-    c = self.config = config
-    bias = c.qkv_bias or c.bias
-    self.query = Linear(c.width, c.heads * c.head_dim, rngs, bias)
-    self.key = Linear(c.width, c.kv_heads * c.head_dim, rngs, bias)
-    self.value = Linear(c.width, c.kv_heads * c.head_dim, rngs, bias)
-    self.out = Linear(c.heads * c.head_dim, c.width, rngs, c.bias)
-    if c.qk_norm:
-      self.query_norm = RMSNorm(c.head_dim, c.norm_eps)
-      self.key_norm = RMSNorm(c.head_dim, c.norm_eps)
-
-  def __call__(self, x_BTD, context, cache=None, slots_BT=None):
-    """With a cache, keys and values go to `slots_BT` and all are read.
-
-    A head's slots lie together, since every token reads all of them, and keys
-    lie transposed; `dot_product_attention` would transpose both first.
-    """
-    c = self.config
-    B, T, _ = x_BTD.shape
-    q_BTNH, k_BTKH, v_BTKH = (
-      linear(x_BTD, context.key).reshape(B, T, -1, c.head_dim)
-      for linear in (self.query, self.key, self.value)
-    )
-    if c.qk_norm:
-      q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
-    if context.rope is not None:
-      q_BTNH, k_BTKH = (apply_rope(x, context.rope) for x in (q_BTNH, k_BTKH))
-    scale = c.attention_scale or c.head_dim**-0.5
-    mask_BTS = context.mask_BTS
-    if context.window is not None:
-      mask_BTS &= context.distance_BTS < context.window
-    if cache is None and c.attention_cap is None:
-      y_BTNH = jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, mask=mask_BTS[:, None], scale=scale
-      )
-    else:
-      keys_values = k_BTKH.transpose(0, 2, 3, 1), v_BTKH.swapaxes(1, 2)
-      if cache is not None:
-        k_BKHS, v_BKSH = cache
-        rows_B1 = jnp.arange(B)[:, None]
-        keys_values = cache = (
-          k_BKHS.at[rows_B1, :, :, slots_BT].set(k_BTKH, mode='drop'),
-          v_BKSH.at[rows_B1, :, slots_BT].set(v_BTKH, mode='drop'),
-        )
-      y_BTNH = attend(q_BTNH, *keys_values, mask_BTS, scale, c.attention_cap)
-    return self.out(y_BTNH.reshape(B, T, -1), context.key), cache
-
-
 class MLP(nnx.Module):
   """Feed-forward: act(x W_u) W_d, or gated (arXiv 2002.05202) as
   (act(x W_g) * (x W_u)) W_d.
@@ -232,29 +145,3 @@ class MLP(nnx.Module):
     if self.config.gated:
       return self.down(act(self.gate(x_BTD, key)) * y_BTF, key)
     return self.down(act(y_BTF), key)
-
-
-class Block(nnx.Module):
-  """Attention, then feed-forward, each on a normed copy of the residual."""
-
-  def __init__(self, config, rngs):
-    self.config = config
-    self.attention_norm = make_norm(config)
-    self.attention = Attention(config, rngs)
-    self.mlp_norm = make_norm(config)
-    self.mlp = MLP(config, rngs)
-    if config.post_norms:
-      self.attention_post_norm = make_norm(config)
-      self.mlp_post_norm = make_norm(config)
-
-  def __call__(self, x_BTD, context, cache=None, slots_BT=None):
-    y_BTD, cache = self.attention(
-      self.attention_norm(x_BTD), context, cache, slots_BT
-    )
-    if self.config.post_norms:
-      y_BTD = self.attention_post_norm(y_BTD)
-    x_BTD = x_BTD + y_BTD
-    y_BTD = self.mlp(self.mlp_norm(x_BTD), context.key)
-    if self.config.post_norms:
-      y_BTD = self.mlp_post_norm(y_BTD)
-    return x_BTD + y_BTD, cache

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gakd_jax.models import lora, transformer
+from gakd_jax.models.attention import choose_backend
 
 
 @functools.partial(
@@ -21,6 +22,8 @@ from gakd_jax.models import lora, transformer
     'teacher_config',
     'dtype',
     'remat',
+    'backends',
+    'packed',
   ],
   drop_fields=['tokenizers'],
 )
@@ -42,6 +45,8 @@ class Models:
   frozen: dict
   dtype: Any  # of the computation
   remat: bool = False  # of the student's blocks
+  backends: tuple = ('xla', 'xla')  # of attention, of student and teacher
+  packed: bool = True  # False: each row is one document, then padding
   tokenizers: tuple = ()  # of student and teacher
 
   @property
@@ -87,6 +92,8 @@ class Models:
       self.dtype,
       self.remat,
       key,
+      self.backends[0],
+      self.packed,
     ).hidden_BTD
 
   def teacher_hidden(self, batch):
@@ -98,6 +105,8 @@ class Models:
       self.frozen['teacher'],
       batch.teacher,
       self.dtype,
+      backend=self.backends[1],
+      packed=self.packed,
     ).hidden_BTD
 
   def heads(self, params):
@@ -127,11 +136,14 @@ class Models:
     return self.pair(params, self.heads(params), hiddens)
 
 
-def make(student, teacher=None, *, dtype, remat=False, tokenizers=()):
+def make(
+  student, teacher=None, *, dtype, attention='auto', tokenizers=(), **settings
+):
   """`Models` of two `Decoder`s, and the parameters of the student to train.
 
   Those are its adapters if it has any, else all of them. Parameters may be
-  shapes.
+  shapes. `attention` is one of `attention.BACKENDS`; settings are other fields
+  of `Models`.
   """
   definition, params = transformer.split(student)
   frozen, t_definition = {}, None
@@ -146,7 +158,11 @@ def make(student, teacher=None, *, dtype, remat=False, tokenizers=()):
     teacher_config=teacher and teacher.config,
     frozen=frozen,
     dtype=jnp.dtype(dtype),
-    remat=remat,
+    backends=tuple(
+      model and choose_backend(attention, model.config, dtype)
+      for model in (student, teacher)
+    ),
     tokenizers=tuple(tokenizers),
+    **settings,
   )
   return models, params

@@ -17,6 +17,7 @@ from flax import nnx, struct
 
 from gakd_jax import sharding
 from gakd_jax.data import segments
+from gakd_jax.models import attention as attention_lib
 from gakd_jax.models import layers as layers_lib
 
 
@@ -117,9 +118,33 @@ class Outputs:
   embedding_VD: jax.Array | None = None
 
 
+class Block(nnx.Module):
+  """Attention, then feed-forward, each on a normed copy of the residual."""
+
+  def __init__(self, config, rngs):
+    self.config = config
+    self.attention_norm = layers_lib.make_norm(config)
+    self.attention = attention_lib.Attention(config, rngs)
+    self.mlp_norm = layers_lib.make_norm(config)
+    self.mlp = layers_lib.MLP(config, rngs)
+    if config.post_norms:
+      self.attention_post_norm = layers_lib.make_norm(config)
+      self.mlp_post_norm = layers_lib.make_norm(config)
+
+  def __call__(self, x_BTD, context, cache=None):
+    y_BTD, cache = self.attention(self.attention_norm(x_BTD), context, cache)
+    if self.config.post_norms:
+      y_BTD = self.attention_post_norm(y_BTD)
+    x_BTD = x_BTD + y_BTD
+    y_BTD = self.mlp(self.mlp_norm(x_BTD), context.key)
+    if self.config.post_norms:
+      y_BTD = self.mlp_post_norm(y_BTD)
+    return x_BTD + y_BTD, cache
+
+
 def stack_blocks(config, rngs):
   """Fresh blocks, their parameters stacked along a leading L."""
-  return nnx.vmap(lambda key: layers_lib.Block(config, nnx.Rngs(key)))(
+  return nnx.vmap(lambda key: Block(config, nnx.Rngs(key)))(
     jax.random.split(rngs.params(), config.layers)
   )
 
@@ -132,40 +157,57 @@ def _rope(config, positions_BT):
   )
 
 
-def _windows(config):
-  """The window of each layer, a number that hides nothing for none."""
-  return [window or 2**30 for window in config.windows] or None
-
-
-def run_blocks(config, blocks, x_BTD, segments_BT, remat=False, key=None):
+def run_blocks(
+  config,
+  blocks,
+  x_BTD,
+  segments_BT,
+  remat=False,
+  key=None,
+  backend='xla',
+  packed=True,
+):
   """Stacked blocks over whole sequences.
 
   Tokens see earlier tokens of their own segment only, and positions count from
-  the start of each. `remat` recomputes each block in the backward pass instead
-  of keeping its activations. `key` draws the dropout of adapters; None: there
-  is none.
+  the start of each.
+
+  Args:
+    config, blocks: from `stack_blocks`.
+    x_BTD: what the first block reads.
+    segments_BT: int32, see `data.segments`.
+    remat: recomputes each block in the backward pass instead of keeping its
+      activations.
+    key: draws the dropout of adapters; None: there is none.
+    backend: of attention, from `attention.choose_backend`.
+    packed: False promises that each row is one document from its start, then
+      padding.
   """
   T = x_BTD.shape[1]
-  t_T = jnp.arange(T)
-  distance_1TS = t_T[None, :, None] - t_T[None, None, :]
-  same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
-  context = layers_lib.Context(
+  # A window that hides nothing is none.
+  windows = [w if 0 < w < T else None for w in config.windows]
+  differ = len(set(windows)) > 1
+  context = attention_lib.Context(
     rope=_rope(config, segments.positions(segments_BT)),
-    mask_BTS=(distance_1TS >= 0) & same_BTS,
-    distance_BTS=distance_1TS,
+    segments_BT=segments_BT,
+    window=windows[0] if windows and not differ else None,
+    backend=backend,
+    packed=packed,
   )
   blocks_def, params_L = nnx.split(blocks)
-  windows = _windows(config)
   scanned = (
     params_L,
-    None if windows is None else jnp.array(windows),
+    jnp.array([w or T for w in windows]) if differ else None,
     None if key is None else jax.random.split(key, config.layers),
   )
 
   def body(x_BTD, scanned):
     params, window, key = scanned
-    here = context._replace(window=window, key=key)
-    return nnx.merge(blocks_def, params)(x_BTD, here)[0], None
+    layer = context._replace(key=key)
+    if differ:
+      layer = layer._replace(window=window)
+    x_BTD, _ = nnx.merge(blocks_def, params)(sharding.by_rows(x_BTD), layer)
+    return sharding.by_rows(x_BTD), None
 
   if remat:
     body = jax.checkpoint(body, prevent_cse=False)
@@ -203,25 +245,25 @@ class Decoder(nnx.Module):
     return Head(weight[...], self.config.head_cap)
 
   def _embed(self, ids_BT, positions_BT):
-    x_BTD = self.embedding[...][ids_BT]
+    x_BTD = sharding.look_up(self.embedding[...], ids_BT)
     if self.config.scaled_embedding:
       x_BTD *= jnp.asarray(self.config.width**0.5, x_BTD.dtype)
     if self.config.learned_positions:
-      x_BTD += self.position_embedding[...][positions_BT]
+      x_BTD += sharding.look_up(self.position_embedding[...], positions_BT)
     return x_BTD
 
-  def __call__(self, ids_BT, segments_BT=None, *, remat=False, key=None):
+  def __call__(self, ids_BT, segments_BT=None, **settings):
     """Hidden states of whole sequences.
 
     Args:
       ids_BT: int32 token ids.
       segments_BT: int32, see `run_blocks`; None is one segment.
-      remat, key: see `run_blocks`.
+      **settings: remat, key, backend, packed: see `run_blocks`.
     """
     if segments_BT is None:
       segments_BT = jnp.ones_like(ids_BT)
     x_BTD = self._embed(ids_BT, segments.positions(segments_BT))
-    x_BTD = run_blocks(self.config, self.blocks, x_BTD, segments_BT, remat, key)
+    x_BTD = run_blocks(self.config, self.blocks, x_BTD, segments_BT, **settings)
     return Outputs(self.final_norm(x_BTD), self.head)
 
   def init_cache(self, batch, slots):
@@ -254,20 +296,14 @@ class Decoder(nnx.Module):
     rope = _rope(self.config, slot_S[None])
     if rope is not None:
       rope = tuple(table_1S1h[0, positions_BT] for table_1S1h in rope)
-    distance_BTS = positions_BT[:, :, None] - slot_S[None, None, :]
-    context = layers_lib.Context(
-      rope=rope,
-      mask_BTS=distance_BTS >= 0,
-      distance_BTS=distance_BTS,
-    )
-    windows = _windows(self.config) or [None] * len(self.blocks)
+    context = attention_lib.Context(rope, slots_BT=positions_BT)
+    windows = self.config.windows or [0] * len(self.blocks)
     x_BTD = self._embed(ids_BT, positions_BT)
     new_cache = []
     layers = zip(self.blocks, windows, cache, strict=True)
     for block, window, layer_cache in layers:
-      x_BTD, layer_cache = block(
-        x_BTD, context._replace(window=window), layer_cache, positions_BT
-      )
+      layer = context._replace(window=window or None)
+      x_BTD, layer_cache = block(x_BTD, layer, layer_cache)
       new_cache.append(layer_cache)
     return Outputs(self.final_norm(x_BTD), self.head), new_cache
 
@@ -295,11 +331,27 @@ def cast(params, dtype):
   )
 
 
-def apply(definition, params, tokens, dtype, remat=False, key=None):
+def apply(
+  definition,
+  params,
+  tokens,
+  dtype,
+  remat=False,
+  key=None,
+  backend='xla',
+  packed=True,
+):
   """`Outputs` of a split model on `data.pipeline.Tokens`, computed in `dtype`.
 
   Master weights stay as they are: their gradient passes through the cast. For
-  `remat` and `key` see `run_blocks`.
+  the other arguments see `run_blocks`.
   """
   model = nnx.merge(definition, cast(params, dtype))
-  return model(tokens.ids_BT, tokens.segments_BT, remat=remat, key=key)
+  return model(
+    tokens.ids_BT,
+    tokens.segments_BT,
+    remat=remat,
+    key=key,
+    backend=backend,
+    packed=packed,
+  )

@@ -1,0 +1,173 @@
+"""Attention: every backend is told the same; who may be asked for which."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gakd_jax import UserError, models
+from gakd_jax.data.pipeline import Tokens
+from gakd_jax.models import attention, transformer
+
+B, T, V = 4, 12, 40
+CONFIG = models.DecoderConfig(
+  vocab_size=V,
+  width=16,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  head_dim=8,
+  ff_width=24,
+  tied_head=True,
+  rope_theta=1e4,
+  norm_eps=1e-6,
+  max_length=T,
+)
+
+
+def _tokens(length=T, packed=False):
+  """Rows of one document that fills them, of shorter ones, and of none."""
+  rng = np.random.default_rng(0)
+  ids_BT = rng.integers(0, V, (B, length), np.int32)
+  lengths_B1 = np.array([[length], [7], [1], [0]])
+  segments_BT = (np.arange(length) < lengths_B1).astype(np.int32)
+  if packed:
+    segments_BT[0, 5:] = 2
+  return Tokens(ids_BT, segments_BT, segments_BT > 0)
+
+
+def _run(config, tokens, dtype='float32', **settings):
+  """Hidden states of tokens, and the gradient of a scalar of them."""
+  model = models.Decoder(config, nnx.Rngs(0))
+  definition, params = transformer.split(model)
+  # Larger than fresh ones: attention looks at some keys more than at others.
+  params = jax.tree.map(lambda x: 2 * x, params)
+
+  @jax.jit
+  def run(params):
+    def loss(params):
+      outputs = transformer.apply(definition, params, tokens, dtype, **settings)
+      hidden_BTD = outputs.hidden_BTD.astype(jnp.float32)
+      hidden_BTD = jnp.where(tokens.mask_BT[..., None], hidden_BTD, 0)
+      return jnp.sum(jnp.sin(hidden_BTD)), hidden_BTD
+
+    return jax.grad(loss, has_aux=True)(params)
+
+  return run(params)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+  """What `dot_product_attention` is asked for; XLA computes it, always."""
+  found = []
+  real = jax.nn.dot_product_attention
+
+  def fake(*args, implementation, **kwargs):
+    found.append(kwargs | {'implementation': implementation})
+    return real(*args, implementation='xla', **kwargs)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', fake)
+  return found
+
+
+def _assert_close(got, want, share):
+  """Up to a share of the largest entry of each array."""
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=0, atol=share * np.abs(b).max()
+    ),
+    got,
+    want,
+  )
+
+
+# Layers' windows, and the one that all share; where they differ, a mask says.
+@pytest.mark.parametrize(
+  ('windows', 'shared'),
+  [((), None), ((3, 3), (2, 0)), ((T, 0), None), ((3, 0), 'mask')],
+  ids=str,
+)
+@pytest.mark.parametrize('packed', [False, True])
+def test_cudnn_is_told_what_the_mask_says(windows, shared, packed, asked):
+  config = dataclasses.replace(CONFIG, windows=windows)
+  tokens = _tokens(packed=packed)
+  want = _run(config, tokens)
+  got = _run(config, tokens, backend='cudnn', packed=packed)
+  as_xla, as_cudnn = asked[0], asked[-1]
+  assert as_xla.pop('implementation') == 'xla'
+  assert set(as_xla) == {'mask', 'scale'}
+  assert as_cudnn['implementation'] == 'cudnn'
+  if packed or shared == 'mask':
+    assert 'query_seq_lengths' not in as_cudnn
+    assert as_cudnn['mask'].shape == (B, 1, T, T)
+  else:
+    assert 'mask' not in as_cudnn
+    assert as_cudnn['local_window_size'] == shared
+  assert all(jnp.any(g != 0) for g in jax.tree.leaves(want))
+  _assert_close(got, want, 1e-6)
+
+
+def test_windows_hide_something():
+  """Else the test above would compare what is the same anyway."""
+  plain, narrow, mixed = (
+    _run(dataclasses.replace(CONFIG, windows=windows), _tokens())[1]
+    for windows in ((), (3, 3), (3, 0))
+  )
+  assert np.abs(plain - narrow).max() > 0.1 < np.abs(mixed - narrow).max()
+
+
+def test_cudnn_gets_no_mask_of_odd_length(asked):
+  _run(CONFIG, _tokens(9), backend='cudnn')
+  assert {call['implementation'] for call in asked} == {'xla'}
+  _run(CONFIG, _tokens(9), backend='cudnn', packed=False)
+  assert asked[-1]['implementation'] == 'cudnn'
+
+
+CAN = CONFIG, 'bfloat16', 'gpu'
+
+
+@pytest.mark.parametrize(
+  ('obstacle', 'word'),
+  [
+    ((CONFIG, 'bfloat16', 'cpu'), "this is 'cpu'"),
+    ((CONFIG, 'float32', 'gpu'), 'not float32'),
+    ((dataclasses.replace(CONFIG, head_dim=12), *CAN[1:]), 'head_dim=12'),
+    ((dataclasses.replace(CONFIG, head_dim=256), *CAN[1:]), 'head_dim=256'),
+    (
+      (
+        dataclasses.replace(CONFIG, family='gemma2', attention_cap=50.0),
+        *CAN[1:],
+      ),
+      'gemma2 caps its scores',
+    ),
+  ],
+)
+def test_auto_takes_cudnn_where_it_can_be_had(obstacle, word):
+  for backend, want in (('auto', 'cudnn'), ('cudnn', 'cudnn'), ('xla', 'xla')):
+    assert attention.choose_backend(backend, *CAN) == want
+  for backend in ('auto', 'xla'):
+    assert attention.choose_backend(backend, *obstacle) == 'xla'
+  with pytest.raises(UserError, match=word):
+    attention.choose_backend('cudnn', *obstacle)
+
+
+def test_an_unknown_backend_is_one_line():
+  with pytest.raises(UserError, match=r"'flash' is not known; .* xla, cudnn"):
+    attention.choose_backend('flash', *CAN)
+
+
+@pytest.mark.skipif(
+  jax.default_backend() != 'gpu', reason='cuDNN needs CUDA (JAX_PLATFORMS=cuda)'
+)
+@pytest.mark.parametrize('windows', [(), (3, 3), (3, 0)], ids=str)
+@pytest.mark.parametrize('packed', [False, True])
+def test_cudnn_computes_what_xla_does(windows, packed):
+  config = dataclasses.replace(CONFIG, windows=windows)
+  args = config, _tokens(packed=packed), 'bfloat16'
+  got, want = (
+    _run(*args, backend=backend, packed=packed) for backend in ('cudnn', 'xla')
+  )
+  _assert_close(got, want, 0.02)  # bf16 has 8 bits.
