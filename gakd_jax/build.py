@@ -14,6 +14,7 @@ from flax import nnx
 from gakd_jax import (
   UserError,
   inputs,
+  keys,
   models,
   objectives,
   optim,
@@ -298,7 +299,7 @@ def training(run, steps_per_epoch, total):
 
   def init():
     own = run.objective.init(
-      jax.random.key(c.seed), *run.models.configs, run.mesh
+      keys.of(c.seed, 'method'), *run.models.configs, run.mesh
     )
     make = jax.jit(first_state, out_shardings=places, donate_argnums=(0, 1))
     return make(run.start(), own)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from gakd_jax import sharding
+from gakd_jax import keys, sharding
 from gakd_jax.objectives.base import Own
 
 
@@ -78,7 +78,7 @@ def make_train_step(
   def train_step(state, models, batch):
     if not objective.needs_teacher:
       models = models.alone()
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(keys.of(seed, 'step'), state.step)
     loss_key, critic_key, dropout_key = jax.random.split(key, 3)
     params = state.params['student']
     own = Own(
@@ -274,8 +274,8 @@ def _update_critic(
     updates, opt_state = optimizer.update(grads, opt_state, critic)
     return (optax.apply_updates(critic, updates), opt_state), metrics
 
-  keys = jax.random.split(key, objective.critic_steps)
-  critic_state, metrics = jax.lax.scan(step, critic_state, keys)
+  step_keys = jax.random.split(key, objective.critic_steps)
+  critic_state, metrics = jax.lax.scan(step, critic_state, step_keys)
   return critic_state, {f'critic/{k}': x[0] for k, x in metrics.items()}
 
 

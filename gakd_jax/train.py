@@ -20,6 +20,7 @@ from gakd_jax import (
   UserError,
   build,
   inputs,
+  keys,
   models,
   report,
   rundir,
@@ -106,7 +107,7 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
   """Steps to `total`; returns the results of the last evaluation."""
   c = run.config
   start = int(state.step)
-  root = jax.random.key(c.seed)
+  key = keys.of(c.seed, 'writer')
 
   def due(every, now):
     return now == total or (every > 0 and now % every == 0)
@@ -120,7 +121,7 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
       size = np.count_nonzero(batch.student.segments_BT)
       batch = sharding.put_batch(batch, run.mesh)
       batch = run.writer.write(
-        run.models, state, batch, jax.random.fold_in(root, now)
+        run.models, state, batch, jax.random.fold_in(key, now)
       )
       state, metrics = train_step(state, run.models, batch)
       log.step(now, metrics, size * jax.process_count())

@@ -23,6 +23,7 @@ LEVELS = (
   ('objectives', 'sampling', 'sampler', 'flops'),
   ('models', 'data'),
   (
+    'keys',
     'optim',
     'sharding',
     'checkpoint',

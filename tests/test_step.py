@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import nnx
 
-from gakd_jax import models, objectives, optim, sharding, step
+from gakd_jax import keys, models, objectives, optim, sharding, step
 from gakd_jax.data import pipeline
 from gakd_jax.models import pair, transformer
 
@@ -543,7 +543,7 @@ def test_randomness_comes_from_seed_step_and_microbatch_alone():
       yield float(metrics['noise'])
 
   def key(seed, at, i):
-    root = jax.random.fold_in(jax.random.key(seed), at)
+    root = jax.random.fold_in(keys.of(seed, 'step'), at)
     return jax.random.fold_in(jax.random.split(root, 3)[0], i)
 
   for seed, microbatches in [(3, 1), (4, 1), (3, 2)]:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from gakd_jax import UserError, sharding
+from gakd_jax import UserError, keys, sharding
 from gakd_jax.models import (
   convert,
   families,
@@ -180,7 +180,8 @@ def init(path, seed, dtype=None, mesh=None, quantize=None, **shape) -> Decoder:
   )
 
   def make():
-    model = Decoder(config, nnx.Rngs(seed), source=str(path))
+    rngs = nnx.Rngs(keys.of(seed, 'student'))
+    model = Decoder(config, rngs, source=str(path))
     _quantize(model, quantize)
     return transformer.cast(transformer.split(model)[1], dtype or jnp.float32)
 

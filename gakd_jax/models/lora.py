@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gakd_jax import UserError
+from gakd_jax import UserError, keys
 from gakd_jax.models import convert, layers
 
 
@@ -99,11 +99,11 @@ def attach(model, config, seed, place=None):
       f'config.student.lora: targets={config.targets!r} matches no projection; '
       f'they are {", ".join(linears)}'
     )
-  keys = jax.random.split(jax.random.key(seed), len(matching))
+  key_of = jax.random.split(keys.of(seed, 'adapters'), len(matching))
   for i, name in enumerate(matching):
     *stack, n_in, n_out = linears[name].kernel.shape
     shape = (*stack, n_in, config.rank)
-    a = jax.random.uniform(keys[i], shape, minval=-1, maxval=1) * n_in**-0.5
+    a = jax.random.uniform(key_of[i], shape, minval=-1, maxval=1) * n_in**-0.5
     b = jnp.zeros((*stack, config.rank, n_out))
     if place is not None:
       a, b = jax.device_put((a, b), place)
