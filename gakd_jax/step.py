@@ -92,7 +92,7 @@ def make_train_step(
     dealt = jax.tree.map(lambda x: _deal(x, microbatches), batch)
     outputs_of = functools.partial(models.pair, params, models.heads(params))
     trains_head = models.head_name in params
-    # A head has a gradient of its own, once a step.
+    # A head has a gradient of its own; over copies of it that is summed once.
     backbone = {k: p for k, p in params.items() if k != 'head_weight'}
 
     def student_hidden(backbone, i, rows):
@@ -133,8 +133,12 @@ def make_train_step(
         jax.random.fold_in(loss_key, i),
         trains_head,
       )
-      (d_backbone,) = pull_back(d.pop('hidden'))
-      return critic_state, (d_backbone, d, metrics | critic_metrics, gram)
+      (d_student,) = pull_back(d.pop('hidden'))
+      if trains_head:
+        weight = d_student.get(models.head_name, 0) + d['head'].weight_VD
+        d_student |= {models.head_name: weight}
+        d['head'] = d['head'].gathered_RVD
+      return critic_state, (d_student, d, metrics | critic_metrics, gram)
 
     critic_state = state.critic, state.critic_opt_state
     t_hidden, critic_metrics = None, {}
@@ -150,10 +154,9 @@ def make_train_step(
     critic_state, (d_student, d, metrics, gram) = _accumulate(
       microbatch, critic_state, dealt, t_hidden
     )
-    if trains_head:
+    if d['head'] is not None:
       name = models.head_name
-      d_weight = _pull_head(d['head'], params[name])
-      d_student |= {name: d_student.get(name, 0) + d_weight}
+      d_student |= {name: d_student[name] + _sum_copies(d['head'])}
     grads = {'student': d_student, 'extra': d['extra']}
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics |= critic_metrics | _compared(gram, list(objective.terms()))
@@ -209,13 +212,10 @@ def _gradients(objective, student, teacher, batch, own, key, trains_head):
   return d, {'loss': sum(losses)} | metrics, gram
 
 
-def _pull_head(d_head, weight):
-  """The gradient of the parameter that is the head: summed in fp32."""
-  shape = jax.ShapeDtypeStruct(weight.shape, jnp.float32)
-  pull = jax.linear_transpose(
-    lambda weight: d_head.replace(weight_VD=weight).gathered(), shape
-  )
-  return pull(d_head)[0]
+def _sum_copies(d_RVD):
+  """The gradient of a head, of that of its copies on each device; in fp32."""
+  shape = jax.ShapeDtypeStruct(d_RVD.shape[1:], d_RVD.dtype)
+  return jax.linear_transpose(sharding.copies, shape)(d_RVD)[0]
 
 
 def _compared(gram, names):
