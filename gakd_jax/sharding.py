@@ -120,13 +120,15 @@ def by_rows(x):
   return _tie(x, BATCH_AXES)
 
 
-def look_up(table_VD, ids_BT):
+def look_up(table_VD, ids_BT, dtype):
   """Rows of a table that `RULES` split over `tensor` and `fsdp`, `by_rows`.
 
   Each device looks up its columns of what all along `fsdp` need, and they
-  exchange columns for rows; the table stays where it is, and its gradient.
+  exchange columns for rows; the table stays where it is, and its gradient. That
+  is summed in the table's dtype, whatever the `dtype` of the result.
   """
-  return by_rows(_tie(table_VD[ids_BT], ('data',), (), ('fsdp',)))
+  x_BTD = table_VD[ids_BT].astype(dtype)
+  return by_rows(_tie(x_BTD, ('data',), (), ('fsdp',)))
 
 
 def check_batch_size(batch_size, microbatch_size, mesh):

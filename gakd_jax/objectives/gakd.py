@@ -184,7 +184,8 @@ class GAKD(base.Objective):
 
   def critic_loss(self, critic, student, teacher, batch, rng):
     x_t, x_s, score, is_last_BT = self._pair(critic, student, teacher, batch)
-    w_VC = critic_lib.weight(critic['projection'], self.input)
+    dtype = student.hidden_BTD.dtype
+    w_VC = critic_lib.weight(critic['projection'], self.input, dtype)
     gram_CC = w_VC.T @ w_VC
 
     def read(x_BTC):
@@ -274,8 +275,8 @@ class GAKD(base.Objective):
       to the scores of sequences; where to look at them.
     """
     segments_BT = self._segments(batch)
-    w_VC = critic_lib.weight(critic['projection'], self.input)
     dtype = student.hidden_BTD.dtype
+    w_VC = critic_lib.weight(critic['projection'], self.input, dtype)
     model = nnx.merge(
       critic_lib.definition(critic_lib.config_of(self.critic, w_VC.shape[0])),
       jax.tree.map(lambda x: x.astype(dtype), critic),

@@ -42,9 +42,10 @@ class Toy(nnx.Module):
       for _ in range(2)
     )
 
-  def __call__(self, ids_BT, segments_BT, remat, key):
-    del remat, key
-    x_BTD = jnp.cumsum(self.embedding[...][ids_BT], axis=1)
+  def __call__(self, ids_BT, segments_BT, **settings):
+    del settings
+    dtype = self.head_weight[...].dtype
+    x_BTD = jnp.cumsum(self.embedding[...][ids_BT].astype(dtype), axis=1)
     x_BTD *= (segments_BT > 0)[:, :, None]
     return transformer.Outputs(
       jnp.tanh(x_BTD), transformer.Head(self.head_weight[...])
