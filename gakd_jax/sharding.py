@@ -123,7 +123,7 @@ def copies(x_VD):
   )(x_VD)
 
 
-def _tie(x, *spec):
+def tie(x, *spec):
   """Splits the first dimensions of an array over axes of the mesh in force.
 
   Not over those that do not divide a dimension, or that `jax.shard_map` has
@@ -143,16 +143,18 @@ def by_rows(x):
   Under `fsdp`, the compiler would else split activations by width, as the
   parameters are, and bring the rows of all devices together in every layer.
   """
-  return _tie(x, BATCH_AXES)
+  return tie(x, BATCH_AXES)
 
 
-def look_up(table_VD, ids_BT):
+def look_up(table_VD, ids_BT, dtype):
   """Rows of a table that `RULES` split over `tensor` and `fsdp`, `by_rows`.
 
   Each device looks up its columns of what all along `fsdp` need, and they
-  exchange columns for rows; the table stays where it is, and its gradient.
+  exchange columns for rows; the table stays where it is, and its gradient. That
+  is summed in the table's dtype, whatever the `dtype` of the result.
   """
-  return by_rows(_tie(table_VD[ids_BT], ('data',), (), ('fsdp',)))
+  x_BTD = table_VD[ids_BT].astype(dtype)
+  return by_rows(tie(x_BTD, ('data',), (), ('fsdp',)))
 
 
 def check_batch_size(batch_size, microbatch_size, mesh):

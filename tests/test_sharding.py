@@ -122,14 +122,15 @@ def test_a_look_up_leaves_the_table_where_it_is():
   table_VD = np.arange(80.0).reshape(10, 8)
   ids_BT = np.arange(24).reshape(8, 3) % 10
   np.testing.assert_array_equal(
-    sharding.look_up(table_VD, ids_BT), table_VD[ids_BT]
+    sharding.look_up(table_VD, ids_BT, np.float32), table_VD[ids_BT]
   )
   with jax.set_mesh(mesh):
     args = (
       jax.device_put(table_VD, NamedSharding(mesh, P(None, 'fsdp'))),
       sharding.put_batch(ids_BT, mesh),
     )
-    compiled = jax.jit(sharding.look_up).lower(*args).compile()
+    look_up = jax.jit(sharding.look_up, static_argnums=2)
+    compiled = look_up.lower(*args, np.float32).compile()
     found_BTD = compiled(*args)
   np.testing.assert_array_equal(found_BTD, table_VD[ids_BT])
   assert found_BTD.sharding.spec == P(('data', 'fsdp'))

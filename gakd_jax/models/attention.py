@@ -141,11 +141,10 @@ def attend(q_BTNH, k_BKHS, v_BKSH, mask_BTS, scale, cap=None):
   q_BKGTH = q_BTNH.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4)
   # Products of matrices as they lie: of an einsum in another order, XLA makes
   # one that takes several times as long on a CPU.
-  score_BKGTS = scale * jnp.matmul(
-    q_BKGTH.reshape(B, K, -1, H),
-    k_BKHS,
-    preferred_element_type=jnp.float32,
-  ).reshape(B, K, -1, T, S)
+  score_BKMS = scale * layers.einsum32(
+    'bkmh,bkhs->bkms', q_BKGTH.reshape(B, K, -1, H), k_BKHS
+  )
+  score_BKGTS = score_BKMS.reshape(B, K, -1, T, S)
   if cap:
     score_BKGTS = layers.soft_cap(score_BKGTS, cap)
   score_BKGTS = jnp.where(mask_BTS[:, None, None], score_BKGTS, -jnp.inf)

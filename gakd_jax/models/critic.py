@@ -14,10 +14,11 @@ that tells them apart is a shift that sums to zero.
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gakd_jax import UserError, models
+from gakd_jax import UserError, models, sharding
 from gakd_jax.data import segments
 from gakd_jax.models import layers, transformer
 
@@ -117,28 +118,44 @@ def init(config, rng, input):
   return transformer.split(Critic(config, nnx.Rngs(rng), input))[1]
 
 
-def weight(projection_VC, input):
-  """W as it is applied: log-probabilities get it centred over V."""
+def weight(projection_VC, input, dtype):
+  """W as it is applied in `dtype`, in fp32 or better.
+
+  Log-probabilities get it centred over V, once more after it was rounded: V
+  rounding errors add up to a sum that is not zero, by which a shift of all
+  logits would leak into the score.
+  """
   w_VC = at_least_fp32(projection_VC)
-  if input == 'log_probs':
+  if input != 'log_probs':
+    return _rounded(w_VC, dtype)
+  w_VC = _rounded(w_VC - jnp.mean(w_VC, axis=0, keepdims=True), dtype)
+  if jnp.dtype(dtype) != w_VC.dtype:
     w_VC -= jnp.mean(w_VC, axis=0, keepdims=True)
   return w_VC
 
 
-def project(outputs, w_VC):
-  """W z of every token as h (E' W); [B, T, C] in the dtype of h.
+def _rounded(x, dtype):
+  """x with the digits of a dtype; a cast there and back XLA may leave out."""
+  info = jnp.finfo(dtype)
+  return jax.lax.reduce_precision(x, info.nexp, info.nmant)
 
-  `outputs` are a model's; rows of its head beyond V are padding, not read.
-  """
-  h_BTD = outputs.hidden_BTD
+
+def project(outputs, w_VC):
+  """W z of every token as h (E' W); [B, T, C] in the dtype of h."""
+  h_BTD, dtype = outputs.hidden_BTD, outputs.hidden_BTD.dtype
+  # Under `fsdp` each device multiplies its columns of E, which stays in place.
+  head_VD = sharding.tie(outputs.head.weight_VD, ('tensor',), ('fsdp',))
+  rounded_VC = sharding.tie(_rounded(w_VC, dtype), ('tensor',), ())
   # [C, D] and not [D, C]: a quarter faster on a CPU.
-  m_CD = jnp.einsum(
-    'vd,vc->cd',
-    outputs.head.weight_VD[: w_VC.shape[0]],
-    w_VC.astype(h_BTD.dtype),
-    preferred_element_type=w_VC.dtype,
-  )
-  return jnp.einsum('btd,cd->btc', h_BTD, m_CD.astype(h_BTD.dtype))
+  m_CD = layers.einsum32('vd,vc->cd', head_VD, rounded_VC.astype(dtype))
+  m_CD = sharding.tie(m_CD, (), ('fsdp',))
+  if dtype != w_VC.dtype:
+    # What rounding adds to the columns' means goes off again, in fp32.
+    added_C = jnp.mean(rounded_VC - w_VC, axis=0)
+    ones_V = jnp.ones(w_VC.shape[0], head_VD.dtype)
+    sum_D = layers.einsum32('vd,v->d', head_VD, ones_V)
+    m_CD -= added_C[:, None] * sum_D[None]
+  return jnp.einsum('btd,cd->btc', h_BTD, m_CD.astype(dtype))
 
 
 def sequence_score(score_BT, segments_BT, pooling):

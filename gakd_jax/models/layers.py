@@ -3,6 +3,8 @@
 Modules take their sizes and switches from a `transformer.DecoderConfig`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -93,6 +95,32 @@ def make_norm(config):
 def soft_cap(x, cap):
   """cap tanh(x / cap): x where it is small, never beyond the cap (Gemma 2)."""
   return cap * jnp.tanh(x / cap)
+
+
+def einsum32(spec, a, b):
+  """`jnp.einsum` of two arrays of one dtype, in fp32 or better.
+
+  Its gradients are products in the dtype of the arrays: jax alone would widen
+  what the fp32 cotangent meets, such as a whole vocabulary head.
+  """
+  if jnp.finfo(a.dtype).bits >= 32:
+    return jnp.einsum(spec, a, b)
+  return _einsum32(spec, a, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum32(spec, a, b):
+  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _pull_einsum32(spec, operands, cotangent):
+  _, pull = jax.vjp(functools.partial(jnp.einsum, spec), *operands)
+  return pull(cotangent.astype(operands[0].dtype))
+
+
+_einsum32.defvjp(
+  lambda spec, a, b: (_einsum32(spec, a, b), (a, b)), _pull_einsum32
+)
 
 
 def rope_tables(positions_BT, head_dim, theta, scaling=None):

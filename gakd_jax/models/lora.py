@@ -62,11 +62,23 @@ class LoRA(nnx.Module):
 
   def __call__(self, x, key=None):
     if self.dropout and key is not None:
-      kept = jax.random.bernoulli(
-        jax.random.fold_in(key, self.index), 1 - self.dropout, x.shape
-      )
-      x = jnp.where(kept, x / (1 - self.dropout), 0)
+      x = _drop(x, self.dropout, jax.random.fold_in(key, self.index))
     return self.scale * ((x @ self.a[...]) @ self.b[...])
+
+
+def _drop(x, share, key):
+  """Zeros for a share of x, in 256ths; what is kept makes up for it.
+
+  A random byte decides, and four come from one word of the generator.
+  """
+  share = min(max(round(256 * share), 1), 255)
+  *shape, n = x.shape
+  words = jax.random.bits(key, (*shape, -(-n // 4)), jnp.uint32)
+  random = jax.lax.bitcast_convert_type(words, jnp.uint8)
+  random = random.reshape(*shape, -1)[..., :n]
+  # In fp32: rounded to bf16, the factor would be off by the same for all.
+  kept = (x * jnp.float32(256 / (256 - share))).astype(x.dtype)
+  return jnp.where(random >= share, kept, 0)
 
 
 def projections(model):
@@ -170,9 +182,9 @@ def fold(linear):
 def partition(params):
   """A parameter tree as (adapters, base); `combine` joins them again."""
   flat = convert.flatten(params)
-  mine = {name: x for name, x in flat.items() if '/lora/' in name}
-  base = {name: x for name, x in flat.items() if name not in mine}
-  return convert.unflatten(mine), convert.unflatten(base)
+  trained = {name: x for name, x in flat.items() if '/lora/' in name}
+  base = {name: x for name, x in flat.items() if name not in trained}
+  return convert.unflatten(trained), convert.unflatten(base)
 
 
 def combine(params, base):

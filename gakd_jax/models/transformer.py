@@ -61,6 +61,9 @@ class DecoderConfig:
   head_cap: float | None = None  # and of logits (Gemma 2)
 
 
+_TABLES = ('embedding', 'position_embedding')
+
+
 @struct.dataclass
 class Head:
   """What turns hidden states into logits: z = h W', `soft_cap`ped by `cap`.
@@ -219,8 +222,8 @@ class Decoder(nnx.Module):
 
   Its parameters are fp32 when made and keep whatever dtype they are given:
   the dtype of the weights is the compute dtype, so mixed precision is a cast
-  of the parameter tree. `source` is the directory that the model was loaded
-  from, whose tokenizer travels with it.
+  of the parameter tree. Embeddings alone may be wider, see `apply`. `source` is
+  the directory that the model was loaded from, whose tokenizer travels with it.
   """
 
   def __init__(self, config, rngs, source=''):
@@ -239,17 +242,24 @@ class Decoder(nnx.Module):
       self.head_weight = nnx.Param(init(rngs.params(), shape_VD))
 
   @property
+  def dtype(self):
+    """Of the computation."""
+    return self.final_norm.scale[...].dtype
+
+  @property
   def head(self):
     tied = self.config.tied_head
     weight = self.embedding if tied else self.head_weight
-    return Head(weight[...], self.config.head_cap)
+    return Head(weight[...].astype(self.dtype), self.config.head_cap)
 
   def _embed(self, ids_BT, positions_BT):
-    x_BTD = sharding.look_up(self.embedding[...], ids_BT)
+    x_BTD = sharding.look_up(self.embedding[...], ids_BT, self.dtype)
     if self.config.scaled_embedding:
       x_BTD *= jnp.asarray(self.config.width**0.5, x_BTD.dtype)
     if self.config.learned_positions:
-      x_BTD += sharding.look_up(self.position_embedding[...], positions_BT)
+      x_BTD += sharding.look_up(
+        self.position_embedding[...], positions_BT, self.dtype
+      )
     return x_BTD
 
   def __call__(self, ids_BT, segments_BT=None, **settings):
@@ -272,8 +282,7 @@ class Decoder(nnx.Module):
     One pair a layer; each as the product that reads it takes it.
     """
     c = self.config
-    dtype = self.embedding[...].dtype
-    keys = jnp.zeros((batch, c.kv_heads, c.head_dim, slots), dtype)
+    keys = jnp.zeros((batch, c.kv_heads, c.head_dim, slots), self.dtype)
     return [(keys, keys.swapaxes(2, 3)) for _ in range(c.layers)]
 
   def decode(self, ids_BT, positions_BT, cache):
@@ -343,10 +352,13 @@ def apply(
 ):
   """`Outputs` of a split model on `data.pipeline.Tokens`, computed in `dtype`.
 
-  Master weights stay as they are: their gradient passes through the cast. For
-  the other arguments see `run_blocks`.
+  Master weights stay as they are: their gradient passes through the cast.
+  Embeddings are cast once they are looked up, so that the gradient of a token
+  is summed in their own dtype: in bf16, one that is there 4096 times would keep
+  6 % of it. For the other arguments see `run_blocks`.
   """
-  model = nnx.merge(definition, cast(params, dtype))
+  tables = {name: params[name] for name in _TABLES if name in params}
+  model = nnx.merge(definition, cast(params, dtype) | tables)
   return model(
     tokens.ids_BT,
     tokens.segments_BT,

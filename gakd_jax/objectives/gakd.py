@@ -191,7 +191,9 @@ class GAKD(base.Objective):
     x_t, x_s, score, is_last_BT = self._pair(
       own.critic, student, teacher, batch
     )
-    w_VC = critic_lib.weight(own.critic['projection'], self.reads)
+    w_VC = critic_lib.weight(
+      own.critic['projection'], self.reads, student.hidden_BTD.dtype
+    )
     gram_CC = w_VC.T @ w_VC
 
     def read(x_BTC):
@@ -266,8 +268,8 @@ class GAKD(base.Objective):
       to the scores of sequences; where to look at them.
     """
     segments_BT = self._segments(batch)
-    w_VC = critic_lib.weight(critic['projection'], self.reads)
     dtype = student.hidden_BTD.dtype
+    w_VC = critic_lib.weight(critic['projection'], self.reads, dtype)
     model = nnx.merge(
       critic_lib.definition(critic_lib.config_of(self.critic, w_VC.shape[0])),
       jax.tree.map(lambda x: x.astype(dtype), critic),

@@ -114,9 +114,32 @@ def test_dropout_differs_by_key_layer_and_projection(qwen):
   other = lora.LoRA(jnp.eye(50), jnp.eye(50), 1.0, 0.2, index=2)
   x = jnp.ones((100, 50))
   y, z = (f(x, jax.random.key(0)) for f in (adapter, other))
-  np.testing.assert_allclose(np.unique(y), [0, 1.25], rtol=1e-6)
-  assert np.mean(y > 0) == pytest.approx(0.8, abs=0.02)
   assert np.any(y != z)
+
+
+@pytest.mark.parametrize(
+  ('share', 'dropped'), [(0.2, 51), (0.5, 128), (1e-4, 1), (0.9999, 255)]
+)
+def test_dropout_keeps_the_mean(share, dropped):
+  """A byte decides, so shares are 256ths: of a width that is no whole words."""
+  adapter = lora.LoRA(jnp.eye(101), jnp.eye(101), 1.0, share)
+  n = 1000
+  y_NI = adapter(jnp.ones((n, 101)), jax.random.key(0))
+  kept = 1 - dropped / 256
+  np.testing.assert_allclose(np.unique(y_NI), [0, 1 / kept], rtol=1e-5)
+  # Four standard deviations of a mean of as many draws.
+  error = 4 * (kept * (1 - kept) / y_NI.size) ** 0.5
+  assert np.mean(y_NI > 0) == pytest.approx(kept, abs=error)
+  assert np.mean(y_NI) == pytest.approx(1, abs=error / kept)
+  # No two inputs share their draws.
+  error_I = 4.5 * (kept * (1 - kept) / n) ** 0.5
+  np.testing.assert_allclose(np.mean(y_NI > 0, axis=0), kept, atol=error_I)
+
+
+def test_dropout_asks_for_a_byte_an_input():
+  adapter = lora.LoRA(jnp.ones((64, 2)), jnp.ones((2, 2)), 1.0, 0.1)
+  jaxpr = jax.make_jaxpr(adapter)(jnp.ones((10, 64)), jax.random.key(0))
+  assert 'u32[10,16] = random_bits' in str(jaxpr)
 
 
 def test_partition_takes_the_adapters_and_combine_gives_them_back(qwen):

@@ -62,7 +62,7 @@ def _critic(ids_BT):
   def loss(params):
     params = dict(params)
     head = transformer.Head(params.pop('head_weight'))
-    w_VC = critic_lib.weight(params['projection'], 'log_probs')
+    w_VC = critic_lib.weight(params['projection'], 'log_probs', jnp.float32)
     hidden_BTD = jnp.sin(ids_BT[..., None] * jnp.ones((1, 1, D)))
     x_BTC = critic_lib.project(transformer.Outputs(hidden_BTD, head), w_VC)
     model = nnx.merge(critic_lib.definition(CRITIC), params)

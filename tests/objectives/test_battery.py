@@ -47,7 +47,8 @@ class Toy(nnx.Module):
     return transformer.Head(self.head_weight[...])
 
   def __call__(self, ids_BT, segments_BT, **_):
-    x_BTD = jnp.cumsum(self.embedding[...][ids_BT], axis=1)
+    dtype = self.head_weight[...].dtype
+    x_BTD = jnp.cumsum(self.embedding[...][ids_BT].astype(dtype), axis=1)
     x_BTD *= (segments_BT > 0)[:, :, None]
     return transformer.Outputs(jnp.tanh(x_BTD), self.head)
 

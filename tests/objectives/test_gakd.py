@@ -196,7 +196,8 @@ def test_both_paths_are_the_direct_product(input):
   """(E W) once, W z in chunks, and W z of full logits; teacher has more rows."""
   batch = _batch()
   outputs = _outputs('teacher', rows=V + 5)
-  w_VC = critic_lib.weight(_critic(np.float32)['projection'], input)
+  projection_VC = _critic(np.float32)['projection']
+  w_VC = critic_lib.weight(projection_VC, input, np.float32)
   z_BTV = jnp.einsum('btd,vd->btv', outputs.hidden_BTD, outputs.head.weight_VD)
   z_BTV = z_BTV[..., :V]
   mask_BT = batch.student.predicts_BT

@@ -69,7 +69,9 @@ def critic_step(from_logits):
   def direct(critic, student, teacher):
     segments_BT = batch.student.predicts_BT.astype(jnp.int32)
     is_last_BT = segments.is_last(segments_BT)
-    w_VC = critic_lib.weight(critic['projection'], objective.reads)
+    w_VC = critic_lib.weight(
+      critic['projection'], objective.reads, student.hidden_BTD.dtype
+    )
     config = critic_lib.config_of(objective.critic, V)
     model = nnx.merge(critic_lib.definition(config), critic)
 
