@@ -162,8 +162,17 @@ def test_a_killed_run_repeats_the_steps_after_its_checkpoint(
     patch.setattr(train, '_Log', Log)
     with pytest.raises(Killed):
       train.run(config, tmp_path / 'run')
+  loaded, load = [], models.load
+
+  def recorded(path, *args, **settings):
+    loaded.append(path)
+    return load(path, *args, **settings)
+
+  monkeypatch.setattr(models, 'load', recorded)
   train.run(config, tmp_path / 'run')
   assert losses(tmp_path / 'run') == losses(whole_run[0])
+  # The student comes from the checkpoint alone.
+  assert loaded == [config.teacher.path]
 
 
 def test_another_config_is_refused(whole_run, config):
