@@ -229,7 +229,9 @@ class Decoder(nnx.Module):
   def __init__(self, config, rngs, source=''):
     self.config = config
     self.source = source
-    init = nnx.initializers.normal(0.02)
+    # With a tied head, logits of a fresh model are then about 1, whatever its
+    # width, and what a scaled embedding puts into the residual stream is, too.
+    init = nnx.initializers.normal(config.width**-0.5)
     shape_VD = (config.vocab_size, config.width)
     self.embedding = nnx.Param(init(rngs.params(), shape_VD))
     if config.learned_positions:
@@ -237,6 +239,9 @@ class Decoder(nnx.Module):
         init(rngs.params(), (config.max_length, config.width))
       )
     self.blocks = stack_blocks(config, rngs)
+    # What 2 L branches add to the stream does not grow with L (GPT-2).
+    for linear in (self.blocks.attention.out, self.blocks.mlp.down):
+      linear.kernel[...] *= (2 * config.layers) ** -0.5
     self.final_norm = layers_lib.make_norm(config)
     if not config.tied_head:
       self.head_weight = nnx.Param(init(rngs.params(), shape_VD))

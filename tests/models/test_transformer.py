@@ -207,3 +207,40 @@ def test_an_untied_head_is_its_own_weight(tiny_model_dir):
   params = split(untied)[1]
   np.testing.assert_array_equal(untied.head.weight_VD, params['head_weight'])
   assert np.any(params['head_weight'] != params['embedding'])
+
+
+@pytest.mark.parametrize('family', ['tied', 'untied', 'learned', 'scaled'])
+def test_a_fresh_model_starts_well(family):
+  """Logits of size 1, whatever the family; branches that shrink with depth."""
+  config = models.DecoderConfig(
+    vocab_size=500,
+    width=96,
+    layers=8,
+    heads=4,
+    kv_heads=2,
+    head_dim=24,
+    ff_width=192,
+    tied_head=family != 'untied',
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    max_length=16,
+    learned_positions=family == 'learned',
+    scaled_embedding=family == 'scaled',
+  )
+  model = models.Decoder(config, nnx.Rngs(0))
+  params = split(model)[1]
+  tables = [params[n] for n in params if n.endswith(('embedding', 'weight'))]
+  assert len(tables) == 1 + (family in ('untied', 'learned'))
+  for table in tables:
+    assert jnp.std(table) == pytest.approx(96**-0.5, rel=0.05)
+  for part, kernel, n_in in (('attention', 'out', 96), ('mlp', 'down', 192)):
+    kernel_LIO = params['blocks'][part][kernel]['kernel']
+    std = (n_in * 2 * 8) ** -0.5
+    assert jnp.std(kernel_LIO) == pytest.approx(std, rel=0.05)
+  up_LIO = params['blocks']['mlp']['up']['kernel']
+  assert jnp.std(up_LIO) == pytest.approx(96**-0.5, rel=0.05)
+  # But of the tokens that are read, which a tied head knows again.
+  ids_BT = _ids(0, 4, 16)
+  logits_BTV = np.array(call(model, models.Decoder.logits, ids_BT))
+  logits_BTV[:, :, ids_BT] = np.nan
+  assert np.nanstd(logits_BTV) == pytest.approx(1, rel=0.1)
