@@ -7,7 +7,9 @@ the updated critic and its gradient with respect to the student's outputs, and
 that gradient pulled back into the student's parameters.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,87 +81,40 @@ def make_train_step(
     if not objective.needs_teacher:
       models = models.alone()
     key = jax.random.fold_in(keys.of(seed, 'step'), state.step)
-    loss_key, critic_key, dropout_key = jax.random.split(key, 3)
-    params = state.params['student']
-    own = Own(
-      extra=state.params['extra'],
-      critic=state.critic,
-      memory=state.memory,
-      constants=models.frozen.get('method', {}),
-      step=state.step,
+    now = _Now(
+      objective=objective,
+      critic_optimizer=critic_optimizer,
+      models=models,
+      params=state.params['student'],
+      heads=models.heads(state.params['student']),
+      own=Own(
+        extra=state.params['extra'],
+        critic=state.critic,
+        memory=state.memory,
+        constants=models.frozen.get('method', {}),
+        step=state.step,
+      ),
+      totals=objective.count(batch),
+      keys=jax.random.split(key, 3),
     )
-    totals = objective.count(batch)
     dealt = jax.tree.map(lambda x: _deal(x, microbatches), batch)
-    outputs_of = functools.partial(models.pair, params, models.heads(params))
-    trains_head = models.head_name in params
-    # A head has a gradient of its own; over copies of it that is summed once.
-    backbone = {k: p for k, p in params.items() if k != 'head_weight'}
-
-    def student_hidden(backbone, i, rows):
-      key = jax.random.fold_in(dropout_key, i)
-      return models.student_hidden(params | backbone, rows, key)
-
-    def update_critic(critic_state, hiddens, rows, key):
-      return _update_critic(
-        objective,
-        critic_optimizer,
-        critic_state,
-        outputs_of,
-        hiddens,
-        rows,
-        totals,
-        own,
-        key,
-      )
-
-    def microbatch(critic_state, i, rows, t_hidden):
-      s_hidden, pull_back = jax.vjp(
-        lambda backbone: student_hidden(backbone, i, rows), backbone
-      )
-      if t_hidden is None:
-        t_hidden = models.teacher_hidden(rows)
-      critic_metrics = {}
-      if state.critic and not critic_first:
-        critic_state, critic_metrics = update_critic(
-          critic_state,
-          *jax.tree.map(lambda x: x[None], ((s_hidden, t_hidden), rows)),
-          jax.random.fold_in(critic_key, i),
-        )
-      d, metrics, gram = _gradients(
-        objective,
-        *outputs_of((s_hidden, t_hidden)),
-        rows.replace(totals=totals),
-        own.replace(critic=critic_state[0]),
-        jax.random.fold_in(loss_key, i),
-        trains_head,
-      )
-      (d_student,) = pull_back(d.pop('hidden'))
-      if trains_head:
-        weight = d_student.get(models.head_name, 0) + d['head'].weight_VD
-        d_student |= {models.head_name: weight}
-        d['head'] = d['head'].gathered_RVD
-      return critic_state, (d_student, d, metrics | critic_metrics, gram)
-
     critic_state = state.critic, state.critic_opt_state
     t_hidden, critic_metrics = None, {}
     if state.critic and critic_first:
-      hiddens = jax.lax.map(
-        lambda x: (student_hidden(backbone, *x), models.teacher_hidden(x[1])),
-        (jnp.arange(microbatches), dealt),
-      )
-      critic_state, critic_metrics = update_critic(
-        critic_state, hiddens, dealt, critic_key
+      hiddens = now.collect(dealt)
+      critic_state, critic_metrics = now.update_critic(
+        critic_state, hiddens, dealt, now.keys[1]
       )
       t_hidden = hiddens[1]
-    critic_state, (d_student, d, metrics, gram) = _accumulate(
+    microbatch = functools.partial(
+      now.microbatch, updates_critic=state.critic and not critic_first
+    )
+    critic_state, (d, metrics, gram) = _accumulate(
       microbatch, critic_state, dealt, t_hidden
     )
-    if d['head'] is not None:
-      name = models.head_name
-      d_student |= {name: d_student[name] + _sum_copies(d['head'])}
-    grads = {'student': d_student, 'extra': d['extra']}
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics |= critic_metrics | _compared(gram, list(objective.terms()))
+    grads = now.parameter_gradients(d)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics |= {
       'grad_norm': optax.tree.norm(grads),
       'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
@@ -170,11 +125,121 @@ def make_train_step(
       optax.apply_updates(state.params, updates),
       opt_state,
       *critic_state,
-      memory=objective.remember(own, metrics),
+      memory=objective.remember(now.own, metrics),
     )
     return state, metrics
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Now:
+  """One step: what its microbatches share, and what happens to each."""
+
+  objective: Any
+  critic_optimizer: Any
+  models: Any  # `models.pair.Models`
+  params: dict  # of the student, those that are trained
+  heads: tuple  # of student and teacher, gathered
+  own: Own
+  totals: dict
+  keys: jax.Array  # of what is random: the objective, the critic, dropout
+
+  @property
+  def trains_head(self):
+    return self.models.head_name in self.params
+
+  @property
+  def backbone(self):
+    """The student but for a head of its own, whose gradient comes first."""
+    return {k: p for k, p in self.params.items() if k != 'head_weight'}
+
+  def student_hidden(self, backbone, i, rows):
+    key = jax.random.fold_in(self.keys[2], i)
+    return self.models.student_hidden(self.params | backbone, rows, key)
+
+  def outputs(self, hiddens):
+    return self.models.pair(self.params, self.heads, hiddens)
+
+  def collect(self, dealt):
+    """Hidden states of both models in all microbatches, [M, B, T, .]."""
+
+    def hiddens(i, rows):
+      student = self.student_hidden(self.backbone, i, rows)
+      return student, self.models.teacher_hidden(rows)
+
+    n = len(dealt.student.ids_BT)
+    return jax.lax.map(lambda x: hiddens(*x), (jnp.arange(n), dealt))
+
+  def microbatch(self, critic_state, i, rows, t_hidden, updates_critic):
+    """critic state, (gradients, metrics, `gram` of `_gradients`)."""
+    s_hidden, pull_back = jax.vjp(
+      lambda backbone: self.student_hidden(backbone, i, rows), self.backbone
+    )
+    if t_hidden is None:
+      t_hidden = self.models.teacher_hidden(rows)
+    hiddens, critic_metrics = (s_hidden, t_hidden), {}
+    if updates_critic:
+      critic_state, critic_metrics = self.update_critic(
+        critic_state,
+        *jax.tree.map(lambda x: x[None], (hiddens, rows)),
+        jax.random.fold_in(self.keys[1], i),
+      )
+    d, metrics, gram = _gradients(
+      self.objective,
+      *self.outputs(hiddens),
+      rows.replace(totals=self.totals),
+      self.own.replace(critic=critic_state[0]),
+      jax.random.fold_in(self.keys[0], i),
+      self.trains_head,
+    )
+    (student,) = pull_back(d.pop('hidden'))
+    if self.trains_head:
+      name = self.models.head_name
+      student |= {name: student.get(name, 0) + d['head'].weight_VD}
+      d['head'] = d['head'].gathered_RVD
+    d['student'] = student
+    return critic_state, (d, metrics | critic_metrics, gram)
+
+  def parameter_gradients(self, d):
+    """Those of `TrainState.params`, of the sum over `microbatch`es."""
+    if d['head'] is not None:
+      name, summed = self.models.head_name, _sum_copies(d['head'])
+      d['student'] |= {name: d['student'][name] + summed}
+    return {name: d[name] for name in ('student', 'extra')}
+
+  def update_critic(self, critic_state, hiddens, rows, key):
+    """`objective.critic_steps` steps of the critic; -> its state, metrics.
+
+    Each is on all of the microbatches that `hiddens` and `rows` have along a
+    leading M; metrics are those before the first. Nothing but the critic is
+    differentiated.
+    """
+
+    def step(critic_state, key):
+      critic, opt_state = critic_state
+
+      def microbatch(_, i, hiddens, rows):
+        def loss(critic):
+          return self.objective.critic_loss(
+            *self.outputs(hiddens),
+            rows.replace(totals=self.totals),
+            self.own.replace(critic=critic),
+            jax.random.fold_in(key, i),
+          )
+
+        return None, jax.grad(loss, has_aux=True)(critic)
+
+      _, (grads, metrics) = _accumulate(microbatch, None, hiddens, rows)
+      metrics |= {'grad_norm': optax.tree.norm(grads)}
+      updates, opt_state = self.critic_optimizer.update(
+        grads, opt_state, critic
+      )
+      return (optax.apply_updates(critic, updates), opt_state), metrics
+
+    step_keys = jax.random.split(key, self.objective.critic_steps)
+    critic_state, metrics = jax.lax.scan(step, critic_state, step_keys)
+    return critic_state, {f'critic/{k}': x[0] for k, x in metrics.items()}
 
 
 def _gradients(objective, student, teacher, batch, own, key, trains_head):
@@ -231,52 +296,6 @@ def _compared(gram, names):
   return {f'hidden_grad_{k}': norms[i] for i, k in enumerate(names)} | {
     'hidden_grad_cosine': dot / jnp.maximum(norms[0] * others, 1e-30)
   }
-
-
-def _update_critic(
-  objective,
-  optimizer,
-  critic_state,
-  outputs_of,
-  hiddens,
-  rows,
-  totals,
-  own,
-  key,
-):
-  """`objective.critic_steps` steps of the critic; -> its state, metrics.
-
-  Each is on all of the microbatches that `hiddens` and `rows` have along a
-  leading M; metrics are those before the first. Nothing but the critic is
-  differentiated.
-  """
-
-  def step(critic_state, key):
-    critic, opt_state = critic_state
-
-    def microbatch(_, i, hiddens, rows):
-      student, teacher = outputs_of(hiddens)
-
-      def loss(critic):
-        return objective.critic_loss(
-          student,
-          teacher,
-          rows.replace(totals=totals),
-          own.replace(critic=critic),
-          jax.random.fold_in(key, i),
-        )
-
-      grads, metrics = jax.grad(loss, has_aux=True)(critic)
-      return None, (grads, metrics)
-
-    _, (grads, metrics) = _accumulate(microbatch, None, hiddens, rows)
-    metrics |= {'grad_norm': optax.tree.norm(grads)}
-    updates, opt_state = optimizer.update(grads, opt_state, critic)
-    return (optax.apply_updates(critic, updates), opt_state), metrics
-
-  step_keys = jax.random.split(key, objective.critic_steps)
-  critic_state, metrics = jax.lax.scan(step, critic_state, step_keys)
-  return critic_state, {f'critic/{k}': x[0] for k, x in metrics.items()}
 
 
 def _deal(x, microbatches):
