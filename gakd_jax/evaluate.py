@@ -35,7 +35,8 @@ from gakd_jax import (
   summary,
 )
 from gakd_jax.data import tokenizer as tokenizer_lib
-from gakd_jax.evals import answers, evaluator, tasks
+from gakd_jax.evals import answers, tasks
+from gakd_jax.evals import evaluator as evaluator_lib
 from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.models import pair
 
@@ -61,7 +62,7 @@ def run(config, paths, workdir):
   teacher = config.teacher.path
   named = _named([teacher, *paths] if teacher else paths)
   # What can be wrong comes up before any weight is loaded.
-  evaluators = evaluator.make(config.evals, config.data.validation)
+  evaluators = evaluator_lib.make(config.evals, config.data.validation)
   if not evaluators:
     raise UserError('config.evals is empty: there is nothing to measure')
   for path in named.values():
@@ -76,7 +77,9 @@ def run(config, paths, workdir):
       settings = config.teacher.dtype, mesh, None, config.teacher.quantize
       return models.load(t_path, *settings)
 
-    if any(one.teacher_reads_student_ids for one in evaluators.values()):
+    if any(
+      evaluator.teacher_reads_student_ids for evaluator in evaluators.values()
+    ):
       load = functools.cache(load)  # Once, for all students.
     teacher = t_path, out, load
   results = {}
@@ -136,9 +139,9 @@ def _data_of(evaluators):
   """A text that differs between test sets."""
   return partial.digest(
     [
-      [name, [dataclasses.astuple(row) for row in one.rows]]
-      for name, one in sorted(evaluators.items())
-      if hasattr(one, 'rows')
+      [name, [dataclasses.astuple(row) for row in evaluator.rows]]
+      for name, evaluator in sorted(evaluators.items())
+      if hasattr(evaluator, 'rows')
     ]
   )
 
@@ -171,8 +174,8 @@ def _measure(config, evaluators, path, workdir, teacher, mesh):
     config, evaluators, path, workdir, teacher, mesh, identity
   )
   results = {}
-  for name, one in evaluators.items():
-    values = one.run(subject, params, 0)
+  for name, evaluator in evaluators.items():
+    values = evaluator.run(subject, params, 0)
     results |= {f'{name}/{key}': value for key, value in values.items()}
   if jax.process_index() == 0:
     rundir.finish(workdir, results)
@@ -190,7 +193,9 @@ def _subject(config, evaluators, path, workdir, teacher, mesh, identity):
   t_model = None
   if is_teacher or (
     teacher
-    and any(one.teacher_reads_student_ids for one in evaluators.values())
+    and any(
+      evaluator.teacher_reads_student_ids for evaluator in evaluators.values()
+    )
   ):
     tokenizer_lib.check_same(
       tokenizer,
@@ -209,7 +214,7 @@ def _subject(config, evaluators, path, workdir, teacher, mesh, identity):
     packed=False,
     tokenizers=(tokenizer, tokenizer),
   )
-  subject = evaluator.Subject(
+  subject = evaluator_lib.Subject(
     models=both,
     template=config.data.template,
     max_length=config.data.max_length,
@@ -236,12 +241,12 @@ def compare(evaluators, runs):
     `statistics.paired_bootstrap` says of scores that are means over seeds.
   """
   comparisons = []
-  for name, one in evaluators.items():
-    if not hasattr(one, 'task'):
+  for name, evaluator in evaluators.items():
+    if not hasattr(evaluator, 'task'):
       continue
-    metric = tasks.TASKS[one.task].scores[0]
+    metric = tasks.TASKS[evaluator.task].scores[0]
     scores = {
-      model: _row_means(path, name, one.seeds, metric)
+      model: _row_means(path, name, evaluator.seeds, metric)
       for model, path in runs.items()
     }
     for b, a in itertools.combinations(runs, 2):

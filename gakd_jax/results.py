@@ -206,10 +206,8 @@ def _average(runs, metric, sets):
 
 def _format(cells):
   """(mean, deviation) as texts with the same decimals in a column."""
-  numbers = [
-    [x] for cell in cells if cell for x in (cell.mean, cell.std or 0.0)
-  ]
-  texts = iter(text for (text,) in report.format_rows(numbers))
+  cells = [[x] for cell in cells if cell for x in (cell.mean, cell.std or 0.0)]
+  texts = iter(text for (text,) in report.format_rows(cells))
   shown = []
   for cell in cells:
     pair = (next(texts), next(texts)) if cell else ('-', '')

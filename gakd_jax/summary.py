@@ -91,7 +91,7 @@ def latex(runs):
 def _about(runs, sets):
   about = 'one run' if len(runs) == 1 else f'{len(runs)} runs'
   if sets:
-    prompts = sum(one['total'] for one in sets)
+    prompts = sum(s['total'] for s in sets)
     where = 'one set' if len(sets) == 1 else f'{len(sets)} sets'
     about += f', {prompts:,} prompts in {where}'
   return about

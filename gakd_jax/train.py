@@ -208,8 +208,8 @@ def _stop_requests():
     Stop.requested = True
     signal.signal(number, previous[number])
 
-  numbers = (signal.SIGINT, signal.SIGTERM)
-  previous = {n: signal.signal(n, handle) for n in numbers}
+  signals = (signal.SIGINT, signal.SIGTERM)
+  previous = {n: signal.signal(n, handle) for n in signals}
   try:
     yield Stop
   finally:

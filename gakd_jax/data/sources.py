@@ -69,8 +69,8 @@ def load(spec, *, on_bad_row='skip', need_response=True):
   if on_bad_row not in ('skip', 'fail'):
     raise UserError(f"on_bad_row is {on_bad_row!r}: use 'skip' or 'fail'")
   rows, bad = [], collections.Counter()
-  for one in spec if isinstance(spec, list | tuple) else [spec]:
-    some, reasons = _load_one(str(one), on_bad_row, need_response)
+  for part in spec if isinstance(spec, list | tuple) else [spec]:
+    some, reasons = _load_one(str(part), on_bad_row, need_response)
     rows += some
     bad += reasons
   if not rows:

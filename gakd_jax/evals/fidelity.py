@@ -33,16 +33,18 @@ class Fidelity:
     del tag
     if subject.models.teacher_definition is None:
       return {}
-    mine = self._answers(subject.workdir)
+    student = self._answers(subject.workdir)
     texts = {
       'gold': [row.references[0] for row in self.of.rows],
-      'student': mine[0],
+      'student': student[0],
     }
     result = {}
     if subject.teacher_workdir is not None:
-      theirs = self._answers(subject.teacher_workdir)
-      texts['teacher'] = theirs[0]
-      pairs = [self._compare(*pair) for pair in zip(mine, theirs, strict=True)]
+      teacher = self._answers(subject.teacher_workdir)
+      texts['teacher'] = teacher[0]
+      pairs = [
+        self._compare(*pair) for pair in zip(student, teacher, strict=True)
+      ]
       result = {
         key: statistics.fmean(pair[key] for pair in pairs) for key in pairs[0]
       }
@@ -62,10 +64,10 @@ class Fidelity:
       for seed in self.of.seeds
     ]
 
-  def _compare(self, mine, theirs):
+  def _compare(self, student, teacher):
     task = self.of.task
     agree, bleu, rouge = [], [], []
-    for row, a, b in zip(self.of.rows, mine, theirs, strict=True):
+    for row, a, b in zip(self.of.rows, student, teacher, strict=True):
       if tasks.TASKS[task].extract:
         x, y = (tasks.extracted(task, row, text) for text in (a, b))
         # Two answers from which nothing can be read agree on nothing.

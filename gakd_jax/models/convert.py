@@ -245,8 +245,8 @@ def load_params(
 def _places(flat, mesh):
   """Where parameters belong."""
   if mesh is None:
-    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return dict.fromkeys(flat, one)
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return dict.fromkeys(flat, place)
   return sharding.shardings(flat, mesh)
 
 

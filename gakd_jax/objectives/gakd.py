@@ -297,13 +297,9 @@ class GAKD(base.Objective):
     return jnp.broadcast_to(has_response_B1, tokens.ids_BT.shape).astype(int)
 
   def _input(self, outputs, w_VC, mask_BT):
-    """W z of every token (W p for 'probs'), by the way that costs less."""
-    B, T, D = outputs.hidden_BTD.shape
-    V, C = w_VC.shape
-    mesh = jax.sharding.get_abstract_mesh()
-    n = B * T // (1 if mesh.empty else sharding.batch_ways(mesh))
-    outputs = outputs.replace(head=outputs.head.first(V))
-    if self.is_linear(outputs.head.cap) and n * (D + C) > D * C:
+    """W z of every token; W p for 'probs'."""
+    outputs = outputs.replace(head=outputs.head.first(w_VC.shape[0]))
+    if self.is_linear(outputs.head.cap):
       return critic_lib.project(outputs, w_VC)
     read = jax.nn.softmax if self.reads == 'probs' else lambda z_NV: z_NV
     dtype = outputs.hidden_BTD.dtype

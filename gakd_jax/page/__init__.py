@@ -150,12 +150,12 @@ def browser(sets, names, first):
     names: {metric: how it is called}.
     first: how many prompts of the first set to show without JavaScript.
   """
-  if not any(one['rows'] for one in sets):
+  if not any(s['rows'] for s in sets):
     return ''
   cut = '; '.join(
-    f'{one["name"]}, the first {len(one["rows"])} of {one["total"]} rows'
-    for one in sets
-    if len(one['rows']) < one['total']
+    f'{s["name"]}, the first {len(s["rows"])} of {s["total"]} rows'
+    for s in sets
+    if len(s['rows']) < s['total']
   )
   note = f'<p class="note">Cut to fit: {html.escape(cut)}.</p>' if cut else ''
   static = [_answer(row) for row in sets[0]['rows'][:first]]

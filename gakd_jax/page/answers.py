@@ -30,27 +30,27 @@ def collect(runs, limit=LIMIT_BYTES):
   for model, directory in runs.items():
     for path in sorted((Path(directory) / 'answers').glob('*.jsonl')):
       name, _, seed = path.stem.rpartition('-')
-      one = sets.setdefault(
+      found = sets.setdefault(
         name or path.stem,
         {'seeds': {}, 'models': {}, 'metrics': {}, 'rows': {}},
       )
-      one['seeds'][seed] = one['models'][model] = True
-      _add(one, model, seed, path)
+      found['seeds'][seed] = found['models'][model] = True
+      _add(found, model, seed, path)
   listed = [
     {
       'name': name,
-      'seeds': sorted(one['seeds'], key=lambda seed: (len(seed), seed)),
-      'models': list(one['models']),
-      'metrics': list(one['metrics']),
-      'total': len(one['rows']),
-      'rows': list(one['rows'].values()),
+      'seeds': sorted(found['seeds'], key=lambda seed: (len(seed), seed)),
+      'models': list(found['models']),
+      'metrics': list(found['metrics']),
+      'total': len(found['rows']),
+      'rows': list(found['rows'].values()),
     }
-    for name, one in sets.items()
+    for name, found in sets.items()
   ]
   return _cut(listed, limit)
 
 
-def _add(one, model, seed, path):
+def _add(found, model, seed, path):
   seen = collections.Counter()
   # Not splitlines: an answer may hold other line separators.
   for number, line in enumerate(path.read_text('utf-8').split('\n')[:-1]):
@@ -60,7 +60,7 @@ def _add(one, model, seed, path):
     # A set may ask the same twice.
     key = prompt, context, seen[prompt, context]
     seen[prompt, context] += 1
-    entry = one['rows'].setdefault(
+    entry = found['rows'].setdefault(
       key,
       {
         'index': row.get('index', number),
@@ -80,21 +80,21 @@ def _add(one, model, seed, path):
       'scores': {k: round(v, 2) for k, v in scores.items() if math.isfinite(v)},
     }
     answer |= {k: row[k] for k in ('tokens', 'extracted') if k in row}
-    one['metrics'] |= scores
+    found['metrics'] |= scores
     entry['answers'].setdefault(seed, {})[model] = answer
 
 
 def _cut(sets, limit):
   """The first rows of each set that fit; all, if they do."""
   by_row = collections.Counter()
-  for one in sets:
-    for i, row in enumerate(one['rows']):
+  for found in sets:
+    for i, row in enumerate(found['rows']):
       by_row[i] += len(json.dumps(row, ensure_ascii=False).encode())
   kept, size = 0, 0
   while kept in by_row and size + by_row[kept] <= limit:
     size += by_row[kept]
     kept += 1
-  return [one | {'rows': one['rows'][:kept]} for one in sets]
+  return [found | {'rows': found['rows'][:kept]} for found in sets]
 
 
 def to_script(data):

@@ -274,25 +274,21 @@ def test_chunks_are_the_same_on_eight_devices():
   )
 
 
-def test_the_cheaper_path_is_taken(monkeypatch):
-  """V D C + N D C operations against N V (D + C)."""
+def test_logits_are_made_where_they_must_be(monkeypatch):
+  """Of what is not linear in hidden states; else E'W stands for them."""
   taken = []
   monkeypatch.setattr(head, 'token_map', lambda *a, **k: taken.append('chunks'))
   monkeypatch.setattr(critic_lib, 'project', lambda *a: taken.append('head'))
-  w_VC = jnp.zeros((V, 64))
 
-  def of(tokens, width, cap=None, **settings):
-    outputs = Outputs(
-      jnp.zeros((1, tokens, width)), Head(jnp.zeros((V, width)), cap)
-    )
-    _objective(**settings)._input(outputs, w_VC, jnp.ones((1, tokens), bool))
+  def of(cap=None, **settings):
+    outputs = Outputs(jnp.zeros((1, T, 6)), Head(jnp.zeros((V, 6)), cap))
+    _objective(**settings)._input(outputs, jnp.zeros((V, C)), None)
 
-  of(31, 64)  # 64 * 64 > 31 * 128
-  of(33, 64)
-  of(33, 64, input='logits')
-  of(33, 64, input='probs')
-  of(33, 64, cap=30.0)  # whose logits are not linear in hidden states
-  assert taken == ['chunks', 'head', 'head', 'chunks', 'chunks']
+  of()
+  of(input='logits')
+  of(input='probs')
+  of(cap=30.0)
+  assert taken == ['head', 'head', 'chunks', 'chunks']
 
 
 def test_the_critic_reads_logits_that_are_capped():
