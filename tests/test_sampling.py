@@ -38,7 +38,7 @@ def make_model(seed):
   definition, params = transformer.split(
     transformer.Decoder(CONFIG, nnx.Rngs(seed))
   )
-  params['final_norm']['scale'] *= 20.0  # Logits that spread over some nats.
+  params['final_norm']['scale'] *= 2.0  # Logits that spread over some nats.
   return nnx.merge(definition, params)
 
 
