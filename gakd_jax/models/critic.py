@@ -20,7 +20,7 @@ from flax import nnx
 
 from gakd_jax import UserError, models, sharding
 from gakd_jax.data import segments
-from gakd_jax.models import layers, transformer
+from gakd_jax.models import blocks, layers, transformer
 
 INPUTS = ('log_probs', 'logits', 'probs')
 
@@ -83,7 +83,7 @@ class Critic(nnx.Module):
         rngs.params(), (config.vocab_size, config.width)
       )
     )
-    self.blocks = transformer.stack_blocks(config, rngs)
+    self.blocks = blocks.stack(config, rngs)
     self.final_norm = layers.make_norm(config)
     # Zero: a fresh critic has no opinion, and one that never sees a difference
     # between teacher and student never pushes the student anywhere.
@@ -95,9 +95,7 @@ class Critic(nnx.Module):
     Positions see earlier ones of their own segment; where it is 0, what comes
     out means nothing.
     """
-    x_BTC = transformer.run_blocks(
-      self.config, self.blocks, x_BTC, segments_BT, remat
-    )
+    x_BTC = blocks.run(self.config, self.blocks, x_BTC, segments_BT, remat)
     x_BTC = at_least_fp32(self.final_norm(x_BTC))
     return x_BTC @ at_least_fp32(self.score[...])
 

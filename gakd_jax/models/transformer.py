@@ -18,6 +18,7 @@ from flax import nnx, struct
 from gakd_jax import sharding
 from gakd_jax.data import segments
 from gakd_jax.models import attention as attention_lib
+from gakd_jax.models import blocks as blocks_lib
 from gakd_jax.models import layers as layers_lib
 
 
@@ -121,102 +122,6 @@ class Outputs:
   embedding_VD: jax.Array | None = None
 
 
-class Block(nnx.Module):
-  """Attention, then feed-forward, each on a normed copy of the residual."""
-
-  def __init__(self, config, rngs):
-    self.config = config
-    self.attention_norm = layers_lib.make_norm(config)
-    self.attention = attention_lib.Attention(config, rngs)
-    self.mlp_norm = layers_lib.make_norm(config)
-    self.mlp = layers_lib.MLP(config, rngs)
-    if config.post_norms:
-      self.attention_post_norm = layers_lib.make_norm(config)
-      self.mlp_post_norm = layers_lib.make_norm(config)
-
-  def __call__(self, x_BTD, context, cache=None):
-    y_BTD, cache = self.attention(self.attention_norm(x_BTD), context, cache)
-    if self.config.post_norms:
-      y_BTD = self.attention_post_norm(y_BTD)
-    x_BTD = x_BTD + y_BTD
-    y_BTD = self.mlp(self.mlp_norm(x_BTD), context.key)
-    if self.config.post_norms:
-      y_BTD = self.mlp_post_norm(y_BTD)
-    return x_BTD + y_BTD, cache
-
-
-def stack_blocks(config, rngs):
-  """Fresh blocks, their parameters stacked along a leading L."""
-  return nnx.vmap(lambda key: Block(config, nnx.Rngs(key)))(
-    jax.random.split(rngs.params(), config.layers)
-  )
-
-
-def _rope(config, positions_BT):
-  if config.learned_positions:
-    return None
-  return layers_lib.rope_tables(
-    positions_BT, config.head_dim, config.rope_theta, config.rope_scaling
-  )
-
-
-def run_blocks(
-  config,
-  blocks,
-  x_BTD,
-  segments_BT,
-  remat=False,
-  key=None,
-  backend='xla',
-  packed=True,
-):
-  """Stacked blocks over whole sequences.
-
-  Tokens see earlier tokens of their own segment only, and positions count from
-  the start of each.
-
-  Args:
-    config, blocks: from `stack_blocks`.
-    x_BTD: what the first block reads.
-    segments_BT: int32, see `data.segments`.
-    remat: recomputes each block in the backward pass instead of keeping its
-      activations.
-    key: draws the dropout of adapters; None: there is none.
-    backend: of attention, from `attention.choose_backend`.
-    packed: False promises that each row is one document from its start, then
-      padding.
-  """
-  T = x_BTD.shape[1]
-  # A window that hides nothing is none.
-  windows = [w if 0 < w < T else None for w in config.windows]
-  differ = len(set(windows)) > 1
-  context = attention_lib.Context(
-    rope=_rope(config, segments.positions(segments_BT)),
-    segments_BT=segments_BT,
-    window=windows[0] if windows and not differ else None,
-    backend=backend,
-    packed=packed,
-  )
-  blocks_def, params_L = nnx.split(blocks)
-  scanned = (
-    params_L,
-    jnp.array([w or T for w in windows]) if differ else None,
-    None if key is None else jax.random.split(key, config.layers),
-  )
-
-  def body(x_BTD, scanned):
-    params, window, key = scanned
-    layer = context._replace(key=key)
-    if differ:
-      layer = layer._replace(window=window)
-    x_BTD, _ = nnx.merge(blocks_def, params)(sharding.by_rows(x_BTD), layer)
-    return sharding.by_rows(x_BTD), None
-
-  if remat:
-    body = jax.checkpoint(body, prevent_cse=False)
-  return jax.lax.scan(body, x_BTD, scanned)[0]
-
-
 class Decoder(nnx.Module):
   """A decoder-only language model.
 
@@ -238,7 +143,7 @@ class Decoder(nnx.Module):
       self.position_embedding = nnx.Param(
         init(rngs.params(), (config.max_length, config.width))
       )
-    self.blocks = stack_blocks(config, rngs)
+    self.blocks = blocks_lib.stack(config, rngs)
     # What 2 L branches add to the stream does not grow with L (GPT-2).
     for linear in (self.blocks.attention.out, self.blocks.mlp.down):
       linear.kernel[...] *= (2 * config.layers) ** -0.5
@@ -272,13 +177,15 @@ class Decoder(nnx.Module):
 
     Args:
       ids_BT: int32 token ids.
-      segments_BT: int32, see `run_blocks`; None is one segment.
-      **settings: remat, key, backend, packed: see `run_blocks`.
+      segments_BT: int32, see `blocks.run`; None is one segment.
+      **settings: remat, key, backend, packed: see `blocks.run`.
     """
     if segments_BT is None:
       segments_BT = jnp.ones_like(ids_BT)
     x_BTD = self._embed(ids_BT, segments.positions(segments_BT))
-    x_BTD = run_blocks(self.config, self.blocks, x_BTD, segments_BT, **settings)
+    x_BTD = blocks_lib.run(
+      self.config, self.blocks, x_BTD, segments_BT, **settings
+    )
     return Outputs(self.final_norm(x_BTD), self.head)
 
   def init_cache(self, batch, slots):
@@ -307,7 +214,7 @@ class Decoder(nnx.Module):
     slot_S = jnp.arange(cache[0][1].shape[2])
     # Tables of all slots, to take positions from: else XLA computes cosines
     # again in every layer, for every head.
-    rope = _rope(self.config, slot_S[None])
+    rope = blocks_lib.rope(self.config, slot_S[None])
     if rope is not None:
       rope = tuple(table_1S1h[0, positions_BT] for table_1S1h in rope)
     context = attention_lib.Context(rope, slots_BT=positions_BT)
@@ -360,7 +267,7 @@ def apply(
   Master weights stay as they are: their gradient passes through the cast.
   Embeddings are cast once they are looked up, so that the gradient of a token
   is summed in their own dtype: in bf16, one that is there 4096 times would keep
-  6 % of it. For the other arguments see `run_blocks`.
+  6 % of it. For the other arguments see `blocks.run`.
   """
   tables = {name: params[name] for name in _TABLES if name in params}
   model = nnx.merge(definition, cast(params, dtype) | tables)

@@ -14,8 +14,8 @@ rgan is relativistic (arXiv 1807.00734) with the zero-centred penalties of R3GAN
 input, summed over positions and vocabulary. wgan is WGAN-GP (arXiv 1704.00028),
 its penalty at a z_t + (1 - a) z_s, a uniform on [0, 1) for each document. The
 norm over the vocabulary is exact at the critic's width: with G = W'W and
-gradient u at W z, |dD/dz|^2 = u' G u. (z is what the critic reads: with input='probs',
-these are the probabilities, in penalties and mixtures as well.)
+gradient u at W z, |dD/dz|^2 = u' G u. (z is what the critic reads: with
+input='probs', these are the probabilities, in penalties and mixtures as well.)
 
 The critic is updated first; L_G uses the updated one, and both use one forward
 pass of student and teacher.
