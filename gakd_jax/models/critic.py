@@ -135,6 +135,8 @@ def weight(projection_VC, input, dtype):
 def _rounded(x, dtype):
   """x with the digits of a dtype; a cast there and back XLA may leave out."""
   info = jnp.finfo(dtype)
+  if info.nmant >= jnp.finfo(x.dtype).nmant:
+    return x
   return jax.lax.reduce_precision(x, info.nexp, info.nmant)
 
 
