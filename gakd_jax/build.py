@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from gakd_jax import (
@@ -77,13 +78,12 @@ def build(config, workdir, mesh):
   tokenizers = [
     tokenizer_lib.load(models.tokenizer_dir(path)) for path in paths
   ]
-  for path, tokenizer in zip(paths, tokenizers, strict=True):
-    shape = config.student.shape if path is paths[0] else None
+  shapes = [config.student.shape or {}, {}]
+  for path, tokenizer, shape in zip(paths, tokenizers, shapes, strict=False):
+    shape = models.read_config(path, **shape)
     _check_vocabulary(path, tokenizer, shape)
-    _check_positions(path, config.data.max_length)
-    choose_backend(
-      config.attention, models.read_config(path), config.train.precision
-    )
+    _check_positions(path, config.data.max_length, shape)
+    choose_backend(config.attention, shape, config.train.precision)
   if len(paths) == 2 and objective.one_tokenizer:
     tokenizer_lib.check_same(*tokenizers, *paths)
   evaluators = evaluator_lib.make(config.evals, config.data.validation)
@@ -106,7 +106,7 @@ def build(config, workdir, mesh):
       return models.load(part.path, **settings)
     return models.init(part.path, config.seed, **settings, **shape)
 
-  return _assemble(
+  run = _assemble(
     config,
     mesh,
     objective,
@@ -116,6 +116,14 @@ def build(config, workdir, mesh):
     workdir=workdir,
     evaluators=evaluators,
     examples=examples,
+  )
+  constants = objective.constants(run.models)
+  if not constants:
+    return run
+  constants = jax.device_put(constants, sharding.replicated(mesh))
+  frozen = run.models.frozen | {'constants': constants}
+  return dataclasses.replace(
+    run, models=dataclasses.replace(run.models, frozen=frozen)
   )
 
 
@@ -205,14 +213,10 @@ def _assemble(config, mesh, objective, writer, load, tokenizers=(), **rest):
     packed=config.data.packing,
     tokenizers=tokenizers,
   )
-  constants = objective.constants(both)
-  if constants:
-    constants = jax.device_put(constants, sharding.replicated(mesh))
-    both.frozen['method'] = constants
 
   def start():
-    if config.student.lora is not None:
-      return params
+    if config.student.lora is not None:  # Copied: a step donates them.
+      return jax.tree.map(jnp.copy, params)
     model = load(config.student, 'float32')
     lora.merge(model)
     return transformer.split(model)[1]
@@ -246,7 +250,7 @@ def _put_adapters(model, config, mesh):
 
 
 def _check_vocabulary(path, tokenizer, shape):
-  rows = (shape or {}).get('vocab_size') or models.read_config(path).vocab_size
+  rows = shape.vocab_size
   if len(tokenizer) > rows:
     raise UserError(
       f'{path}: the tokenizer has {len(tokenizer)} tokens but the model only '
@@ -254,12 +258,11 @@ def _check_vocabulary(path, tokenizer, shape):
     )
 
 
-def _check_positions(path, max_length):
-  config = models.read_config(path)
-  if config.learned_positions and max_length > config.max_length:
+def _check_positions(path, max_length, shape):
+  if shape.learned_positions and max_length > shape.max_length:
     raise UserError(
       f'config.data.max_length={max_length}, and {path} has learned only '
-      f'{config.max_length} positions; lower it'
+      f'{shape.max_length} positions; lower it'
     )
 
 

@@ -77,11 +77,10 @@ def run(config, paths, workdir):
       settings = config.teacher.dtype, mesh, None, config.teacher.quantize
       return models.load(t_path, *settings)
 
-    if any(
-      evaluator.teacher_reads_student_ids for evaluator in evaluators.values()
-    ):
+    reads = any(x.teacher_reads_student_ids for x in evaluators.values())
+    if reads:
       load = functools.cache(load)  # Once, for all students.
-    teacher = t_path, out, load
+    teacher = t_path, out, load, reads
   results = {}
   with jax.set_mesh(mesh):
     for name, path in named.items():
@@ -149,7 +148,8 @@ def _data_of(evaluators):
 def _measure(config, evaluators, path, workdir, teacher, mesh):
   """The results of one model; those that are there are taken.
 
-  `teacher` is its path, where its results go, and what loads it; or None.
+  `teacher` is its path, where its results go, what loads it, and whether
+  students are measured by it; or None.
   """
   identity, data = models.identity(path), _data_of(evaluators)
   record = workdir / 'model.json'
@@ -188,15 +188,10 @@ def _subject(config, evaluators, path, workdir, teacher, mesh, identity):
   """A model as evaluators see it, and its parameters."""
   tokenizer = tokenizer_lib.load(models.tokenizer_dir(path))
   dtype = config.train.precision
-  t_path, t_workdir, load_teacher = teacher or (None, None, None)
+  t_path, t_workdir, load_teacher, reads = teacher or (None, None, None, False)
   is_teacher = workdir == t_workdir
   t_model = None
-  if is_teacher or (
-    teacher
-    and any(
-      evaluator.teacher_reads_student_ids for evaluator in evaluators.values()
-    )
-  ):
+  if is_teacher or reads:
     tokenizer_lib.check_same(
       tokenizer,
       tokenizer_lib.load(models.tokenizer_dir(t_path)),

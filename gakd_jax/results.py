@@ -206,8 +206,8 @@ def _average(runs, metric, sets):
 
 def _format(cells):
   """(mean, deviation) as texts with the same decimals in a column."""
-  cells = [[x] for cell in cells if cell for x in (cell.mean, cell.std or 0.0)]
-  texts = iter(text for (text,) in report.format_rows(cells))
+  flat = [[x] for cell in cells if cell for x in (cell.mean, cell.std or 0.0)]
+  texts = iter(text for (text,) in report.format_rows(flat))
   shown = []
   for cell in cells:
     pair = (next(texts), next(texts)) if cell else ('-', '')

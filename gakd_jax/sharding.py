@@ -1,9 +1,11 @@
 """The device mesh, where parameters lie on it, and global batches.
 
 Axes: `data` replicates parameters and splits the batch, `fsdp` splits both,
-`tensor` splits heads, feed-forward and vocabulary. Everything else is left to
-the compiler (`AxisType.Auto`), but for the vocabulary head
-(`objectives/head.py`).
+`tensor` splits heads, feed-forward and vocabulary. The compiler finds the rest
+(`AxisType.Auto`), but for what it finds badly: activations stay split by rows,
+embeddings are looked up where they lie, a vocabulary head is gathered once
+(here), and its loop over chunks and decoding run on each device's own rows
+(`objectives/head.py`, `sampling.py`).
 """
 
 import math

@@ -33,7 +33,7 @@ class TrainState:
 
 
 def init_state(student_params, own, optimizer, critic_optimizer):
-  """A fresh state, fp32 master weights; jit it with `state_shardings`."""
+  """A fresh state, fp32 master weights."""
   params = {'student': student_params, 'extra': own.extra}
   params, critic = jax.tree.map(
     lambda x: x.astype(jnp.float32), (params, own.critic)
@@ -46,11 +46,6 @@ def init_state(student_params, own, optimizer, critic_optimizer):
     critic_opt_state=critic_optimizer.init(critic) if critic else (),
     memory=own.memory,
   )
-
-
-def state_shardings(state, mesh):
-  """(state, metrics) shardings of a (abstract) state on a mesh."""
-  return sharding.shardings(state, mesh), sharding.replicated(mesh)
 
 
 def make_train_step(
@@ -81,7 +76,7 @@ def make_train_step(
     if not objective.needs_teacher:
       models = models.alone()
     key = jax.random.fold_in(keys.of(seed, 'step'), state.step)
-    now = _Now(
+    step = _Step(
       objective=objective,
       critic_optimizer=critic_optimizer,
       models=models,
@@ -91,7 +86,7 @@ def make_train_step(
         extra=state.params['extra'],
         critic=state.critic,
         memory=state.memory,
-        constants=models.frozen.get('method', {}),
+        constants=models.frozen.get('constants', {}),
         step=state.step,
       ),
       totals=objective.count(batch),
@@ -101,19 +96,19 @@ def make_train_step(
     critic_state = state.critic, state.critic_opt_state
     t_hidden, critic_metrics = None, {}
     if state.critic and critic_first:
-      hiddens = now.collect(dealt)
-      critic_state, critic_metrics = now.update_critic(
-        critic_state, hiddens, dealt, now.keys[1]
+      hiddens = step.collect(dealt)
+      critic_state, critic_metrics = step.update_critic(
+        critic_state, hiddens, dealt, step.keys[1]
       )
       t_hidden = hiddens[1]
     microbatch = functools.partial(
-      now.microbatch, updates_critic=state.critic and not critic_first
+      step.microbatch, updates_critic=state.critic and not critic_first
     )
     critic_state, (d, metrics, gram) = _accumulate(
       microbatch, critic_state, dealt, t_hidden
     )
     metrics |= critic_metrics | _compared(gram, list(objective.terms()))
-    grads = now.parameter_gradients(d)
+    grads = step.parameter_gradients(d)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     metrics |= {
       'grad_norm': optax.tree.norm(grads),
@@ -125,7 +120,7 @@ def make_train_step(
       optax.apply_updates(state.params, updates),
       opt_state,
       *critic_state,
-      memory=objective.remember(now.own, metrics),
+      memory=objective.remember(step.own, metrics),
     )
     return state, metrics
 
@@ -133,7 +128,7 @@ def make_train_step(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Now:
+class _Step:
   """One step: what its microbatches share, and what happens to each."""
 
   objective: Any
@@ -268,12 +263,16 @@ def _gradients(objective, student, teacher, batch, own, key, trains_head):
   for term in objective.terms().values():
     (loss, new), d = jax.value_and_grad(value, has_aux=True)(outputs, term)
     losses.append(loss)
+    assert not metrics.keys() & new.keys(), (
+      'two terms have a metric of one name'
+    )
     metrics |= new
+    # Sums over terms are fp32, as over microbatches.
+    d['head'] = jax.tree.map(lambda x: x.astype(jnp.float32), d['head'])
     gradients.append(d)
   hiddens = [d['hidden'].astype(jnp.float32) for d in gradients]
   gram = jnp.array([[jnp.vdot(a, b) for a in hiddens] for b in hiddens])
   d = jax.tree.map(lambda *x: functools.reduce(jnp.add, x), *gradients)
-  d['head'] = jax.tree.map(lambda x: x.astype(jnp.float32), d['head'])
   return d, {'loss': sum(losses)} | metrics, gram
 
 
@@ -291,7 +290,7 @@ def _compared(gram, names):
   if len(names) == 1:
     return {}
   norms = jnp.sqrt(jnp.diag(gram))
-  others = jnp.sqrt(jnp.sum(gram[1:, 1:]))
+  others = jnp.sqrt(jnp.maximum(jnp.sum(gram[1:, 1:]), 0))
   dot = jnp.sum(gram[0, 1:])
   return {f'hidden_grad_{k}': norms[i] for i, k in enumerate(names)} | {
     'hidden_grad_cosine': dot / jnp.maximum(norms[0] * others, 1e-30)

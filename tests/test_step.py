@@ -115,7 +115,7 @@ def _trace(
   with _on(mesh):
     places = None
     if mesh:
-      places = step.state_shardings(state, mesh)
+      places = sharding.shardings(state, mesh), sharding.replicated(mesh)
       state = jax.device_put(state, places[0])
       frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh))
     train_step = _step_of(method, microbatches, places)

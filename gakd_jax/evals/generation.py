@@ -74,7 +74,9 @@ class Generation:
       )
       for r in self.rows
     ]
-    model = decoding.unstack(subject.models.student(params))
+    model = decoding.unstack(
+      subject.models.student(params), subject.models.dtype
+    )
     n = len(self.rows) * len(self.seeds)
     pool = tasks.Pool(self.task, expected=n, first_only=self.first_reference)
     progress = contextlib.nullcontext()

@@ -14,7 +14,7 @@ from flax import nnx, struct
 from gakd_jax.models import layers, lora, transformer
 
 
-def unstack(model):
+def unstack(model, dtype=None):
   """The model with single layers instead of stacked ones.
 
   A slice of a stack is a copy: made here, it is not made by each call of a
@@ -23,23 +23,31 @@ def unstack(model):
   did, and those outside of the layers are shared with `model`.
 
   Layers are copied one after another: beside the two models there is one
-  merged layer at a time.
+  merged layer at a time. `dtype`: of the result, to which what is merged is
+  rounded once; None keeps what `model` has.
   """
-  unstacked = nnx.merge(*nnx.split(model))
+  definition, params = transformer.split(model)
   blocks_def, params_L = nnx.split(model.blocks)
+  rest = {name: x for name, x in params.items() if name != 'blocks'}
+  if dtype is not None:
+    rest = transformer.cast(rest, dtype)
+  unstacked = nnx.merge(definition, rest | {'blocks': params['blocks']})
   unstacked.blocks = nnx.List(
-    [_layer(blocks_def, params_L, l) for l in range(model.config.layers)]
+    [_layer(blocks_def, params_L, l, dtype) for l in range(model.config.layers)]
   )
   return unstacked
 
 
-@functools.partial(jax.jit, static_argnames='definition')
-def _layer(definition, params_L, l):
+@functools.partial(jax.jit, static_argnames=('definition', 'dtype'))
+def _layer(definition, params_L, l, dtype):
   block = nnx.merge(definition, jax.tree.map(lambda p: p[l], params_L))
   for _, module in list(nnx.iter_modules(block)):
     if isinstance(module, layers.Linear) and not module.is_quantized:
       lora.fold(module)
-  return block
+  if dtype is None:
+    return block
+  definition, params = transformer.split(block)
+  return nnx.merge(definition, transformer.cast(params, dtype))
 
 
 @struct.dataclass

@@ -41,7 +41,7 @@ class Models:
   student_config: transformer.DecoderConfig
   teacher_config: transformer.DecoderConfig | None
   # Parameters of the 'teacher', of a 'student' whose adapters alone are
-  # trained, and a 'method's constants; never donated, never saved.
+  # trained, and 'constants' of the method; never donated, never saved.
   frozen: dict
   dtype: Any  # of the computation
   remat: bool = False  # of the student's blocks
@@ -75,9 +75,8 @@ class Models:
     return lora.combine(params, self.frozen.get('student'))
 
   def student(self, params):
-    """The student as a `Decoder`, in the dtype of the computation."""
-    params = transformer.cast(self.whole(params), self.dtype)
-    return nnx.merge(self.student_definition, params)
+    """The student as a `Decoder`, in its own dtype."""
+    return nnx.merge(self.student_definition, self.whole(params))
 
   def teacher(self):
     """The teacher as a `Decoder`, in its own dtype."""
@@ -90,11 +89,11 @@ class Models:
       self.whole(params),
       batch.student,
       self.dtype,
-      self.remat,
-      key,
-      self.backends[0],
-      self.packed,
-    ).hidden_BTD
+      remat=self.remat,
+      key=key,
+      backend=self.backends[0],
+      packed=self.packed,
+    )
 
   def teacher_hidden(self, batch):
     """[B, R, E] of `batch.teacher`, or as they were cached; or None."""
@@ -107,7 +106,7 @@ class Models:
       self.dtype,
       backend=self.backends[1],
       packed=self.packed,
-    ).hidden_BTD
+    )
 
   def heads(self, params):
     """(student's, teacher's or None), gathered: once for many batches."""

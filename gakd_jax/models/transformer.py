@@ -252,30 +252,14 @@ def cast(params, dtype):
   )
 
 
-def apply(
-  definition,
-  params,
-  tokens,
-  dtype,
-  remat=False,
-  key=None,
-  backend='xla',
-  packed=True,
-):
-  """`Outputs` of a split model on `data.pipeline.Tokens`, computed in `dtype`.
+def apply(definition, params, tokens, dtype, **settings):
+  """Hidden states [B, T, D] of a split model, computed in `dtype`.
 
-  Master weights stay as they are: their gradient passes through the cast.
-  Embeddings are cast once they are looked up, so that the gradient of a token
-  is summed in their own dtype: in bf16, one that is there 4096 times would keep
-  6 % of it. For the other arguments see `blocks.run`.
+  tokens: `data.pipeline.Tokens`. settings: see `blocks.run`. Master weights
+  stay as they are: their gradient passes through the cast. Embeddings are cast
+  once they are looked up, so that the gradient of a token is summed in their
+  own dtype: in bf16, one that is there 4096 times would keep 6 % of it.
   """
   tables = {name: params[name] for name in _TABLES if name in params}
   model = nnx.merge(definition, cast(params, dtype) | tables)
-  return model(
-    tokens.ids_BT,
-    tokens.segments_BT,
-    remat=remat,
-    key=key,
-    backend=backend,
-    packed=packed,
-  )
+  return model(tokens.ids_BT, tokens.segments_BT, **settings).hidden_BTD

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from gakd_jax import UserError
+from gakd_jax.objectives import head
 
 
 @struct.dataclass
@@ -18,7 +19,7 @@ class Own:
   critic: dict = struct.field(default_factory=dict)  # descends `critic_loss`
   memory: dict = struct.field(default_factory=dict)  # moved by `remember`
   constants: dict = struct.field(default_factory=dict)  # never moves
-  step: Any = 0  # optimizer steps taken
+  step: Any = None  # optimizer steps taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,21 @@ class Objective:
   def terms(self):
     """{name: function like `loss`}: the student descends their sum."""
     return {'loss': self.loss}
+
+  def token_mean(self, token_loss, outputs, batch):
+    """Mean over response tokens of a loss of next-token logits.
+
+    token_loss: see `head.weighted_sum`; a target is the next token's id.
+    outputs: of models that read the same ids, over those that all have.
+    """
+    targets_BT, mask_BT = head.next_token(batch.student)
+    return head.weighted_sum(
+      token_loss,
+      head.shared(outputs),
+      targets_BT,
+      mask_BT / batch.totals['tokens'],
+      chunk=self.head_chunk,
+    )
 
   def loss(self, student, teacher, batch, own, key):
     """The loss of a (micro)batch.

@@ -29,6 +29,7 @@ of RKL. Their trunk is a pretrained model: `config.critic.init_from`.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -125,30 +126,28 @@ class GAKD(base.Objective):
     return dataclasses.replace(self, warmup_steps=steps)
 
   def shapes(self, student, teacher):
-    if self.g == 0:
-      return base.Own()
-    config = self.critic_config(student, teacher)
-    return base.Own(
-      critic=jax.eval_shape(
-        lambda: critic_lib.init(config, jax.random.key(0), self.reads)
-      )
+    return jax.eval_shape(
+      functools.partial(self._fresh, student, teacher), jax.random.key(0)
     )
 
   def init(self, key, student, teacher, mesh=None):
+    shapes = self.shapes(student, teacher)
+    places = None if mesh is None else sharding.shardings(shapes, mesh)
+    fresh = functools.partial(self._fresh, student, teacher)
+    own = jax.jit(fresh, out_shardings=places)(key)
+    if not own.critic or not self.critic.get('init_from'):
+      return own
+    trunk = models.load(self.critic['init_from'], 'float32', mesh)
+    lora.merge(trunk)
+    trunk = transformer.split(trunk)[1]
+    trunk = {name: trunk[name] for name in ('blocks', 'final_norm')}
+    return own.replace(critic=own.critic | trunk)
+
+  def _fresh(self, student, teacher, key):
     if self.g == 0:
       return base.Own()
     config = self.critic_config(student, teacher)
-    shapes = self.shapes(student, teacher).critic
-    places = None if mesh is None else sharding.shardings(shapes, mesh)
-    critic = jax.jit(
-      lambda key: critic_lib.init(config, key, self.reads), out_shardings=places
-    )(key)
-    if self.critic.get('init_from'):
-      trunk = models.load(self.critic['init_from'], 'float32', mesh)
-      lora.merge(trunk)
-      trunk = transformer.split(trunk)[1]
-      critic |= {name: trunk[name] for name in ('blocks', 'final_norm')}
-    return base.Own(critic=critic)
+    return base.Own(critic=critic_lib.init(config, key, self.reads))
 
   def critic_config(self, student, teacher):
     V = min(student.vocab_size, teacher.vocab_size)
@@ -167,14 +166,7 @@ class GAKD(base.Objective):
   def imitation(self, student, teacher, batch, own, key):
     """(1 - kd) CE + kd rkl_scale RKL."""
     del own, key
-    targets_BT, mask_BT = head.next_token(batch.student)
-    return head.weighted_sum(
-      self._token_loss,
-      head.shared((student, teacher)),
-      targets_BT,
-      mask_BT / batch.totals['tokens'],
-      chunk=self.head_chunk,
-    )
+    return self.token_mean(self._token_loss, (student, teacher), batch)
 
   def deception(self, student, teacher, batch, own, key):
     """g L_G, from the end of the warm-up on."""

@@ -15,7 +15,7 @@ import difflib
 import jax
 
 from gakd_jax import UserError
-from gakd_jax.objectives import base, divergences, head
+from gakd_jax.objectives import base, divergences
 
 # name: the function, and its settings.
 DIVERGENCES = {
@@ -59,14 +59,7 @@ class KLD(base.Objective):
 
   def loss(self, student, teacher, batch, own, key):
     del own, key
-    targets_BT, mask_BT = head.next_token(batch.student)
-    return head.weighted_sum(
-      self._token_loss,
-      head.shared((student, teacher)),
-      targets_BT,
-      mask_BT / batch.totals['tokens'],
-      chunk=self.head_chunk,
-    )
+    return self.token_mean(self._token_loss, (student, teacher), batch)
 
   def _token_loss(self, logits, targets_N):
     z_q_NV, z_p_NV = logits

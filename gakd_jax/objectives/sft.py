@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from gakd_jax.objectives import base, divergences, head
+from gakd_jax.objectives import base, divergences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,14 +13,7 @@ class SFT(base.Objective):
 
   def loss(self, student, teacher, batch, own, key):
     del teacher, own, key
-    targets_BT, mask_BT = head.next_token(batch.student)
-    return head.weighted_sum(
-      _token_loss,
-      (student,),
-      targets_BT,
-      mask_BT / batch.totals['tokens'],
-      chunk=self.head_chunk,
-    )
+    return self.token_mean(_token_loss, (student,), batch)
 
 
 def _token_loss(logits, targets_N):

@@ -96,7 +96,7 @@ def _loss(name, dtype='float32', chunk=5):
   objective = objectives.make(**OBJECTIVES[name][0], head_chunk=chunk)
   shape = DecoderConfig(V, 0, 0, 0, 0, 0, 0, False, 0, 0, 0)
   own = objective.init(jax.random.key(0), shape, shape)
-  own = own.replace(critic=jax.tree.map(_with_opinion, own.critic))
+  own = own.replace(critic=jax.tree.map(_with_opinion, own.critic), step=0)
 
   def run(student, teacher, batch):
     models = pair.Models(
