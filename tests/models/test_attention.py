@@ -49,8 +49,9 @@ def _run(config, tokens, dtype='float32', **settings):
   @jax.jit
   def run(params):
     def loss(params):
-      outputs = transformer.apply(definition, params, tokens, dtype, **settings)
-      hidden_BTD = outputs.hidden_BTD.astype(jnp.float32)
+      hidden_BTD = transformer.apply(
+        definition, params, tokens, dtype, **settings
+      ).astype(jnp.float32)
       hidden_BTD = jnp.where(tokens.mask_BT[..., None], hidden_BTD, 0)
       return jnp.sum(jnp.sin(hidden_BTD)), hidden_BTD
 

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from gakd_jax import models
-from gakd_jax.data.pipeline import Tokens
-from gakd_jax.models import attention, critic, layers, transformer
+from gakd_jax.data.pipeline import Batch, Tokens
+from gakd_jax.models import attention, critic, layers, pair, transformer
 
 SPEC = 'vd,vc->cd'
 
@@ -140,9 +140,7 @@ def test_a_token_that_is_everywhere_keeps_its_gradient_in_bf16():
 
   def gradient(dtype):
     def loss(params):
-      hidden_BTD = transformer.apply(
-        definition, params, tokens, dtype
-      ).hidden_BTD
+      hidden_BTD = transformer.apply(definition, params, tokens, dtype)
       assert hidden_BTD.dtype == dtype
       return jnp.sum(jnp.sin(hidden_BTD.astype(jnp.float32)))
 
@@ -159,14 +157,11 @@ def test_a_token_that_is_everywhere_keeps_its_gradient_in_bf16():
 @pytest.mark.parametrize('tied_head', [True, False])
 def test_the_head_computes_in_the_compute_dtype(tied_head):
   config = dataclasses.replace(CONFIG, tied_head=tied_head)
-  definition, params = transformer.split(models.Decoder(config, nnx.Rngs(0)))
+  decoder = models.Decoder(config, nnx.Rngs(0))
+  both, params = pair.make(decoder, dtype=jnp.bfloat16)
   ids_BT = np.ones((1, 2), np.int32)
-  outputs = jax.eval_shape(
-    lambda p: transformer.apply(
-      definition, p, Tokens(ids_BT, ids_BT, ids_BT > 0), jnp.bfloat16
-    ),
-    params,
-  )
+  tokens = Tokens(ids_BT, ids_BT, ids_BT > 0)
+  outputs, _ = jax.eval_shape(both.outputs, params, Batch(tokens, tokens))
   assert outputs.head.weight_VD.dtype == jnp.bfloat16
   assert outputs.hidden_BTD.dtype == jnp.bfloat16
 

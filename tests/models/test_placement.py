@@ -47,8 +47,8 @@ def _decoder(config, ids_BT):
   tokens = Tokens(ids_BT, jnp.ones_like(ids_BT), ids_BT > 0)
 
   def loss(params):
-    outputs = transformer.apply(definition, params, tokens, 'float32')
-    return jnp.sum(jnp.sin(outputs.hidden_BTD))
+    hidden_BTD = transformer.apply(definition, params, tokens, 'float32')
+    return jnp.sum(jnp.sin(hidden_BTD))
 
   return loss, params
 
