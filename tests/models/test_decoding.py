@@ -133,6 +133,20 @@ def test_adapters_are_merged(model):
   )
 
 
+def test_what_is_merged_is_rounded_once(model):
+  """Not base and adapter first: small changes would be lost between them."""
+  adapted = with_adapters(model)
+  single = decoding.unstack(adapted, 'bfloat16')
+  params = split(single)[1]
+  assert {x.dtype.name for x in jax.tree.leaves(params)} == {'bfloat16'}
+  lora.merge(adapted)
+  for l, block in enumerate(single.blocks):
+    np.testing.assert_array_equal(
+      block.mlp.down.kernel[...],
+      adapted.blocks.mlp.down.kernel[l].astype('bfloat16'),
+    )
+
+
 def test_of_quantized_projections_adapters_stay(tiny_model_dir):
   model = with_adapters(models.load(tiny_model_dir(), quantize='int8'))
   single = decoding.unstack(model)
