@@ -61,6 +61,9 @@ def pytest_configure(config):
   config.addinivalue_line(
     'markers', 'torch: live comparison with torch and transformers'
   )
+  config.addinivalue_line(
+    'markers', 'slow: takes most of a minute; run with -m slow'
+  )
 
 
 def pytest_runtest_setup(item):

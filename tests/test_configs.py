@@ -19,6 +19,7 @@ EXPERIMENTS = sorted(
   and not path.stem.startswith('eval_')
 )
 
+LONG = ('quickstart', 'quickstart_full', 'pipeline_gemma', 'fidelity_math')
 
 REFERENCE = {'name': 'gakd', 'reference': True}
 DATA = 'synthetic:train:9'
@@ -71,7 +72,14 @@ def trained(tmp_path_factory):
   return run
 
 
-@pytest.mark.parametrize('name', EXPERIMENTS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    # Those of many stages, which other configs have one by one.
+    pytest.param(name, marks=[pytest.mark.slow] * (name in LONG))
+    for name in EXPERIMENTS
+  ],
+)
 def test_every_config_trains(name, trained, small_model):
   config = shrunk(name, small_model)
   where = trained(config)

@@ -331,6 +331,7 @@ def real_run(shared_dir, tiny_model_dir, tmp_path_factory):
   return workdir, done.stdout
 
 
+@pytest.mark.slow
 def test_real_input(real_run):
   workdir, stdout = real_run
   assert 'continuing from step' in stdout
