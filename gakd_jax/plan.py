@@ -158,6 +158,7 @@ def _trees(state, frozen):
     'teacher': frozen.get('teacher'),
     'critic': state.critic,
     'extra': state.params['extra'],
+    'memory': state.memory,
   }
   return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
