@@ -2,7 +2,7 @@
 
   python -m gakd_jax.main --config=configs/quickstart.py
 
-No download; 3:15 on two shared cores. The student is fine-tuned on a few gold
+No download; 2:45 on two shared cores. The student is fine-tuned on a few gold
 rows (sft). The teacher then answers many more prompts; from the same start and
 for the same number of steps the student goes on with the gold rows
 (sft_continued), with the teacher's texts (seqkd), with the teacher's
