@@ -19,7 +19,12 @@ EXPERIMENTS = sorted(
   and not path.stem.startswith('eval_')
 )
 
-LONG = ('quickstart', 'quickstart_full', 'pipeline_gemma', 'fidelity_math')
+LONG = (
+  'quickstart',
+  'quickstart_full',
+  'fidelity_math',
+  *(f'pipeline_{x}' for x in ('gemma', 'gpt2', 'qwen2', 'qwen2p5', 'llama3')),
+)
 
 REFERENCE = {'name': 'gakd', 'reference': True}
 DATA = 'synthetic:train:9'
