@@ -36,10 +36,7 @@ def _no_penalty(read, x_t, x_s, norm_t, norm_s, a_BT1):
 
 
 def mixtures(key, segments_BT):
-  """A number in [0, 1) for each document, at all of its positions; [B, T, 1].
-
-  Drawn by its place in the row and not by its length.
-  """
+  """Uniform on [0, 1) for each document, at all its positions; [B, T, 1]."""
   a_BS = jax.random.uniform(key, (len(segments_BT), segments_BT.shape[1] + 1))
   return jnp.take_along_axis(a_BS, segments_BT, axis=1)[:, :, None]
 

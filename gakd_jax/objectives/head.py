@@ -102,7 +102,7 @@ def weighted_sum(token_loss, outputs, targets, weights_BT, *, chunk):
         (cotangent[0] * d[j]).astype(x.dtype) if j in d else None
         for j, x in enumerate(arrays)
       ]
-      for d, arrays in zip(gradients, (hiddens, heads), strict=False)
+      for d, arrays in zip(gradients[:2], (hiddens, heads), strict=True)
     )
     return d_hiddens, d_heads, None, None
 
