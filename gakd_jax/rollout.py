@@ -192,7 +192,7 @@ class Student(Dataset):
     steps_B = np.arange(step, step + len(group), dtype=np.uint32)
     steps_B = np.tile(steps_B, len(host.rows_B) // len(group))
     batch, steps_B = sharding.put_batch((host, steps_B), mesh)
-    tokens, written_B, metrics = _write(
+    tokens, written_B, _, metrics = _write(
       self, models, params, batch.student, batch.rows_B, steps_B, key
     )
     batch = batch.replace(student=tokens, teacher=tokens, written_B=written_B)
@@ -201,8 +201,21 @@ class Student(Dataset):
       for i, T in enumerate(lengths)
     ]
 
+  def sample(self, models, params, batch, key):
+    """Responses to a batch on the mesh, beside the training.
+
+    Returns:
+      `Tokens`, and which of them are the teacher's, [B, T].
+    """
+    steps_B = jnp.zeros_like(batch.rows_B)  # Training counts from 1.
+    writer = dataclasses.replace(self, share=1.0)
+    tokens, _, by_teacher_BT, _ = _write(
+      writer, models, params, batch.student, batch.rows_B, steps_B, key
+    )
+    return tokens, by_teacher_BT
+
   def decode(self, models, params, prompt_BT, length_B, key_B, mesh):
-    """ids_BS, end_B, and {metric: scalar}; under a jit."""
+    """ids_BS and end_B, which tokens are the teacher's, and metrics."""
     ids_BS, end_B = sampling.decode_batch(
       decoding.unstack(models.student(params), models.dtype),
       prompt_BT,
@@ -335,7 +348,8 @@ def _check_ranges(settings, where, **ranges):
 
 @functools.partial(jax.jit, static_argnames='writer')
 def _write(writer, models, params, tokens, rows_B, steps_B, key):
-  """Tokens with responses, which rows were written, and metrics."""
+  """Tokens with responses; rows that were written; what the teacher wrote;
+  metrics."""
   mesh = jax.sharding.get_abstract_mesh()
   ids_BT, is_text_BT = tokens.ids_BT, tokens.segments_BT > 0
   T = ids_BT.shape[1]
@@ -349,7 +363,7 @@ def _write(writer, models, params, tokens, rows_B, steps_B, key):
     is_written_B &= jax.vmap(jax.random.uniform)(share_key_B) < writer.share
   length_B = jnp.sum(is_text_BT & ~tokens.mask_BT, axis=1)
   length_B = jnp.where(is_written_B, length_B, 0)
-  new_BT, end_B, _, metrics = writer.decode(
+  new_BT, end_B, by_teacher_BT, metrics = writer.decode(
     models,
     params,
     ids_BT[:, : T - writer.room],
@@ -373,7 +387,7 @@ def _write(writer, models, params, tokens, rows_B, steps_B, key):
   )
   metrics |= _measured(written, end_B - length_B, is_written_B, writer)
   metrics = {f'rollout/{name}': x for name, x in metrics.items()}
-  return tokens, sharding.by_rows(is_written_B), metrics
+  return tokens, sharding.by_rows(is_written_B), by_teacher_BT, metrics
 
 
 def _measured(tokens, length_B, is_written_B, writer):

@@ -23,6 +23,7 @@ from gakd_jax import (
   keys,
   models,
   report,
+  rollout_log,
   rundir,
   sharding,
   summary,
@@ -107,6 +108,7 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
   """Steps to `total`; returns the results of the last evaluation."""
   c = run.config
   start = int(state.step)
+  rollouts = rollout_log.RolloutLog(run, start, total)
   key = keys.of(c.seed, 'writer')
   wants_to_save = False
   ready = []  # Batches that are written, for this step and the next.
@@ -119,6 +121,7 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
     _Log(run, start, total) as log,
   ):
     for now in range(start + 1, total + 1):
+      rollouts.write(state.params['student'], now - 1)
       if not ready:
         n = min(run.writer.every, total - now + 1)
         ready = run.writer.write(
@@ -154,6 +157,7 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
           'continues from there'
         )
     checkpoints.wait()
+  rollouts.write(state.params['student'], total)
   return host['results'] | {'peak_memory_gb': _peak_memory_gb()}
 
 
@@ -167,6 +171,7 @@ class _Log:
       resume_step=start,
     )
     self._progress = report.Progress(total, start, run.workdir.name)
+    self._watch = rollout_log.Watch()
     self._late = None
     self._time = None  # when the last step ended; None: no step to time from
 
@@ -202,6 +207,8 @@ class _Log:
       seconds = self._time - before
       speed = tokens / seconds
       metrics |= {'seconds': seconds, 'tokens_per_second': speed}
+    for line in self._watch.warnings(metrics):
+      print(line, flush=True)
     named = {f'train/{name}': value for name, value in metrics.items()}
     self._metrics.write(now, named)
     self._progress.update(now, loss=metrics['loss'], tokens_per_second=speed)

@@ -18,6 +18,7 @@ ALL = PACKAGE + [
 LEVELS = (
   ('main', 'evaluate', 'generate'),
   ('train', 'plan'),
+  ('rollout_log',),
   ('build', 'inputs'),
   ('step', 'rollout', 'answering', 'evals'),
   ('objectives', 'speculative', 'sampling', 'sampler', 'flops'),
