@@ -31,7 +31,9 @@ from gakd_jax.data.pipeline import Tokens
 from gakd_jax.models import decoding
 from gakd_jax.sampler import Sampler
 
-_SHARE = 1 << 31  # where a row's key is folded to decide who writes it
+# Where a row's key is folded to decide who writes it; `speculative` has those
+# before, for what it draws.
+_SHARE = (1 << 31) + 2
 
 
 class Ends(NamedTuple):
