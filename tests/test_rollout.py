@@ -374,6 +374,13 @@ def test_a_rollout_holds_no_text_of_logits_and_one_copy_of_the_models(writer):
       {'writer': 'speculative', 'teacher_temperature': -1},
       ['temperature=-1'],
     ),
+    *(
+      (
+        {'writer': 'speculative', 'accept': 'mixture', name: 0},
+        ['teacher_temperature=0', 'teacher_top_k=1'],
+      )
+      for name in ('temperature', 'teacher_temperature')
+    ),
   ],
   ids=str,
 )
