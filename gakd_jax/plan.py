@@ -82,7 +82,7 @@ def make(config, mesh):
   total = config.train.steps or 10**9
   training = build.training(run, 0, total)
   state, frozen = training.state, run.models.frozen
-  batch = _batch(config, mesh)
+  batch = _batch(config, mesh, is_written=run.writer.room > 0)
   compiled = training.step.lower(state, run.models, batch).compile(
     compiler_options=_NO_HOISTING if _hoists(config) else None
   )
@@ -118,17 +118,19 @@ def make(config, mesh):
   )
 
 
-def _batch(config, mesh):
+def _batch(config, mesh, is_written):
   """The longest rows there can be, as shapes; both models read the same."""
   shape_BT = config.train.batch_size, config.data.max_length
   place = jax.NamedSharding(mesh, jax.P(sharding.BATCH_AXES))
+
+  def rows(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
   tokens = pipeline.Tokens(
-    *(
-      jax.ShapeDtypeStruct(shape_BT, dtype, sharding=place)
-      for dtype in (jnp.int32, jnp.int32, jnp.bool)
-    )
+    *(rows(shape_BT, dtype) for dtype in (jnp.int32, jnp.int32, jnp.bool))
   )
-  return pipeline.Batch(tokens, tokens, {})
+  written_B = rows(shape_BT[:1], jnp.bool) if is_written else None
+  return pipeline.Batch(tokens, tokens, written_B=written_B)
 
 
 def count(tree):
@@ -323,7 +325,8 @@ def _sources(config):
   text = (
     'from: shapes and shardings; temporaries by the compiler for '
     f'{jax.default_backend()} (jax {jax.__version__}); operations by formula, '
-    'every token a response; evaluations not included'
+    'every token a response; evaluations and what models write in the run not '
+    'included'
   )
   if _widens(config):
     text += (
