@@ -105,7 +105,7 @@ def get_config():
 
   # name: settings, see gakd_jax/evals/*.py; `kind` if the name is your own.
   c.evals = ml_collections.ConfigDict({'loss': {}})
-  c.eval_every = 500  # steps; 0: at the end only
+  c.eval_every = 500  # steps; 0: at the end only; a line's own `every` wins
 
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.every = 500  # steps; 0: at the end and when interrupted only
@@ -187,6 +187,8 @@ def shrink(config, *, model, data, steps=2):
   config.critic.heads, config.critic.ff_width = 2, 16
   config.data.max_length = 96
   config.data.max_prompt_length = 64
+  if config.rollout.writer in ('student', 'speculative'):
+    config.rollout.max_new_tokens = 16
   config.data.buckets = None
   config.optimizer.warmup_steps = 0
   if config.train.steps != 0:

@@ -214,6 +214,15 @@ class Student(Dataset):
     )
     return tokens, by_teacher_BT
 
+  def lower(self, models, params, batch):
+    """The jitted rollout of shapes, to plan with; EOS may be any token."""
+    ends = Ends((0,), 0, models.student_config.vocab_size)
+    key = jax.eval_shape(jax.random.key, 0)
+    writer = dataclasses.replace(self, ends=ends)
+    return _write.lower(
+      writer, models, params, batch.student, batch.rows_B, batch.rows_B, key
+    )
+
   def decode(self, models, params, prompt_BT, length_B, key_B, mesh):
     """ids_BS and end_B, which tokens are the teacher's, and metrics."""
     ids_BS, end_B = sampling.decode_batch(

@@ -80,7 +80,7 @@ def _evaluate_only(run):
   if run.writer.makes_rows:
     inputs.teacher_answers(run)
   params = run.start()
-  results = _evaluate(run, params, 0)
+  results = _evaluate(run, params, 0, run.evaluators)
   _export(run, params)
   return results
 
@@ -137,10 +137,15 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
       size = jnp.count_nonzero(batch.student.segments_BT)
       state, metrics = train_step(state, run.models, batch)
       log.step(now, metrics | about_text, size)
-      if due(c.eval_every, now):
+      names = [
+        name
+        for name, settings in c.evals.items()
+        if due(settings.get('every', c.eval_every), now)
+      ]
+      if names or due(c.eval_every, now):
         log.flush()
         params = state.params['student']
-        host['results'] = _evaluate(run, params, now)
+        host['results'] = _evaluate(run, params, now, names)
         log.write(now, host['results'])
         if _is_better(c.checkpoint, host['results'], host['best']):
           host['best'] = host['results'].get(c.checkpoint.best_metric)
@@ -235,10 +240,12 @@ def _stop_requests():
       signal.signal(number, handler)
 
 
-def _evaluate(run, params, now):
-  """{'generation/rouge_l': ...} of all evaluators."""
+def _evaluate(run, params, now, names):
+  """{'generation/rouge_l': ...} of the evaluators of these names."""
   results = {}
   for name, evaluator in run.evaluators.items():
+    if name not in names:
+      continue
     values = evaluator.run(run.subject_of(evaluator), params, now)
     results |= {f'{name}/{key}': value for key, value in values.items()}
   return results
@@ -247,6 +254,9 @@ def _evaluate(run, params, now):
 def _is_better(config, results, best):
   if config.best_metric is None:
     return True
+  name = config.best_metric.partition('/')[0]
+  if not any(key.startswith(f'{name}/') for key in results):
+    return False  # It is not measured at every evaluation.
   if config.best_metric not in results:
     raise UserError(
       f'config.checkpoint.best_metric={config.best_metric!r} is not measured; '
