@@ -109,9 +109,8 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
   c = run.config
   start = int(state.step)
   rollouts = rollout_log.RolloutLog(run, start, total)
-  key = keys.of(c.seed, 'writer')
+  texts = _Texts(run, batches, total)
   wants_to_save = False
-  ready = []  # Batches that are written, for this step and the next.
 
   def due(every, now):
     return now == total or (every > 0 and now % every == 0)
@@ -122,18 +121,7 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
   ):
     for now in range(start + 1, total + 1):
       rollouts.write(state.params['student'], now - 1)
-      if not ready:
-        n = min(run.writer.every, total - now + 1)
-        ready = run.writer.write(
-          run.models,
-          state.params['student'],
-          [next(batches) for _ in range(n)],
-          run.mesh,
-          key=key,
-          step=now,
-          progress=(now - 1) / total,
-        )
-      batch, about_text = ready.pop(0)
+      batch, about_text = texts.next(state.params['student'], now)
       size = jnp.count_nonzero(batch.student.segments_BT)
       state, metrics = train_step(state, run.models, batch)
       log.step(now, metrics | about_text, size)
@@ -151,11 +139,11 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
           host['best'] = host['results'].get(c.checkpoint.best_metric)
           _export(run, params)
       wants_to_save |= due(c.checkpoint.every, now) or stop.requested
-      if wants_to_save and not ready:  # What is written ahead is not saved.
+      if wants_to_save and not texts.ahead:
         wants_to_save = False
         host['data'] = batches.get_state()
         checkpoints.save(now, state, host)
-      if stop.requested and now < total and not ready:
+      if stop.requested and now < total and not texts.ahead:
         checkpoints.wait()
         raise Interrupted(
           f'stopped and saved at step {now} of {total}; the same command '
@@ -164,6 +152,37 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
     checkpoints.wait()
   rollouts.write(state.params['student'], total)
   return host['results'] | {'peak_memory_gb': _peak_memory_gb()}
+
+
+class _Texts:
+  """The batches that are trained on, as the run's writer makes them.
+
+  ahead: those of steps to come. They are not saved: a checkpoint waits until
+    they are used up, so that they are always written by the same student.
+  """
+
+  def __init__(self, run, batches, total):
+    self.ahead = []
+    self._run = run
+    self._batches = batches
+    self._total = total
+    self._key = keys.of(run.config.seed, 'writer')
+
+  def next(self, params, now):
+    """The batch of step `now` and its metrics; `params` are those before."""
+    run = self._run
+    if not self.ahead:
+      n = min(run.writer.every, self._total - now + 1)
+      self.ahead = run.writer.write(
+        run.models,
+        params,
+        [next(self._batches) for _ in range(n)],
+        run.mesh,
+        key=self._key,
+        step=now,
+        progress=(now - 1) / self._total,
+      )
+    return self.ahead.pop(0)
 
 
 class _Log:
