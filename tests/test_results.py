@@ -74,8 +74,8 @@ def test_what_is_compared_first_has_its_averages():
     ('z', 'corpus_bleu'),
   )
   assert [name for name, _ in first.rows] == ['a', 'b']
-  assert first.rows[0][1][3] == Cell(15)
-  assert first.rows[1][1] == (None, Cell(12), None, None, None, None)
+  assert first.rows[0][1][4] == Cell(15)
+  assert first.rows[1][1] == (None, None, Cell(12), None, None, None)
   assert rest.columns == (
     ('x', 'bleu'),
     ('z', 'chrf'),
