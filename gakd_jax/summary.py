@@ -65,11 +65,7 @@ def write(path, runs, answers=6, comparisons=()):
     ),
     (
       'Rollouts',
-      page.grid(
-        training.curves(metrics, palette, 'rollouts')
-        + rollouts.by_place(metrics, palette)
-      )
-      + rollouts.texts(runs),
+      page.grid(rollouts.curves(metrics, palette)) + rollouts.texts(runs),
     ),
     ('Speed and memory', _speed_table(runs)),
     ('Answers', page.browser(sets, results.NAMES, answers)),

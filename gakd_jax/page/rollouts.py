@@ -23,31 +23,35 @@ _LEGEND = (
 )
 
 
-def by_place(metrics, palette):
-  """Figures of how many drafts stay, by their place in the block.
-
-  Means over the last tenth of the steps that wrote. A list of one figure; []
-  where no run has a block of two.
-
-  Args:
-    metrics, palette: see `training.curves`.
-  """
+def curves(metrics, palette):
+  """Figures of what all runs logged about rollouts; see `training.curves`."""
+  shown = training.curves(metrics, palette, 'rollouts')
   series = {}
   for label, rows in metrics.values():
-    rows = training.at_the_end(rows, _PLACE.format(1))
-    ys = []
-    for place in itertools.count(1):
-      seen = [row[key] for row in rows if (key := _PLACE.format(place)) in row]
-      if not seen:
-        break
-      seen = [y for y in seen if math.isfinite(y)]
-      ys.append(statistics.fmean(seen) if seen else math.nan)
-    if len(ys) > 1:
-      series.setdefault(label, []).append((range(1, len(ys) + 1), ys))
-  if not series:
-    return []
-  title = 'share of drafts accepted at the end'
-  return [figures.curves(title, 'place in the block', series, palette)]
+    shares = by_place(rows)
+    if len(shares) > 1:
+      line = range(1, len(shares) + 1), shares
+      series.setdefault(label, []).append(line)
+  if series:
+    title = 'share of drafts accepted at the end'
+    figure = figures.curves(title, 'place in the block', series, palette)
+    shown.append(figure)
+  return shown
+
+
+def by_place(rows):
+  """The share of drafts that stay at each place of a block, from the first.
+
+  Means over the last tenth of the steps that wrote; [] without drafts.
+  """
+  rows = training.at_the_end(rows, _PLACE.format(1))
+  shares = []
+  for place in itertools.count(1):
+    metric = _PLACE.format(place)
+    if not any(metric in row for row in rows):
+      return shares
+    seen = [row[metric] for row in rows if math.isfinite(row[metric])]
+    shares.append(statistics.fmean(seen) if seen else math.nan)
 
 
 def texts(runs):
@@ -89,7 +93,7 @@ def _prompt(lines):
   n = min(len(lines), _SHOWN)
   shown = {round(x) for x in np.linspace(0, len(lines) - 1, n)}
   rest = [line for i, line in enumerate(lines) if i not in shown]
-  heading = f'{len(rest)} more' if len(rest) > 1 else 'One more'
+  heading = f'Steps in between: {len(rest)}'
   return f"""<article class="card">
 <h4>Prompt</h4>{page.text(prompt)}
 {_list(lines[i] for i in sorted(shown))}
