@@ -141,15 +141,10 @@ def url(tmp_path_factory):
       text_of = ''.join(json.dumps(row) + '\n' for row in rows)
       path.write_text(text_of, encoding='utf-8')
     runs[name] = root / name
-  lines = [
-    {
-      **{'index': 0, 'step': step, 'instruction': 'W' * 99, 'input': ''},
-      **{'pieces': [['m' * 99, False], [bad, True]], 'tokens': 198},
-      'finished': False,
-    }
-    for step in range(9)
-  ]
-  text_of = ''.join(json.dumps(line) + '\n' for line in lines)
+  line = {'index': 0, 'instruction': 'W' * 99, 'input': ''}
+  line |= {'pieces': [['m' * 99, False], [bad, True]], 'tokens': 198}
+  lines = [line | {'step': step, 'finished': False} for step in range(9)]
+  text_of = ''.join(json.dumps(x) + '\n' for x in lines)
   (root / 'x' / 'rollouts.jsonl').write_text(text_of, encoding='utf-8')
   summary.write(root / 'report.html', runs, answers=2)
   return (root / 'report.html').as_uri()
