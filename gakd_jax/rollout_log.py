@@ -43,8 +43,8 @@ class RolloutLog:
     n = run.config.report.rollouts
     self._examples = run.examples[:n] if run.writer.room else []
     if self._examples and jax.process_index() == 0:
-      kept = rundir.read_rollouts(run.workdir) if start else []
-      self._replace([x for x in kept if x['step'] < start])
+      lines = rundir.read_rollouts(run.workdir)
+      self._replace([x for x in lines if x['step'] < start])
 
   def write(self, params, step):
     """Has the student of `step` write, if it is due."""

@@ -171,10 +171,10 @@ def test_acceptance_by_place_is_of_the_last_steps_that_wrote(tmp_path):
 
   metrics = [wrote(0.0, 0.0, 0.0)] * 18
   metrics += [wrote(1.0, 0.5, np.nan), {'loss': 1.0}]
-  metrics += [wrote(0.5, 0.25, np.nan), {'loss': 1.0}]
+  metrics += [wrote(0.5, np.nan, np.nan), {'loss': 1.0}]
   run = _run(tmp_path / 'a', metrics=metrics)
   shares = rollouts.by_place(report.read_metrics(run))
-  np.testing.assert_allclose(shares, [0.75, 0.375, np.nan])
+  np.testing.assert_allclose(shares, [0.75, 0.5, np.nan])
   assert rollouts.by_place([{'step': 1, 'train/loss': 1.0}]) == []
 
 
