@@ -70,7 +70,7 @@ def _section(metric):
 
 
 def at_the_end(rows, metric):
-  """The last tenth of the rows that have a metric; one row at least."""
+  """The last tenth, one at least, of the rows that have a metric."""
   rows = [row for row in rows if metric in row]
   return rows[-max(1, len(rows) // 10) :]
 
