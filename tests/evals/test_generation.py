@@ -97,9 +97,10 @@ def test_answers_cut_elsewhere_are_not_gone_on_with(run, monkeypatch):
     append(self, lines)
     raise KeyboardInterrupt
 
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(partial.Partial, 'append', dying)
+  monkeypatch.setattr(partial.Partial, 'append', dying)
+  with pytest.raises(KeyboardInterrupt):
     run('weights', stop=STOP)
+  monkeypatch.setattr(partial.Partial, 'append', append)
   with pytest.raises(UserError, match=r'stop was .* and is \[\]'):
     run('weights')
 
