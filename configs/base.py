@@ -185,6 +185,8 @@ def shrink(config, *, model, data, steps=2):
   config.data.max_length = 96
   config.data.max_prompt_length = 64
   config.data.buckets = None
+  if config.rollout.writer in ('student', 'speculative'):
+    config.rollout.max_new_tokens = 8
   config.optimizer.warmup_steps = 0
   if config.train.steps != 0:
     config.train.steps, config.train.epochs = steps, None
