@@ -95,9 +95,10 @@ def build(config, workdir, mesh):
       f'{", ".join(evaluators) or "none"}, and a metric is <evaluator>/<name>'
     )
 
+  writer = writer.for_tokenizer(config.data.template, tokenizers[0])
   examples = None
   if not writer.makes_rows and config.train.steps != 0:
-    examples = inputs.examples(config, config.data.train, tokenizers[0])
+    examples = inputs.examples(config, config.data.train, tokenizers[0], writer)
 
   def load(part, dtype):
     settings = {'dtype': dtype, 'mesh': mesh, 'quantize': part.quantize}
@@ -169,6 +170,7 @@ def _checked(config, mesh):
   )
   objective.check(config)
   writer = rollout.make(**config.rollout)
+  writer.check(config)
   if config.student.lora is not None:
     lora.make_config(config.student.lora)
   for name in ('student', 'teacher'):

@@ -17,7 +17,7 @@ import sys
 
 from absl import app, flags
 
-from gakd_jax import UserError, models, rollout, sampling, sharding
+from gakd_jax import UserError, answering, models, rollout, sampling, sharding
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizers
 from gakd_jax.models import decoding
@@ -131,7 +131,7 @@ def write_dataset():
   rows, bad = sources.load(_DATASET.value, need_response=False)
   for reason, n in sorted(bad.items()):
     print(f'data: {n} skipped: {reason}', flush=True)
-  rollout.write_answers(
+  answering.write(
     writer,
     # All devices share the prompts.
     decoding.unstack(

@@ -3,22 +3,25 @@
 `run` is a `build.Run`.
 """
 
+import dataclasses
 import math
 
 import jax
 
-from gakd_jax import UserError, models, rollout
+from gakd_jax import UserError, answering, models
 from gakd_jax.data import pipeline, sources
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.models import decoding
 
 
-def examples(config, spec, tokenizer):
+def examples(config, spec, tokenizer, writer):
   """The tokenised rows of a data spec; says what was left out and why."""
   if spec is None:
     raise UserError('config.data.train is not set: name a data file')
   c = config.data
-  rows, bad = sources.load(spec, on_bad_row=c.on_bad_row)
+  rows, bad = sources.load(
+    spec, on_bad_row=c.on_bad_row, need_response=writer.needs_responses
+  )
   encoded, bad_too = pipeline.encode_rows(
     rows,
     tokenizer,
@@ -27,6 +30,8 @@ def examples(config, spec, tokenizer):
     max_prompt_length=c.max_prompt_length,
     on_bad_row=c.on_bad_row,
   )
+  if writer.prefix is not None:
+    encoded = [_first(writer.prefix, e) for e in encoded]
   size = pipeline.stats(encoded)
   facts = [
     f'data: {size["examples"]:,} rows',
@@ -39,16 +44,27 @@ def examples(config, spec, tokenizer):
   return encoded
 
 
+def _first(n, example):
+  return dataclasses.replace(
+    example,
+    response_ids=example.response_ids[:n],
+    truncated=example.truncated or len(example.response_ids) > n,
+  )
+
+
 def training_batches(run):
   """The data iterator."""
   c = run.config
   encoded = run.examples
   if encoded is None:
-    encoded = examples(c, teacher_answers(run), run.models.tokenizer)
+    encoded = examples(
+      c, teacher_answers(run), run.models.tokenizer, run.writer
+    )
   batches = pipeline.batches(
     encoded,
     batch_size=c.train.batch_size,
-    max_length=c.data.max_length,
+    max_length=c.data.max_length - run.writer.room,
+    room=run.writer.room,
     pad_id=tokenizer_lib.pad_id(run.models.tokenizer),
     buckets=c.data.buckets,
     packing=c.data.packing,
@@ -82,7 +98,7 @@ def teacher_answers(run):
     rows, _ = sources.load(
       c.data.train, on_bad_row=c.data.on_bad_row, need_response=False
     )
-    rollout.write_answers(
+    answering.write(
       run.writer,
       decoding.unstack(run.models.teacher()),
       run.models.tokenizers[1],

@@ -40,16 +40,22 @@ class Sampler:
     if wrong:
       raise UserError(f'sampling: {"; ".join(wrong)}')
 
-  def filter(self, logits_BV, ids_BS, length_B):
+  def valid(self, logits_BV):
+    """Logits in fp32, -inf for what is no token."""
+    logits_BV = logits_BV.astype(jnp.float32)
+    if self.valid_vocab is None:
+      return logits_BV
+    valid_V = jnp.arange(logits_BV.shape[1]) < self.valid_vocab
+    return jnp.where(valid_V[None, :], logits_BV, -jnp.inf)
+
+  def filter(self, logits_BV, ids_BS=None, length_B=None):
     """The logits that the next token is drawn from; fp32 [B, V].
 
-    Row b has the tokens `ids_BS[b, :length_B[b]]` so far. The softmax of the
-    result is the sampling distribution (for temperature 0: its argmax).
+    Row b has the tokens `ids_BS[b, :length_B[b]]` so far, which only
+    `no_repeat_ngram` asks for. The softmax of the result is the sampling
+    distribution (for temperature 0: its argmax).
     """
-    logits_BV = logits_BV.astype(jnp.float32)
-    if self.valid_vocab is not None:
-      valid_V = jnp.arange(logits_BV.shape[1]) < self.valid_vocab
-      logits_BV = jnp.where(valid_V[None, :], logits_BV, -jnp.inf)
+    logits_BV = self.valid(logits_BV)
     if self.no_repeat_ngram:
       logits_BV = block_repeated_ngrams(
         logits_BV, ids_BS, length_B, self.no_repeat_ngram
@@ -65,11 +71,37 @@ class Sampler:
 
   def draw(self, logits_BV, key_B):
     """One token for each row of `filter`'s result, with its own key; [B]."""
-    if self.temperature > 0:
-      V = logits_BV.shape[1]
-      noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(key_B)
-      logits_BV = logits_BV + noise_BV
-    return argmax(logits_BV)
+    if self.temperature == 0:
+      return argmax(logits_BV)
+    return inverse_cdf(logits_BV, jax.vmap(jax.random.uniform)(key_B))
+
+
+def inverse_cdf(logits_BV, u_B):
+  """The first id of each row whose cumulative probability exceeds u; [B].
+
+  u is uniform on [0, 1): one random number a token, where Gumbel noise takes V
+  of them. Sums of 128 neighbours first, then within those where u falls: a
+  cumulative sum of a whole row would take longer than all the rest.
+  """
+  B, V = logits_BV.shape
+  logits_BV = logits_BV - jnp.max(logits_BV, axis=1, keepdims=True)
+  weight_BV = jnp.pad(jnp.exp(logits_BV), ((0, 0), (0, -V % 128)))
+  weight_BGV = weight_BV.reshape(B, -1, 128)
+
+  def first_above(weight_BN, target_B):
+    """Where the cumulative sum first exceeds the target; what is left of it."""
+    sum_BN = jnp.cumsum(weight_BN, axis=1)
+    # Rounding must not take the target past the end, or to an id of no weight.
+    highest_B = jnp.nextafter(sum_BN[:, -1], jnp.float32(0))
+    target_B = jnp.clip(target_B, 0, highest_B)
+    n_B = jnp.argmax(sum_BN > target_B[:, None], axis=1)
+    before_BN = jnp.pad(sum_BN, ((0, 0), (1, 0)))
+    return n_B, target_B - before_BN[jnp.arange(B), n_B]
+
+  group_BG = jnp.sum(weight_BGV, axis=2)
+  group_B, rest_B = first_above(group_BG, u_B * jnp.sum(group_BG, axis=1))
+  within_B, _ = first_above(weight_BGV[jnp.arange(B), group_B], rest_B)
+  return (128 * group_B + within_B).astype(jnp.int32)
 
 
 def argmax(x_BV):

@@ -61,13 +61,13 @@ def read_last(reader, state):
   """Reads each row's last token.
 
   Returns:
-    The logits [B, V] of the token after it, and the reader that has read it.
-    A done row reads the same token again, which changes nothing.
+    Its hidden state [B, D], and the reader that has read it. A done row reads
+    the same token again, which changes nothing.
   """
   last_B1 = jnp.maximum(state.end_B - 1, 0)[:, None]
   ids_B1 = jnp.take_along_axis(state.ids_BS, last_B1, axis=1)
   hidden_B1D, reader = reader.read(ids_B1, last_B1)
-  return reader.model.head(hidden_B1D[:, 0]), reader
+  return hidden_B1D[:, 0], reader
 
 
 def draw(sampler, logits_BV, state, key_B):
@@ -126,47 +126,61 @@ def decode_batch(
     sampler=sampler,
     max_new_tokens=max_new_tokens,
     eos_ids=eos_ids,
-    # Of some collectives over `tensor` (permutations), each device of the mesh
-    # takes part: then all go on for as long as any has to.
-    in_step=mesh is not None and mesh.shape['tensor'] > 1,
   )
-  if mesh is not None:
-    # Each device has its own rows and the whole model, but for the split over
-    # `tensor`, and stops with the last of its rows: left to the compiler, the
-    # loop talks to the other devices for each token.
-    rows = P(sharding.BATCH_AXES)
-    decode = jax.shard_map(
+  return on_own_rows(decode, mesh)(model, prompt_BT, length_B, key_B)
+
+
+def on_own_rows(decode, mesh):
+  """decode(models, *rows) where each device of a mesh has its own rows.
+
+  And the whole models, but for the split over `tensor`, and stops with the last
+  of its rows: left to the compiler, the loop talks to the other devices for
+  each token. `decode` takes, by name, `any_row`: whether something holds for a
+  row. Of some collectives over `tensor` (permutations), each device of the mesh
+  takes part: then it means any row of all, so that all do the same.
+  """
+  in_step = mesh is not None and mesh.shape['tensor'] > 1
+
+  def any_row(is_B):
+    is_any = jnp.any(is_B)
+    if not in_step:
+      return is_any
+    return jax.lax.psum(is_any.astype(int), sharding.BATCH_AXES) > 0
+
+  decode = functools.partial(decode, any_row=any_row)
+  if mesh is None:
+    return decode
+  rows = P(sharding.BATCH_AXES)
+
+  def mapped(models, *arrays):
+    return jax.shard_map(
       decode,
       mesh=mesh,
-      in_specs=(P(), rows, rows, rows),
+      in_specs=(P(), *[rows] * len(arrays)),
       out_specs=rows,
       axis_names=set(sharding.BATCH_AXES),
       check_vma=False,
-    )
-  return decode(model, prompt_BT, length_B, key_B)
+    )(models, *arrays)
+
+  return mapped
 
 
 def _decode_rows(
-  model, prompt_BT, length_B, key_B, sampler, max_new_tokens, eos_ids, in_step
+  model, prompt_BT, length_B, key_B, sampler, max_new_tokens, eos_ids, any_row
 ):
   """`decode_batch` of a device's own rows."""
   state = start(prompt_BT, length_B, max_new_tokens)
   reader = decoding.prefill(model, prompt_BT, state.ids_BS.shape[1])
 
-  def unfinished(carry):
-    state, _ = carry
-    is_open = ~jnp.all(state.done_B)
-    if in_step:
-      is_open = jax.lax.psum(is_open, sharding.BATCH_AXES) > 0
-    return is_open
-
   def write_token(carry):
     state, reader = carry
-    logits_BV, reader = read_last(reader, state)
-    token_B = draw(sampler, logits_BV, state, key_B)
+    hidden_BD, reader = read_last(reader, state)
+    token_B = draw(sampler, reader.model.head(hidden_BD), state, key_B)
     return append(state, token_B, max_new_tokens, eos_ids), reader
 
-  state, _ = jax.lax.while_loop(unfinished, write_token, (state, reader))
+  state, _ = jax.lax.while_loop(
+    lambda carry: any_row(~carry[0].done_B), write_token, (state, reader)
+  )
   return state.ids_BS, state.end_B
 
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
 
 from gakd_jax import (
@@ -108,6 +108,8 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
   c = run.config
   start = int(state.step)
   key = keys.of(c.seed, 'writer')
+  wants_to_save = False
+  ready = []  # Batches that are written, for this step and the next.
 
   def due(every, now):
     return now == total or (every > 0 and now % every == 0)
@@ -117,14 +119,21 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
     _Log(run, start, total) as log,
   ):
     for now in range(start + 1, total + 1):
-      batch = next(batches)
-      size = np.count_nonzero(batch.student.segments_BT)
-      batch = sharding.put_batch(batch, run.mesh)
-      batch = run.writer.write(
-        run.models, state, batch, jax.random.fold_in(key, now)
-      )
+      if not ready:
+        n = min(run.writer.every, total - now + 1)
+        ready = run.writer.write(
+          run.models,
+          state.params['student'],
+          [next(batches) for _ in range(n)],
+          run.mesh,
+          key=key,
+          step=now,
+          progress=(now - 1) / total,
+        )
+      batch, about_text = ready.pop(0)
+      size = jnp.count_nonzero(batch.student.segments_BT)
       state, metrics = train_step(state, run.models, batch)
-      log.step(now, metrics, size * jax.process_count())
+      log.step(now, metrics | about_text, size)
       if due(c.eval_every, now):
         log.flush()
         params = state.params['student']
@@ -133,10 +142,12 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
         if _is_better(c.checkpoint, host['results'], host['best']):
           host['best'] = host['results'].get(c.checkpoint.best_metric)
           _export(run, params)
-      if due(c.checkpoint.every, now) or stop.requested:
+      wants_to_save |= due(c.checkpoint.every, now) or stop.requested
+      if wants_to_save and not ready:  # What is written ahead is not saved.
+        wants_to_save = False
         host['data'] = batches.get_state()
         checkpoints.save(now, state, host)
-      if stop.requested and now < total:
+      if stop.requested and now < total and not ready:
         checkpoints.wait()
         raise Interrupted(
           f'stopped and saved at step {now} of {total}; the same command '
@@ -184,7 +195,7 @@ class _Log:
     self._metrics.write(now, results)
 
   def _write_step(self, now, metrics, tokens):
-    metrics = jax.device_get(metrics)
+    metrics, tokens = jax.device_get((metrics, tokens))
     before, self._time = self._time, time.perf_counter()
     speed = None
     if before is not None:

@@ -19,8 +19,8 @@ LEVELS = (
   ('main', 'evaluate', 'generate'),
   ('train', 'plan'),
   ('build', 'inputs'),
-  ('step', 'rollout', 'evals'),
-  ('objectives', 'sampling', 'sampler', 'flops'),
+  ('step', 'rollout', 'answering', 'evals'),
+  ('objectives', 'speculative', 'sampling', 'sampler', 'flops'),
   ('models', 'data'),
   (
     'keys',

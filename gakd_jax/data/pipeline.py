@@ -56,6 +56,9 @@ class Batch:
   align: what relates differing ones, by row.
   cached: of a teacher that need not run, 'teacher_hidden' [B, R, E].
   totals: of the whole optimizer step, see `objectives.base.Objective.count`.
+  rows_B: int32, each row's (first) place in the data; -1 for none.
+  written_B: bool, the rows that a model wrote in the run, and not the data;
+    None where nobody writes.
   """
 
   student: Tokens
@@ -63,6 +66,8 @@ class Batch:
   align: dict = flax.struct.field(default_factory=dict)
   cached: dict = flax.struct.field(default_factory=dict)
   totals: dict = flax.struct.field(default_factory=dict)
+  rows_B: np.ndarray | None = None
+  written_B: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,8 +269,10 @@ class Source:
     if arranged[0] != epoch:
       self._arranged = arranged = epoch, self._arrange_epoch(epoch=epoch)
     length, bins = arranged[1][i]
-    documents = [[self._documents[j] for j in b] for b in bins[self._rows]]
-    return collate(documents, length + self._room, self._pad_id)
+    bins = bins[self._rows]
+    documents = [[self._documents[j] for j in b] for b in bins]
+    tokens = collate(documents, length + self._room, self._pad_id)
+    return tokens, np.array([b[0] if b else -1 for b in bins], np.int32)
 
 
 class Batches(grain.DatasetIterator):
@@ -291,9 +298,9 @@ class Batches(grain.DatasetIterator):
     if self._running is None:
       self._running = self._start()
     # Copied: workers send views of shared memory, which is theirs to free.
-    tokens = jax.tree.map(np.array, next(self._running))
+    tokens, rows_B = jax.tree.map(np.array, next(self._running))
     self._step += 1
-    return Batch(student=tokens, teacher=tokens)
+    return Batch(student=tokens, teacher=tokens, rows_B=rows_B)
 
   def get_state(self):
     return {'step': self._step}

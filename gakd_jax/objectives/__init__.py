@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 
 from gakd_jax import UserError
-from gakd_jax.objectives import gakd, kld, sft
+from gakd_jax.objectives import distillm2, gakd, kld, sft
 
 
 def make(name, *, critic=None, head_chunk=512, **settings):
@@ -13,7 +13,12 @@ def make(name, *, critic=None, head_chunk=512, **settings):
   `critic` is the critic's shape, for methods that have one; `head_chunk` is
   `config.train`'s.
   """
-  methods = {'sft': sft.SFT, 'kld': kld.KLD, 'gakd': gakd.GAKD}
+  methods = {
+    'sft': sft.SFT,
+    'kld': kld.KLD,
+    'gakd': gakd.GAKD,
+    'distillm2': distillm2.DistiLLM2,
+  }
   if name not in methods:
     raise UserError(
       f'config.objective: no method {name!r}; known are {", ".join(methods)}'

@@ -1,14 +1,14 @@
 """What an objective is: the one part in which distillation methods differ."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from gakd_jax import UserError
-from gakd_jax.objectives import head
+from gakd_jax.objectives import divergences, head
 
 
 @struct.dataclass
@@ -20,6 +20,19 @@ class Own:
   memory: dict = struct.field(default_factory=dict)  # moved by `remember`
   constants: dict = struct.field(default_factory=dict)  # never moves
   step: Any = None  # optimizer steps taken
+
+
+class Target(NamedTuple):
+  """What the text goes on with after a token, and who wrote that.
+
+  Where models write in the run, what counts on one side only is weighted: so
+  that a mean over all tokens is that over the tokens which the `data` wrote,
+  or which were `written`; 0 on the others. Else None, which is all and none.
+  """
+
+  id_N: jax.Array
+  data_N: jax.Array | None = None
+  written_N: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +101,12 @@ class Objective:
     They are `batch.totals` to a loss, whose sum over microbatches is then the
     mean over the step. At least 1, for a step without any.
     """
-    return {'tokens': jnp.maximum(jnp.sum(batch.student.mask_BT), 1)}
+    totals_B = jnp.sum(batch.student.mask_BT, axis=1)
+    totals = {'tokens': jnp.sum(totals_B)}
+    if batch.written_B is not None:
+      totals['written'] = jnp.sum(totals_B, where=batch.written_B)
+      totals['data'] = totals['tokens'] - totals['written']
+    return {name: jnp.maximum(n, 1) for name, n in totals.items()}
 
   def terms(self):
     """{name: function like `loss`}: the student descends their sum."""
@@ -97,14 +115,14 @@ class Objective:
   def token_mean(self, token_loss, outputs, batch):
     """Mean over response tokens of a loss of next-token logits.
 
-    token_loss: see `head.weighted_sum`; a target is the next token's id.
+    token_loss: see `head.weighted_sum`; targets are a `Target`.
     outputs: of models that read the same ids, over those that all have.
     """
-    targets_BT, mask_BT = head.next_token(batch.student)
+    ids_BT, mask_BT = head.next_token(batch.student)
     return head.weighted_sum(
       token_loss,
       head.shared(outputs),
-      targets_BT,
+      Target(ids_BT, **_by_writer(batch)),
       mask_BT / batch.totals['tokens'],
       chunk=self.head_chunk,
     )
@@ -141,3 +159,34 @@ class Objective:
     """
     del student, teacher, own, rows, length, microbatches
     return {}
+
+
+def imitation(log_q_NV, target):
+  """Cross-entropy with what the data wrote, and metrics; `log_q` as in
+  `divergences`.
+
+  A student must not be trained to imitate itself. Where it writes, its entropy
+  on that text is a metric: what falls when responses collapse.
+  """
+  ce_N = divergences.cross_entropy(log_q_NV, target.id_N)
+  if target.data_N is None:
+    return ce_N, {'ce': ce_N}
+  ce_N *= target.data_N
+  entropy_N = divergences.entropy(log_q_NV) * target.written_N
+  return ce_N, {'ce': ce_N, 'entropy': entropy_N}
+
+
+def _by_writer(batch):
+  """The weights of a `Target`, [B, T]; {} where no model writes."""
+  if batch.written_B is None:
+    return {}
+  shape_BT, totals = batch.student.ids_BT.shape, batch.totals
+  return {
+    f'{name}_N': jnp.broadcast_to(
+      (is_so_B * (totals['tokens'] / totals[name]))[:, None], shape_BT
+    )
+    for name, is_so_B in (
+      ('data', ~batch.written_B),
+      ('written', batch.written_B),
+    )
+  }

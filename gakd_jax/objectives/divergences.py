@@ -21,6 +21,11 @@ def cross_entropy(log_q_NV, targets_N):
   return -jnp.sum(jnp.where(hit_NV, log_q_NV, 0.0), axis=-1)
 
 
+def entropy(log_q_NV):
+  """-sum q log q of the student; in nats."""
+  return -jnp.sum(jnp.exp(log_q_NV) * log_q_NV, axis=-1)
+
+
 def forward_kl(log_p_NV, log_q_NV):
   """KL(teacher || student) = sum p (log p - log q)."""
   return jnp.sum(jnp.exp(log_p_NV) * (log_p_NV - log_q_NV), axis=-1)
@@ -56,6 +61,18 @@ def skew_forward(log_p_NV, log_q_NV, alpha=0.1):
 def skew_reverse(log_p_NV, log_q_NV, alpha=0.1):
   """KL(q || (1 - a) p + a q), DistiLLM (arXiv 2402.03898)."""
   return forward_kl(log_q_NV, _log_mixture(log_q_NV, log_p_NV, alpha))
+
+
+def entropy_gated(log_p_NV, log_q_NV, threshold=0.8):
+  """KL(q || p), and KL(p || q) beside it where the teacher is uncertain.
+
+  Entropy-aware on-policy distillation (arXiv 2603.07079): reverse KL, plus
+  forward KL at tokens where the teacher's entropy is above `threshold` nats.
+  """
+  is_open_N = entropy(jax.lax.stop_gradient(log_p_NV)) > threshold
+  return reverse_kl(log_p_NV, log_q_NV) + is_open_N * forward_kl(
+    log_p_NV, log_q_NV
+  )
 
 
 def total_variation(log_p_NV, log_q_NV):

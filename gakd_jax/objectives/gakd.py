@@ -239,9 +239,9 @@ class GAKD(base.Objective):
       )
     }
 
-  def _token_loss(self, logits, targets_N):
+  def _token_loss(self, logits, target):
     log_q_NV, log_p_NV = map(jax.nn.log_softmax, logits)
-    ce_N = divergences.cross_entropy(log_q_NV, targets_N)
+    ce_N, metrics = base.imitation(log_q_NV, target)
     if self.reference:
       q_NV, p_NV = jnp.exp(log_q_NV), jnp.exp(log_p_NV)
       rkl_N = jnp.sum(
@@ -250,7 +250,7 @@ class GAKD(base.Objective):
     else:
       rkl_N = divergences.reverse_kl(log_p_NV, log_q_NV)
     loss_N = (1 - self.kd) * ce_N + self.kd * self.rkl_scale * rkl_N
-    return loss_N, {'ce': ce_N, 'reverse_kl': rkl_N}
+    return loss_N, metrics | {'reverse_kl': rkl_N}
 
   def _pair(self, critic, student, teacher, batch):
     """What the critic reads of each, and how.

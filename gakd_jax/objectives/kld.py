@@ -2,9 +2,12 @@
 
 (1 - kd) CE + kd D(teacher, student), averaged over response tokens, D a row of
 `DIVERGENCES` (Hinton et al. 2015, arXiv 1503.02531; MiniLLM's and GAKD's
-recipes: kd 0.5). Logits of both models are divided by the temperature in D,
-and D is multiplied by its square if `scale_by_t2`, which keeps the size of its
-gradient; CE is of the untempered student.
+recipes: kd 0.5), CE only over those that the data wrote. Logits of both models
+are divided by the temperature in D, and D is multiplied by its square if
+`scale_by_t2`, which keeps the size of its gradient; CE is of the untempered
+student. On text that the student writes in the run (`config.rollout`) it is GKD
+(arXiv 2306.13649: share 0.5, jsd), ImitKD (arXiv 2009.07253: share 0.5,
+forward_kl) or on-policy distillation with reverse KL, each with kd 1.
 
 Distributions are compared over the token ids that both vocabularies have.
 """
@@ -24,6 +27,7 @@ DIVERGENCES = {
   'jsd': (divergences.jsd, ('beta',)),
   'skew_forward': (divergences.skew_forward, ('alpha',)),
   'skew_reverse': (divergences.skew_reverse, ('alpha',)),
+  'entropy_gated': (divergences.entropy_gated, ('threshold',)),
   'tvd': (divergences.total_variation, ()),
   'adaptive': (divergences.adaptive_kl, ()),
 }
@@ -37,6 +41,7 @@ class KLD(base.Objective):
   scale_by_t2: bool = True
   beta: float = 0.5  # of jsd; 0 is forward KL, 1 reverse KL
   alpha: float = 0.1  # of skew_forward and skew_reverse
+  threshold: float = 0.8  # of entropy_gated, nats of the teacher's entropy
 
   def __post_init__(self):
     super().__post_init__()
@@ -61,7 +66,7 @@ class KLD(base.Objective):
     del own, key
     return self.token_mean(self._token_loss, (student, teacher), batch)
 
-  def _token_loss(self, logits, targets_N):
+  def _token_loss(self, logits, target):
     z_q_NV, z_p_NV = logits
     T = self.temperature
     function, settings = DIVERGENCES[self.divergence]
@@ -72,6 +77,6 @@ class KLD(base.Objective):
     )
     if self.scale_by_t2:
       divergence_N *= T**2
-    ce_N = divergences.cross_entropy(jax.nn.log_softmax(z_q_NV), targets_N)
+    ce_N, metrics = base.imitation(jax.nn.log_softmax(z_q_NV), target)
     loss_N = (1 - self.kd) * ce_N + self.kd * divergence_N
-    return loss_N, {'ce': ce_N, self.divergence: divergence_N}
+    return loss_N, metrics | {self.divergence: divergence_N}

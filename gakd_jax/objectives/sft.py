@@ -4,19 +4,25 @@ import dataclasses
 
 import jax
 
-from gakd_jax.objectives import base, divergences
+from gakd_jax import UserError
+from gakd_jax.objectives import base
 
 
 @dataclasses.dataclass(frozen=True)
 class SFT(base.Objective):
   needs_teacher = False
 
+  def check(self, config):
+    if config.rollout.writer in ('student', 'speculative'):
+      raise UserError(
+        'config.objective: sft learns nothing from what the student writes; '
+        "name a method with a teacher, or set config.rollout.writer='dataset'"
+      )
+
   def loss(self, student, teacher, batch, own, key):
     del teacher, own, key
     return self.token_mean(_token_loss, (student,), batch)
 
 
-def _token_loss(logits, targets_N):
-  log_q_NV = jax.nn.log_softmax(logits[0])
-  ce_N = divergences.cross_entropy(log_q_NV, targets_N)
-  return ce_N, {'ce': ce_N}
+def _token_loss(logits, target):
+  return base.imitation(jax.nn.log_softmax(logits[0]), target)

@@ -61,6 +61,12 @@ def _adaptive(p, q):
   return (1 - share) * _kl(p, q) + share * _kl(q, p)
 
 
+def _entropy_gated(p, q):
+  entropy = -np.sum(np.exp(p) * p, axis=1)
+  assert 0 < np.sum(entropy > 0.8) < N, 'both sides of the gate'
+  return _kl(q, p) + np.where(entropy > 0.8, _kl(p, q), 0)
+
+
 def _jsd_at(beta):
   return (
     functools.partial(divergences.jsd, beta=beta),
@@ -71,6 +77,7 @@ def _jsd_at(beta):
 CASES = {
   'forward_kl': (divergences.forward_kl, _kl),
   'reverse_kl': (divergences.reverse_kl, lambda p, q: _kl(q, p)),
+  'entropy_gated': (divergences.entropy_gated, _entropy_gated),
   'jsd 0.1': _jsd_at(0.1),
   'jsd 0.5': _jsd_at(0.5),
   'jsd 0.9': _jsd_at(0.9),

@@ -5,7 +5,14 @@ import types
 import pytest
 
 from configs import base
-from gakd_jax import UserError, inputs, models, rollout, sampling
+from gakd_jax import (
+  UserError,
+  answering,
+  inputs,
+  models,
+  rollout,
+  sampling,
+)
 from gakd_jax.data import sources
 from gakd_jax.data import tokenizer as tokenizers
 from gakd_jax.models import decoding, pair
@@ -43,7 +50,7 @@ def write(subject, path, rows=ROWS, **settings):
   own = {f.name for f in dataclasses.fields(rollout.Teacher)}
   writer = rollout.Teacher(**{k: settings.pop(k) for k in own & set(settings)})
   model, tokenizer = subject
-  left_out = rollout.write_answers(
+  left_out = answering.write(
     writer, decoding.unstack(model), tokenizer, rows, path, **settings
   )
   lines = path.read_text(encoding='utf-8').split('\n')[:-1]

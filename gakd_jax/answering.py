@@ -1,0 +1,174 @@
+"""A model answers the prompts of a data set, in a file to train on.
+
+For the writer `rollout.Teacher` and `python -m gakd_jax.generate --dataset`.
+"""
+
+import collections
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from gakd_jax import UserError, partial, report, sampling
+from gakd_jax.data import sources, templates
+from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.evals import scores
+
+# A sample's place is its row and, in the bits above these, its number: what it
+# draws does not depend on how many rows and samples there are.
+_ROW_BITS = 24
+MOST_SAMPLES = 1 << (32 - _ROW_BITS)
+
+
+def write(
+  writer,
+  model,
+  tokenizer,
+  rows,
+  path,
+  *,
+  source,
+  template,
+  max_prompt_length,
+  seed,
+  keep_unfinished=False,
+  on_bad_row='skip',
+):
+  """Writes a data file in which a model answers the prompts of `rows`.
+
+  Each line can be trained on: `instruction, input, output`, or `messages` for
+  a conversation. Beside them stand `sample` (0 ... samples - 1), `finished`
+  (it ended with an EOS), `tokens` (its number, without the EOS) and, for a row
+  with references, `rouge_l`. Lines are in the order of `rows`. An answer
+  depends on the seed, its row's index and its sample's number alone.
+
+  Finished batches are kept in `<path>.partial`: killed and called again, this
+  goes on there, and the file is the same to the byte. It appears when it is
+  complete. On several processes the first one writes, and `path` is of a file
+  system that all see.
+
+  Args:
+    writer: a `rollout.Teacher`: how answers are drawn, and how many to each
+      prompt.
+    model: a `Decoder` of `decoding.unstack`.
+    tokenizer, rows, path: see above.
+    source: what identifies model and data; a dict of names to JSON values.
+    keep_unfinished: otherwise answers that are empty or did not end within
+      `max_new_tokens` are left out: a student would learn not to stop.
+    on_bad_row: 'skip' or 'fail', of rows that the template cannot hold.
+
+  Returns:
+    How many answers were left out, and rows skipped, by reason: a Counter.
+
+  Raises:
+    UserError: also if `<path>.partial` is of other settings.
+  """
+  path = Path(path)
+  decoding = dataclasses.asdict(writer) | {
+    'eos_ids': templates.stop_ids(template, tokenizer),
+    'seed': seed,
+    'valid_vocab': len(tokenizer),
+  }
+  samples = decoding.pop('samples')
+  prompts, left_out = _prompts(
+    tokenizer, rows, template, max_prompt_length, on_bad_row
+  )
+  # Of each answer: its prompt, its row and its number.
+  wanted = [(ids, r, n) for r, ids in prompts.items() for n in range(samples)]
+  references = [rows[r].references for r in prompts]
+  settings = (
+    source
+    | decoding
+    | {
+      'samples': samples,
+      'rows': partial.digest([*zip(prompts.items(), references, strict=True)]),
+    }
+  )
+  log = partial.Partial(path.with_name(path.name + '.partial'), settings)
+  answers = {i: (problem, line) for i, problem, line in log.read()}
+  _fill(answers, log, model, tokenizer, rows, wanted, decoding)
+  lines = []
+  for _, (problem, line) in sorted(answers.items()):
+    if problem is None or keep_unfinished:
+      lines.append(json.dumps(line, ensure_ascii=False) + '\n')
+    else:
+      left_out[problem] += 1
+  if not lines:
+    raise UserError(
+      f'none of {len(wanted)} answers ended within max_new_tokens='
+      f'{writer.max_new_tokens} and said something; raise it, or fine-tune the '
+      'model that answers'
+    )
+  if jax.process_index() == 0:
+    report.write_atomically(path, ''.join(lines))
+  log.remove()
+  multihost_utils.sync_global_devices(f'wrote {path}')
+  facts = [
+    f'answers: {len(lines):,} to {len(prompts):,} prompts',
+    *(f'{n:,} left out: {why}' for why, n in sorted(left_out.items())),
+  ]
+  print('; '.join(facts), flush=True)
+  return left_out
+
+
+def _fill(answers, log, model, tokenizer, rows, wanted, decoding):
+  """Adds the answers that are not there, a batch at a time."""
+  with report.Progress(len(wanted), len(answers), 'answers') as progress:
+    last = time.monotonic()
+    for batch, responses in sampling.stream(
+      model,
+      [ids for ids, _, _ in wanted],
+      done=frozenset(answers),
+      places=[r + (n << _ROW_BITS) for _, r, n in wanted],
+      **decoding,
+    ):
+      new = {}
+      for i, ids in zip(batch, responses, strict=True):
+        _, r, n = wanted[i]
+        finished = len(ids) < decoding['max_new_tokens']
+        text = tokenizer_lib.decode(tokenizer, ids)
+        new[i] = _answer(rows[r], n, text, finished, len(ids))
+      answers |= new
+      log.append([i, *answer] for i, answer in new.items())
+      now = time.monotonic()
+      rate = sum(map(len, responses)) / (now - last)
+      progress.update(len(answers), tokens_per_second=rate)
+      last = now
+
+
+def _prompts(tokenizer, rows, template, max_prompt_length, on_bad_row):
+  """{index of a row: its prompt's ids}, and a Counter of the rows without."""
+  prompts, bad = {}, collections.Counter()
+  for r, row in enumerate(rows):
+    try:
+      prompts[r] = tokenizer_lib.fit_prompt(
+        tokenizer, row, template, max_prompt_length
+      )
+    except sources.BadRow as error:
+      if on_bad_row == 'fail':
+        raise
+      bad[error.reason] += 1
+  if not prompts:
+    raise UserError(
+      f'no usable row for template {template!r}: '
+      f'{", ".join(f"{n} {why}" for why, n in bad.items()) or "there is none"}'
+    )
+  return prompts, bad
+
+
+def _answer(row, sample, text, finished, tokens):
+  """(what is wrong with an answer or None, its line)."""
+  if row.messages is None:
+    line = {'instruction': row.instruction, 'input': row.input, 'output': text}
+  else:
+    answer_turn = {'role': 'assistant', 'content': text}
+    line = {'messages': [*row.messages, answer_turn]}
+  line |= {'sample': sample, 'finished': finished, 'tokens': tokens}
+  if row.references:
+    line['rouge_l'] = scores.rouge_l(text, row.references)
+  if not finished:
+    return 'unfinished', line
+  return (None if text.strip() else 'empty'), line
