@@ -221,7 +221,7 @@ def _test(task, path):
   c.teacher.path = 'stage:teacher'
   c.train.steps = 0
   first, *_ = task.tests.values()
-  c.evals = {'test': {'kind': 'loss', 'data': first[0], 'batch_size': 8}}
+  c.evals = {'loss': {'data': first[0], 'batch_size': 8}}
   for name, (file, kind) in task.tests.items():
     c.evals[name] = base.greedy(
       file,
