@@ -57,7 +57,10 @@ def get_config():
   # Who writes the responses: 'dataset' trains on those of data.train;
   # 'teacher' has the teacher answer its prompts first (sequence-level KD,
   # arXiv 1606.07947) and keeps them in <workdir>/answers.jsonl; its settings
-  # are those of `rollout.Teacher`: temperature, samples ...
+  # are those of `rollout.Teacher`: temperature, samples ... 'student' writes as
+  # it is before each step (`rollout.Student`: share, begin, end, every, prefix,
+  # max_new_tokens ...), 'speculative' with a teacher that corrects
+  # (`rollout.Speculative`); they need packing off, and room in max_length.
   c.rollout = ml_collections.ConfigDict({'writer': 'dataset'})
 
   # A method and its settings: see gakd_jax/objectives.
@@ -102,7 +105,7 @@ def get_config():
 
   # name: settings, see gakd_jax/evals/*.py; `kind` if the name is your own.
   c.evals = ml_collections.ConfigDict({'loss': {}})
-  c.eval_every = 500  # steps; 0: at the end only
+  c.eval_every = 500  # steps; 0: at the end only; a line's own `every` wins
 
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.every = 500  # steps; 0: at the end and when interrupted only
@@ -119,6 +122,7 @@ def get_config():
   c.report = ml_collections.ConfigDict()
   c.report.tensorboard = True
   c.report.answers = 6  # prompts in report.html without JavaScript; 0: none
+  c.report.rollouts = 4  # prompts whose rollouts it shows over training
   c.lock()
   return c
 
@@ -184,6 +188,8 @@ def shrink(config, *, model, data, steps=2):
   config.critic.heads, config.critic.ff_width = 2, 16
   config.data.max_length = 96
   config.data.max_prompt_length = 64
+  if config.rollout.writer in ('student', 'speculative'):
+    config.rollout.max_new_tokens = 16
   config.data.buckets = None
   if config.rollout.writer in ('student', 'speculative'):
     config.rollout.max_new_tokens = 8

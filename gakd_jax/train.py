@@ -23,6 +23,7 @@ from gakd_jax import (
   keys,
   models,
   report,
+  rollout_log,
   rundir,
   sharding,
   summary,
@@ -79,7 +80,7 @@ def _evaluate_only(run):
   if run.writer.makes_rows:
     inputs.teacher_answers(run)
   params = run.start()
-  results = _evaluate(run, params, 0)
+  results = _evaluate(run, params, 0, run.evaluators)
   _export(run, params)
   return results
 
@@ -107,9 +108,9 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
   """Steps to `total`; returns the results of the last evaluation."""
   c = run.config
   start = int(state.step)
-  key = keys.of(c.seed, 'writer')
+  rollouts = rollout_log.RolloutLog(run, start, total)
+  texts = _Texts(run, batches, total)
   wants_to_save = False
-  ready = []  # Batches that are written, for this step and the next.
 
   def due(every, now):
     return now == total or (every > 0 and now % every == 0)
@@ -119,42 +120,69 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
     _Log(run, start, total) as log,
   ):
     for now in range(start + 1, total + 1):
-      if not ready:
-        n = min(run.writer.every, total - now + 1)
-        ready = run.writer.write(
-          run.models,
-          state.params['student'],
-          [next(batches) for _ in range(n)],
-          run.mesh,
-          key=key,
-          step=now,
-          progress=(now - 1) / total,
-        )
-      batch, about_text = ready.pop(0)
+      rollouts.write(state.params['student'], now - 1)
+      batch, about_text = texts.next(state.params['student'], now)
       size = jnp.count_nonzero(batch.student.segments_BT)
       state, metrics = train_step(state, run.models, batch)
       log.step(now, metrics | about_text, size)
-      if due(c.eval_every, now):
+      names = [
+        name
+        for name, settings in c.evals.items()
+        if due(settings.get('every', c.eval_every), now)
+      ]
+      if names or due(c.eval_every, now):
         log.flush()
         params = state.params['student']
-        host['results'] = _evaluate(run, params, now)
+        host['results'] = _evaluate(run, params, now, names)
         log.write(now, host['results'])
         if _is_better(c.checkpoint, host['results'], host['best']):
           host['best'] = host['results'].get(c.checkpoint.best_metric)
           _export(run, params)
       wants_to_save |= due(c.checkpoint.every, now) or stop.requested
-      if wants_to_save and not ready:  # What is written ahead is not saved.
+      if wants_to_save and not texts.ahead:
         wants_to_save = False
         host['data'] = batches.get_state()
         checkpoints.save(now, state, host)
-      if stop.requested and now < total and not ready:
+      if stop.requested and now < total and not texts.ahead:
         checkpoints.wait()
         raise Interrupted(
           f'stopped and saved at step {now} of {total}; the same command '
           'continues from there'
         )
     checkpoints.wait()
+  rollouts.write(state.params['student'], total)
   return host['results'] | {'peak_memory_gb': _peak_memory_gb()}
+
+
+class _Texts:
+  """The batches that are trained on, as the run's writer makes them.
+
+  ahead: those of steps to come. They are not saved: a checkpoint waits until
+    they are used up, so that they are always written by the same student.
+  """
+
+  def __init__(self, run, batches, total):
+    self.ahead = []
+    self._run = run
+    self._batches = batches
+    self._total = total
+    self._key = keys.of(run.config.seed, 'writer')
+
+  def next(self, params, now):
+    """The batch of step `now` and its metrics; `params` are those before."""
+    run = self._run
+    if not self.ahead:
+      n = min(run.writer.every, self._total - now + 1)
+      self.ahead = run.writer.write(
+        run.models,
+        params,
+        [next(self._batches) for _ in range(n)],
+        run.mesh,
+        key=self._key,
+        step=now,
+        progress=(now - 1) / self._total,
+      )
+    return self.ahead.pop(0)
 
 
 class _Log:
@@ -167,6 +195,7 @@ class _Log:
       resume_step=start,
     )
     self._progress = report.Progress(total, start, run.workdir.name)
+    self._watch = rollout_log.Watch()
     self._late = None
     self._time = None  # when the last step ended; None: no step to time from
 
@@ -202,6 +231,8 @@ class _Log:
       seconds = self._time - before
       speed = tokens / seconds
       metrics |= {'seconds': seconds, 'tokens_per_second': speed}
+    for line in self._watch.warnings(metrics):
+      print(line, flush=True)
     named = {f'train/{name}': value for name, value in metrics.items()}
     self._metrics.write(now, named)
     self._progress.update(now, loss=metrics['loss'], tokens_per_second=speed)
@@ -228,10 +259,12 @@ def _stop_requests():
       signal.signal(number, handler)
 
 
-def _evaluate(run, params, now):
-  """{'generation/rouge_l': ...} of all evaluators."""
+def _evaluate(run, params, now, names):
+  """{'generation/rouge_l': ...} of the evaluators of these names."""
   results = {}
   for name, evaluator in run.evaluators.items():
+    if name not in names:
+      continue
     values = evaluator.run(run.subject_of(evaluator), params, now)
     results |= {f'{name}/{key}': value for key, value in values.items()}
   return results
@@ -240,6 +273,9 @@ def _evaluate(run, params, now):
 def _is_better(config, results, best):
   if config.best_metric is None:
     return True
+  name = config.best_metric.partition('/')[0]
+  if not any(key.startswith(f'{name}/') for key in results):
+    return False  # It is not measured at every evaluation.
   if config.best_metric not in results:
     raise UserError(
       f'config.checkpoint.best_metric={config.best_metric!r} is not measured; '

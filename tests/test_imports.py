@@ -18,8 +18,9 @@ ALL = PACKAGE + [
 LEVELS = (
   ('main', 'evaluate', 'generate'),
   ('train', 'plan'),
+  ('rollout_log',),
   ('build', 'inputs'),
-  ('step', 'rollout', 'answering', 'evals'),
+  ('step', 'rollout', 'writing', 'answering', 'evals'),
   ('objectives', 'speculative', 'sampling', 'sampler', 'flops'),
   ('models', 'data'),
   (
