@@ -52,13 +52,17 @@ A third word names the pair: `gemma` (7B to 2B, the default) or `qwen2` (7B to
     data/math/dev.jsonl --skip=3000
   and its folder `dataset` as data/llm_adapters/dataset
 
-1000 rows are the authors' number (100 for their low-resource setting). Theirs
-are Assamese from FLORES-200 and UltraInteract where Nepali and LLM-Adapters'
-sets stand here; a chat with the bare dialogue; a rollout that is cut at `stop`,
-as answers to the test set are, there and here. Published, of Gemma-2B (COMET,
-ROUGE-L, GSM8K): SFT 72.5, 31.7, 18.7; supervised KD 73.3, 34.1, 22.5; on-policy
-36.1, 34.1, 25.3; SKD 75.3, 35.0, 29.1. Hardware: theirs, eight 80 GB GPUs. Not
-yet run at full size.
+1000 rows are the authors' number, and all else is theirs: lengths, rates, draws
+(their code draws `mixed` and `mixed_train` at T = 1), greedy answers that end
+at a stop string. But Nepali of FLORES v1 stands for Assamese of FLORES-200,
+LLM-Adapters for UltraInteract; a dialogue has an instruction, a question no Q:
+and A: around it; rollouts end at no stop string; SFT is as long as distillation;
+a number counts without `####`. Best is the lowest forward KL on validation text
+(cross-entropy for SFT, seq_kd).
+
+Published, of Gemma-2B (COMET, ROUGE-L, GSM8K): SFT 72.5, 31.7, 18.7; supervised
+KD 73.3, 34.1, 22.5; on-policy 36.1, 34.1, 25.3; SKD 75.3, 35.0, 29.1. Hardware:
+theirs, eight 80 GB GPUs. Not yet run at full size.
 """
 
 import dataclasses
@@ -146,7 +150,8 @@ def get_config(argument='gsm8k,skd'):
   words = argument.split(',')
   if len(words) not in (2, 3):
     raise UserError(
-      f'config {argument!r}: expected <task>,<kd_type>[,<pair>] or <task>,all'
+      f'configs/skd.py:{argument}: expected <task>,<kd_type>[,<pair>], such as '
+      'gsm8k,skd or gsm8k,all'
     )
   task, kd_type, pair = (*words, 'gemma')[:3]
   for kind, word, known in (
@@ -156,7 +161,8 @@ def get_config(argument='gsm8k,skd'):
   ):
     if word not in known:
       raise UserError(
-        f'config {argument!r}: no {kind} {word!r}; known are {", ".join(known)}'
+        f'configs/skd.py:{argument}: no {kind} {word!r}; known are '
+        f'{", ".join(known)}'
       )
   teacher, student = PAIRS[pair]
   if kd_type == 'all':
