@@ -25,7 +25,7 @@ By who writes what is trained on, with forward KL alone as the loss:
   sft            the data; SFT
 
 A third word names the pair: `gemma` (7B to 2B, the default) or `qwen2` (7B to
-0.5B). Each file takes one command, of the tasks' public ones:
+0.5B). Each public file takes one command:
 
   gsm8k (github.com/openai/grade-school-math)
   python tools/prepare_data.py train.jsonl data/gsm8k/train.jsonl --limit=1000
@@ -38,27 +38,26 @@ A third word names the pair: `gemma` (7B to 2B, the default) or `qwen2` (7B to
   python tools/prepare_data.py dialogsum.dev.jsonl data/dialogsum/dev.jsonl
   python tools/prepare_data.py dialogsum.test.jsonl data/dialogsum/test.jsonl
 
-  translation (github.com/facebookresearch/flores, v1)
+  translation (github.com/facebookresearch/flores, v1): of dev, train.jsonl;
+  devtest makes dev.jsonl, with --limit=500, and test makes test.jsonl
   python tools/prepare_data.py wikipedia.dev.ne-en.ne \\
     data/flores_ne_en/train.jsonl --target=wikipedia.dev.ne-en.en \\
     --languages=Nepali,English --limit=1000
-  ... wikipedia.devtest.ne-en into dev.jsonl, with --limit=500
-  ... wikipedia.test.ne-en into test.jsonl
 
-  math (github.com/AGI-Edgerunners/LLM-Adapters; or rows of UltraInteract, say)
+  math (github.com/AGI-Edgerunners/LLM-Adapters), and its folder `dataset` as
+  data/llm_adapters/dataset
   python tools/prepare_data.py ft-training_set/math_data.json \\
     data/math/train.jsonl --limit=3000
   python tools/prepare_data.py ft-training_set/math_data.json \\
     data/math/dev.jsonl --skip=3000
-  and its folder `dataset` as data/llm_adapters/dataset
 
-1000 rows are the authors' number, and all else is theirs: lengths, rates, draws
-(their code draws `mixed` and `mixed_train` at T = 1), greedy answers that end
-at a stop string. But Nepali of FLORES v1 stands for Assamese of FLORES-200,
-LLM-Adapters for UltraInteract; a dialogue has an instruction, a question no Q:
-and A: around it; rollouts end at no stop string; SFT is as long as distillation;
-a number counts without `####`. Best is the lowest forward KL on validation text
-(cross-entropy for SFT, seq_kd).
+Lengths, rates, draws, the tests' stop strings and 1000 rows (`gsm_1k`) are those
+of the authors' code. Not theirs: Nepali of FLORES v1 for Assamese of
+FLORES-200, and LLM-Adapters for UltraInteract, with half its lengths; prompts,
+which are a question or a task and its text; rollouts, which no stop string ends
+and which `mixed` and `mixed_train` draw as the others do, not at T = 1; SFT as
+long as distillation; and a number counts without `####`. The best checkpoint
+has the lowest forward KL on validation text (SFT and seq_kd: cross-entropy).
 
 Published, of Gemma-2B (COMET, ROUGE-L, GSM8K): SFT 72.5, 31.7, 18.7; supervised
 KD 73.3, 34.1, 22.5; on-policy 36.1, 34.1, 25.3; SKD 75.3, 35.0, 29.1. Hardware:
