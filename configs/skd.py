@@ -51,8 +51,8 @@ A third word names the pair: `gemma` (7B to 2B, the default) or `qwen2` (7B to
   python tools/prepare_data.py ft-training_set/math_data.json \\
     data/math/dev.jsonl --skip=3000
 
-Lengths, rates, draws, the tests' stop strings and 1000 rows (`gsm_1k`) are those
-of the authors' code. Not theirs: Nepali of FLORES v1 for Assamese of
+Lengths, rates, draws, the tests' stop strings and 1000 rows (`gsm_1k`) are
+those of the authors' code. Not theirs: Nepali of FLORES v1 for Assamese of
 FLORES-200, and LLM-Adapters for UltraInteract, with half its lengths; prompts,
 which are a question or a task and its text; rollouts, which no stop string ends
 and which `mixed` and `mixed_train` draw as the others do, not at T = 1; SFT as
