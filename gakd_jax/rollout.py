@@ -284,7 +284,7 @@ class Speculative(Student):
       mesh,
     )
     judged_J, kept_J = jnp.sum(trace.judged_BJ, 0), jnp.sum(trace.kept_BJ, 0)
-    shares_J = kept_J / jnp.maximum(judged_J, 1)
+    shares_J = kept_J / judged_J  # NaN where no draft came that far.
     tokens = jnp.sum(end_B - length_B)
     own = jnp.sum(trace.by_teacher_BS)
     metrics = {
