@@ -105,7 +105,7 @@ def get_config():
 
   # name: settings, see gakd_jax/evals/*.py; `kind` if the name is your own.
   c.evals = ml_collections.ConfigDict({'loss': {}})
-  c.eval_every = 500  # steps; 0: at the end only
+  c.eval_every = 500  # steps; 0: at the end only; a line's own `every` wins
 
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.every = 500  # steps; 0: at the end and when interrupted only
@@ -133,6 +133,7 @@ def generation(data, **settings):
   c.limit = config_dict.placeholder(int)  # the first rows only
   c.task = 'instruct'  # which scores: see gakd_jax/evals/tasks.py
   c.max_new_tokens = 256  # EOS included
+  c.stop = ()  # strings before which an answer ends
   c.temperature = 1.0  # 0 is greedy
   c.top_k = 0  # 0: off
   c.top_p = 1.0  # 1: off
@@ -187,6 +188,8 @@ def shrink(config, *, model, data, steps=2):
   config.critic.heads, config.critic.ff_width = 2, 16
   config.data.max_length = 96
   config.data.max_prompt_length = 64
+  if config.rollout.writer in ('student', 'speculative'):
+    config.rollout.max_new_tokens = 16
   config.data.buckets = None
   config.optimizer.warmup_steps = 0
   if config.train.steps != 0:

@@ -52,6 +52,27 @@ def of_step(objective, models, params, own, *, rows, length, microbatches=1):
   )
 
 
+def of_rollout(writer, models, params, rows, length):
+  """{part: FLOPs} of writing a batch; {} where nobody writes in the run.
+
+  Every row that is written is as long as can be, and a teacher that corrects
+  accepts every draft.
+  """
+  if not writer.room:
+    return {}
+  written = writer.share * rows
+  sides = {'student': (params, models.frozen.get('student', {}))}
+  if writer.needs_teacher:
+    sides['teacher'] = (models.frozen['teacher'],)
+  parts = {}
+  for side, config in zip(sides, models.configs, strict=False):
+    weights = sum(map(block_weights, sides[side]))
+    read = length * (2 * weights + attention(config, length))
+    heads = writer.room * 2 * config.vocab_size * config.width
+    parts[f'rollout, {side}'] = written * (read + heads)
+  return parts
+
+
 def block_weights(params):
   """How many weights the matrices of stacked blocks have: [L, in, out]."""
   return sum(

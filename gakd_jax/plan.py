@@ -82,7 +82,7 @@ def make(config, mesh):
   total = config.train.steps or 10**9
   training = build.training(run, 0, total)
   state, frozen = training.state, run.models.frozen
-  batch = _batch(config, mesh, is_written=run.writer.room > 0)
+  batch = _batch(config, mesh, run.writer)
   compiled = training.step.lower(state, run.models, batch).compile(
     compiler_options=_NO_HOISTING if _hoists(config) else None
   )
@@ -97,6 +97,11 @@ def make(config, mesh):
     parts[name] = min(size, temporary)
     temporary -= parts[name]
   parts['activations and other temporaries'] = temporary
+  if run.writer.room:
+    # Before the step: what it takes more than that.
+    rollout = run.writer.lower(run.models, state.params['student'], batch)
+    more = _temporary(rollout.compile()) - _temporary(compiled)
+    parts['rollout: a copy of the weights, caches'] = max(0, more)
   rows, length = batch.student.ids_BT.shape
   microbatches = build.microbatches(config)
   return Plan(
@@ -113,24 +118,29 @@ def make(config, mesh):
       rows=rows,
       length=length,
       microbatches=microbatches,
+    )
+    | flops.of_rollout(
+      run.writer, run.models, state.params['student'], rows, length
     ),
     compiled=compiled,
   )
 
 
-def _batch(config, mesh, is_written):
+def _batch(config, mesh, writer):
   """The longest rows there can be, as shapes; both models read the same."""
-  shape_BT = config.train.batch_size, config.data.max_length
+  B, T = config.train.batch_size, config.data.max_length
   place = jax.NamedSharding(mesh, jax.P(sharding.BATCH_AXES))
 
-  def rows(shape, dtype):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+  def shape(*sizes, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
 
-  tokens = pipeline.Tokens(
-    *(rows(shape_BT, dtype) for dtype in (jnp.int32, jnp.int32, jnp.bool))
+  tokens = pipeline.Tokens(shape(B, T), shape(B, T), shape(B, T, dtype=bool))
+  return pipeline.Batch(
+    tokens,
+    tokens,
+    rows_B=shape(B),
+    written_B=shape(B, dtype=bool) if writer.room else None,
   )
-  written_B = rows(shape_BT[:1], jnp.bool) if is_written else None
-  return pipeline.Batch(tokens, tokens, written_B=written_B)
 
 
 def count(tree):
@@ -325,8 +335,7 @@ def _sources(config):
   text = (
     'from: shapes and shardings; temporaries by the compiler for '
     f'{jax.default_backend()} (jax {jax.__version__}); operations by formula, '
-    'every token a response; evaluations and what models write in the run not '
-    'included'
+    'every token a response; evaluations not included'
   )
   if _widens(config):
     text += (

@@ -4,6 +4,7 @@ results.json of a run has '<set>/<metric>', '<set>/<metric>_std' (over the seeds
 of sampling), and '<set>/<metric>_11-50' of the references of so many tokens.
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -18,6 +19,9 @@ _KEY = re.compile(
   rf'(_(?P<bucket>{"|".join(map(re.escape, BUCKETS))}))?(?P<std>_std)?'
 )
 NAMES = {
+  'ce': 'CE',
+  'forward_kl': 'KL(teacher, student)',
+  'reverse_kl': 'KL(student, teacher)',
   'accuracy': 'accuracy',
   'rouge_l': 'ROUGE-L',
   'comet': 'COMET',
@@ -26,9 +30,6 @@ NAMES = {
   'exact_match': 'exact match',
   'bleu': 'BLEU',
   'chrf': 'chrF',
-  'ce': 'CE',
-  'forward_kl': 'KL(teacher, student)',
-  'reverse_kl': 'KL(student, teacher)',
 }
 _DISTANCES = ('forward_kl', 'reverse_kl')  # of the student from its teacher
 _LOSSES = ('ce', *_DISTANCES)  # less is better
@@ -108,7 +109,8 @@ def read(runs):
 def tables(groups):
   """Two tables, of what is compared first, and of all other results.
 
-  Sets that share a metric have its average beside them.
+  Sets that share a metric have its average beside them. A set that only one of
+  many was measured on compares nothing.
   """
   columns = dict.fromkeys(
     (where, metric)
@@ -117,9 +119,15 @@ def tables(groups):
     for where, metric, bucket in cells
     if bucket is None
   )
+  measured = collections.Counter(
+    where
+    for runs in groups.values()
+    for where in {key[0] for cells in runs for key in cells}
+  )
   of_set = {}
   for where, metric in columns:
-    of_set.setdefault(where, []).append(metric)
+    if measured[where] > 1 or len(groups) < 3:
+      of_set.setdefault(where, []).append(metric)
   first = [
     (where, metric)
     for where, metrics in of_set.items()

@@ -16,24 +16,18 @@ flows through it: the step gets ids.
 
 import dataclasses
 import difflib
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gakd_jax import UserError, sampling, sharding, speculative
+from gakd_jax import UserError, sampling, sharding, speculative, writing
 from gakd_jax.answering import MOST_SAMPLES
 from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
-from gakd_jax.data.pipeline import Tokens
 from gakd_jax.models import decoding
 from gakd_jax.sampler import Sampler
-
-# Where a row's key is folded to decide who writes it; `speculative` has those
-# before, for what it draws.
-_SHARE = (1 << 31) + 2
 
 
 class Ends(NamedTuple):
@@ -188,18 +182,18 @@ class Student(Dataset):
 
   def write(self, models, params, group, mesh, *, key, step, progress):
     if not self.begin <= progress < self.end:
-      return [(_as_it_is(batch, mesh), {}) for batch in group]
+      return [(writing.as_it_is(batch, mesh), {}) for batch in group]
     lengths = [batch.student.ids_BT.shape[1] for batch in group]
-    host = _interleaved(group, max(lengths))
+    host = writing.interleaved(group, max(lengths))
     steps_B = np.arange(step, step + len(group), dtype=np.uint32)
     steps_B = np.tile(steps_B, len(host.rows_B) // len(group))
     batch, steps_B = sharding.put_batch((host, steps_B), mesh)
-    tokens, written_B, _, metrics = _write(
+    tokens, written_B, _, metrics = writing.write(
       self, models, params, batch.student, batch.rows_B, steps_B, key
     )
     batch = batch.replace(student=tokens, teacher=tokens, written_B=written_B)
     return [
-      (_part(batch, i, len(group), T), metrics if i == 0 else {})
+      (writing.part(batch, i, len(group), T), metrics if i == 0 else {})
       for i, T in enumerate(lengths)
     ]
 
@@ -211,10 +205,19 @@ class Student(Dataset):
     """
     steps_B = jnp.zeros_like(batch.rows_B)  # Training counts from 1.
     writer = dataclasses.replace(self, share=1.0)
-    tokens, _, by_teacher_BT, _ = _write(
+    tokens, _, by_teacher_BT, _ = writing.write(
       writer, models, params, batch.student, batch.rows_B, steps_B, key
     )
     return tokens, by_teacher_BT
+
+  def lower(self, models, params, batch):
+    """The jitted rollout of shapes, to plan with; EOS may be any token."""
+    ends = Ends((0,), 0, models.student_config.vocab_size)
+    key = jax.eval_shape(jax.random.key, 0)
+    writer = dataclasses.replace(self, ends=ends)
+    return writing.write.lower(
+      writer, models, params, batch.student, batch.rows_B, batch.rows_B, key
+    )
 
   def decode(self, models, params, prompt_BT, length_B, key_B, mesh):
     """ids_BS and end_B, which tokens are the teacher's, and metrics."""
@@ -289,7 +292,7 @@ class Speculative(Student):
       mesh,
     )
     judged_J, kept_J = jnp.sum(trace.judged_BJ, 0), jnp.sum(trace.kept_BJ, 0)
-    shares_J = kept_J / jnp.maximum(judged_J, 1)
+    shares_J = kept_J / judged_J  # NaN where no draft came that far.
     tokens = jnp.sum(end_B - length_B)
     own = jnp.sum(trace.by_teacher_BS)
     metrics = {
@@ -354,114 +357,3 @@ def _check_ranges(settings, where, **ranges):
     if value is not None and not low <= value <= high:
       expected = f'{low} or more' if high == np.inf else f'{low} to {high}'
       raise UserError(f'{where}: {name}={value}; expected {expected}')
-
-
-@functools.partial(jax.jit, static_argnames='writer')
-def _write(writer, models, params, tokens, rows_B, steps_B, key):
-  """Tokens with responses; rows that were written; what the teacher wrote;
-  metrics."""
-  mesh = jax.sharding.get_abstract_mesh()
-  ids_BT, is_text_BT = tokens.ids_BT, tokens.segments_BT > 0
-  T = ids_BT.shape[1]
-  fold_in = jax.vmap(jax.random.fold_in, (None, 0))
-  key_B = jax.vmap(jax.random.fold_in)(
-    fold_in(key, steps_B), rows_B.astype(jnp.uint32)
-  )
-  is_written_B = rows_B >= 0
-  if writer.share < 1:
-    share_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, _SHARE)
-    is_written_B &= jax.vmap(jax.random.uniform)(share_key_B) < writer.share
-  length_B = jnp.sum(is_text_BT & ~tokens.mask_BT, axis=1)
-  length_B = jnp.where(is_written_B, length_B, 0)
-  new_BT, end_B, by_teacher_BT, metrics = writer.decode(
-    models,
-    params,
-    ids_BT[:, : T - writer.room],
-    length_B,
-    key_B,
-    None if mesh.empty else mesh,
-  )
-  place_1T = jnp.arange(T)[None]
-  is_new_BT = place_1T < end_B[:, None]
-  written = Tokens(
-    jnp.where(is_new_BT, new_BT, writer.ends.pad_id),
-    is_new_BT.astype(tokens.segments_BT.dtype),
-    is_new_BT & (place_1T >= length_B[:, None]),
-  )
-  tokens = jax.tree.map(
-    lambda new, old: sharding.by_rows(
-      jnp.where(is_written_B[:, None], new, old)
-    ),
-    written,
-    tokens,
-  )
-  metrics |= _measured(written, end_B - length_B, is_written_B, writer)
-  metrics = {f'rollout/{name}': x for name, x in metrics.items()}
-  return tokens, sharding.by_rows(is_written_B), by_teacher_BT, metrics
-
-
-def _measured(tokens, length_B, is_written_B, writer):
-  """What tells a healthy response from a collapsed one."""
-  last_B = jnp.take_along_axis(
-    tokens.ids_BT, jnp.sum(tokens.segments_BT, axis=1)[:, None] - 1, axis=1
-  )[:, 0]
-  ended_B = jnp.isin(last_B, jnp.array(writer.ends.eos_ids))
-  n = jnp.maximum(jnp.sum(is_written_B), 1)
-
-  def share(x_B):
-    return jnp.sum(x_B & is_written_B) / n
-
-  return {
-    'written': jnp.mean(is_written_B),
-    'tokens': jnp.sum(length_B) / n,
-    'unfinished': share(~ended_B),
-    'empty': share(ended_B & (length_B == 1)),
-    'repetition': _repetition(tokens),
-  }
-
-
-def _repetition(tokens, n=4):
-  """The share of n-grams that their response has had before."""
-  B, T = tokens.ids_BT.shape
-  gram_BT = jnp.zeros((B, T), jnp.uint32)
-  whole_BT = jnp.ones((B, T), bool)
-  for i in range(n):  # Two n-grams of one hash are as good as never met.
-    gram_BT = gram_BT * 1000003 + jnp.roll(tokens.ids_BT, -i, 1).astype('u4')
-    whole_BT &= jnp.roll(tokens.mask_BT, -i, 1)
-  whole_BT &= jnp.arange(T)[None] < T - n + 1
-  # Sorted by whether they count, then by hash: equal ones are neighbours.
-  gram_BT, last_BT = jnp.where(whole_BT, gram_BT, 0), ~whole_BT
-  last_BT, gram_BT = jax.lax.sort((last_BT, gram_BT), num_keys=2)
-  again_BT = (gram_BT[:, 1:] == gram_BT[:, :-1]) & ~last_BT[:, 1:]
-  return jnp.sum(again_BT) / jnp.maximum(jnp.sum(whole_BT), 1)
-
-
-def _as_it_is(batch, mesh):
-  """A batch that nobody wrote to, of the form that written ones have."""
-  written_B = np.zeros(batch.rows_B.shape, bool)
-  return sharding.put_batch(batch.replace(written_B=written_B), mesh)
-
-
-def _interleaved(group, length):
-  """One batch of several, so that each device keeps its rows."""
-  if len(group) == 1:
-    return group[0]
-
-  def join(*xs):
-    if xs[0].ndim > 1:
-      xs = [np.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in xs]
-    x = np.stack(xs, axis=1)
-    return x.reshape(-1, *x.shape[2:])
-
-  return jax.tree.map(join, *group)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _part(batch, i, n, length):
-  """Batch i of the n that `_interleaved` made one."""
-
-  def take(x):
-    x = x.reshape(-1, n, *x.shape[1:])[:, i]
-    return sharding.by_rows(x[:, :length] if x.ndim > 1 else x)
-
-  return jax.tree.map(take, batch)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gakd_jax import keys, report, sharding
+from gakd_jax import keys, report, rundir, sharding
 from gakd_jax.data import pipeline
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers
@@ -43,8 +43,8 @@ class RolloutLog:
     n = run.config.report.rollouts
     self._examples = run.examples[:n] if run.writer.room else []
     if self._examples and jax.process_index() == 0:
-      kept = [x for x in read(run.workdir) if start and x['step'] < start]
-      self._replace(kept)
+      lines = rundir.read_rollouts(run.workdir)
+      self._replace([x for x in lines if x['step'] < start])
 
   def write(self, params, step):
     """Has the student of `step` write, if it is due."""
@@ -77,7 +77,7 @@ class RolloutLog:
         }
       )
     if jax.process_index() == 0:
-      self._replace(read(run.workdir) + lines)
+      self._replace(rundir.read_rollouts(run.workdir) + lines)
 
   def _prompts(self):
     """The batch of prompts, on the mesh; empty rows fill it up."""
@@ -102,14 +102,6 @@ class RolloutLog:
   def _replace(self, lines):
     text = ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in lines)
     report.write_atomically(self._path, text)
-
-
-def read(workdir):
-  """The lines of <workdir>/rollouts.jsonl; [] if there are none."""
-  path = workdir / 'rollouts.jsonl'
-  if not path.exists():
-    return []
-  return [json.loads(x) for x in path.read_text('utf-8').split('\n')[:-1]]
 
 
 def pieces(tokenizer, ids, by_teacher):

@@ -1,8 +1,8 @@
 """A run's directory: what ran there, and what other stages may take from it.
 
 config.json (resolved, with versions and commit), metrics.jsonl, checkpoints/,
-best/ (a Hugging Face directory), answers/, results.json once it has finished,
-report.html.
+best/ (a Hugging Face directory), answers/, rollouts.jsonl where the student
+writes, results.json once it has finished, report.html.
 """
 
 import importlib.metadata
@@ -96,6 +96,15 @@ def finish(workdir, results):
 
 def read_results(workdir):
   return json.loads((Path(workdir) / 'results.json').read_text())
+
+
+def read_rollouts(workdir):
+  """The lines of rollouts.jsonl; [] if there are none."""
+  path = Path(workdir) / 'rollouts.jsonl'
+  if not path.exists():
+    return []
+  # Not splitlines: a text may hold other ends of lines.
+  return [json.loads(x) for x in path.read_text('utf-8').split('\n')[:-1]]
 
 
 def record(config, workdir):

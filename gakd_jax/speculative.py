@@ -202,8 +202,9 @@ def _draft(student, state, key_B, settings):
 
 def _read_block(teacher, state, drafted, gamma):
   """Hidden states [B, gamma, D] before each draft, in one pass."""
-  j_1J = jnp.arange(gamma)[None]
-  position_BJ = jnp.maximum(state.end_B[:, None] - 1, 0) + j_1J
+  position_BJ = (
+    jnp.maximum(state.end_B[:, None] - 1, 0) + jnp.arange(gamma)[None]
+  )
   # Past the end of what was drafted, whatever stands there: never judged, and
   # overwritten by what will.
   ids_BJ = jnp.take_along_axis(
@@ -219,8 +220,7 @@ def _correct(heads, hiddens, state, drafted, trace, key_B, settings, any_row):
   B, J = trace.judged_BJ.shape
   S = state.ids_BS.shape[1]
   start_B, n_B = state.end_B, drafted.end_B - state.end_B
-  j_1J = jnp.arange(J)[None]
-  place_BJ = start_B[:, None] + j_1J
+  place_BJ = start_B[:, None] + jnp.arange(J)[None]
   token_BJ = jnp.take_along_axis(
     drafted.ids_BS, jnp.minimum(place_BJ, S - 1), axis=1
   )
@@ -241,7 +241,7 @@ def _correct(heads, hiddens, state, drafted, trace, key_B, settings, any_row):
     *logits([h.reshape(B * J, -1) for h in hiddens]),
     _uniform(key_B, place_BJ - state.start_B[:, None]).reshape(-1),
   ).reshape(B, J)
-  is_draft_BJ = j_1J < n_B[:, None]
+  is_draft_BJ = jnp.arange(J)[None] < n_B[:, None]
   kept_BJ = jnp.cumprod(is_draft_BJ & keeps_BJ, axis=1).astype(bool)
   kept_B = jnp.sum(kept_BJ, axis=1)
   is_wrong_B = kept_B < n_B

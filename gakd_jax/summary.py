@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gakd_jax import page, report, results, rundir
 from gakd_jax.page import answers as answers_lib
-from gakd_jax.page import figures, training
+from gakd_jax.page import figures, rollouts, training
 
 _SPREAD = (
   '±: standard deviation, over runs that differ in their seed, or over the '
@@ -27,8 +27,8 @@ def write(path, runs, answers=6, comparisons=()):
   Args:
     path: of the page.
     runs: {name: directory}, of a finished training or of an evaluated model.
-      It has results.json, and may have config.json, metrics.jsonl, speed.json
-      and answers/<set>-<seed>.jsonl.
+      It has results.json, and may have config.json, metrics.jsonl,
+      rollouts.jsonl, speed.json and answers/<set>-<seed>.jsonl.
     answers: how many prompts to show where there is no JavaScript, which shows
       them all; 0 leaves answers out.
     comparisons: dicts of 'set', 'metric', the models 'a' and 'b', 'difference'
@@ -55,13 +55,17 @@ def write(path, runs, answers=6, comparisons=()):
         'Other scores', _by_length(groups, palette, metrics=rest.columns)
       ),
     ),
-    ('Training', page.grid(training.curves(metrics, palette, critic=False))),
+    ('Training', page.grid(training.curves(metrics, palette))),
     (
       'Critic',
       page.grid(
-        training.curves(metrics, palette, critic=True)
+        training.curves(metrics, palette, 'critic')
         + training.critic_scores(metrics)
       ),
+    ),
+    (
+      'Rollouts',
+      page.grid(rollouts.curves(metrics, palette)) + rollouts.texts(runs),
     ),
     ('Speed and memory', _speed_table(runs)),
     ('Answers', page.browser(sets, results.NAMES, answers)),

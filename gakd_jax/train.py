@@ -80,7 +80,7 @@ def _evaluate_only(run):
   if run.writer.makes_rows:
     inputs.teacher_answers(run)
   params = run.start()
-  results = _evaluate(run, params, 0)
+  results = _evaluate(run, params, 0, run.evaluators)
   _export(run, params)
   return results
 
@@ -109,9 +109,8 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
   c = run.config
   start = int(state.step)
   rollouts = rollout_log.RolloutLog(run, start, total)
-  key = keys.of(c.seed, 'writer')
+  texts = _Texts(run, batches, total)
   wants_to_save = False
-  ready = []  # Batches that are written, for this step and the next.
 
   def due(every, now):
     return now == total or (every > 0 and now % every == 0)
@@ -122,35 +121,29 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
   ):
     for now in range(start + 1, total + 1):
       rollouts.write(state.params['student'], now - 1)
-      if not ready:
-        n = min(run.writer.every, total - now + 1)
-        ready = run.writer.write(
-          run.models,
-          state.params['student'],
-          [next(batches) for _ in range(n)],
-          run.mesh,
-          key=key,
-          step=now,
-          progress=(now - 1) / total,
-        )
-      batch, about_text = ready.pop(0)
+      batch, about_text = texts.next(state.params['student'], now)
       size = jnp.count_nonzero(batch.student.segments_BT)
       state, metrics = train_step(state, run.models, batch)
       log.step(now, metrics | about_text, size)
-      if due(c.eval_every, now):
+      names = [
+        name
+        for name, settings in c.evals.items()
+        if due(settings.get('every', c.eval_every), now)
+      ]
+      if names or due(c.eval_every, now):
         log.flush()
         params = state.params['student']
-        host['results'] = _evaluate(run, params, now)
+        host['results'] = _evaluate(run, params, now, names)
         log.write(now, host['results'])
         if _is_better(c.checkpoint, host['results'], host['best']):
           host['best'] = host['results'].get(c.checkpoint.best_metric)
           _export(run, params)
       wants_to_save |= due(c.checkpoint.every, now) or stop.requested
-      if wants_to_save and not ready:  # What is written ahead is not saved.
+      if wants_to_save and not texts.ahead:
         wants_to_save = False
         host['data'] = batches.get_state()
         checkpoints.save(now, state, host)
-      if stop.requested and now < total and not ready:
+      if stop.requested and now < total and not texts.ahead:
         checkpoints.wait()
         raise Interrupted(
           f'stopped and saved at step {now} of {total}; the same command '
@@ -159,6 +152,37 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
     checkpoints.wait()
   rollouts.write(state.params['student'], total)
   return host['results'] | {'peak_memory_gb': _peak_memory_gb()}
+
+
+class _Texts:
+  """The batches that are trained on, as the run's writer makes them.
+
+  ahead: those of steps to come. They are not saved: a checkpoint waits until
+    they are used up, so that they are always written by the same student.
+  """
+
+  def __init__(self, run, batches, total):
+    self.ahead = []
+    self._run = run
+    self._batches = batches
+    self._total = total
+    self._key = keys.of(run.config.seed, 'writer')
+
+  def next(self, params, now):
+    """The batch of step `now` and its metrics; `params` are those before."""
+    run = self._run
+    if not self.ahead:
+      n = min(run.writer.every, self._total - now + 1)
+      self.ahead = run.writer.write(
+        run.models,
+        params,
+        [next(self._batches) for _ in range(n)],
+        run.mesh,
+        key=self._key,
+        step=now,
+        progress=(now - 1) / self._total,
+      )
+    return self.ahead.pop(0)
 
 
 class _Log:
@@ -235,10 +259,12 @@ def _stop_requests():
       signal.signal(number, handler)
 
 
-def _evaluate(run, params, now):
-  """{'generation/rouge_l': ...} of all evaluators."""
+def _evaluate(run, params, now, names):
+  """{'generation/rouge_l': ...} of the evaluators of these names."""
   results = {}
   for name, evaluator in run.evaluators.items():
+    if name not in names:
+      continue
     values = evaluator.run(run.subject_of(evaluator), params, now)
     results |= {f'{name}/{key}': value for key, value in values.items()}
   return results
@@ -247,6 +273,9 @@ def _evaluate(run, params, now):
 def _is_better(config, results, best):
   if config.best_metric is None:
     return True
+  name = config.best_metric.partition('/')[0]
+  if not any(key.startswith(f'{name}/') for key in results):
+    return False  # It is not measured at every evaluation.
   if config.best_metric not in results:
     raise UserError(
       f'config.checkpoint.best_metric={config.best_metric!r} is not measured; '

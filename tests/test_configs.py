@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from configs import base, tiny_teacher
-from gakd_jax import binary, objectives, train
+from configs import base, skd, tiny_teacher
+from gakd_jax import UserError, binary, objectives, rollout, train
+from gakd_jax.evals import tasks
 
 FOLDER = Path(base.__file__).parent
 EXPERIMENTS = sorted(
@@ -23,8 +24,12 @@ LONG = (
   'quickstart',
   'quickstart_full',
   'fidelity_math',
+  'skd',
   *(f'pipeline_{x}' for x in ('gemma', 'gpt2', 'qwen2', 'qwen2p5', 'llama3')),
 )
+
+# Of configs with an argument, others than the default.
+ARGUMENTS = [f'skd:gsm8k,{x}' for x in skd.WRITERS if x != 'skd']
 
 REFERENCE = {'name': 'gakd', 'reference': True}
 DATA = 'synthetic:train:9'
@@ -35,8 +40,10 @@ def shrunk(name, model):
 
   Sizes of a recipe that differ in rates and weights only become the same.
   """
-  config = importlib.import_module(f'configs.{name}').get_config()
-  if name.startswith('quickstart'):  # Whose teacher has to end its answers.
+  file, *argument = name.split(':')
+  config = importlib.import_module(f'configs.{file}').get_config(*argument)
+  # There, the teacher has to end its answers.
+  if name.startswith('quickstart') or name.endswith('seq_kd'):
     model = tiny_teacher.PATH
   config = base.shrink(config, model=str(model), data=DATA)
   config.stages = tuple(
@@ -80,10 +87,12 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(
   'name',
   [
-    # Those of many stages, which other configs have one by one.
+    # Those of many stages, which other configs have one by one, or that take
+    # long to compile.
     pytest.param(name, marks=[pytest.mark.slow] * (name in LONG))
     for name in EXPERIMENTS
-  ],
+  ]
+  + [pytest.param(name, marks=pytest.mark.slow) for name in ARGUMENTS],
 )
 def test_every_config_trains(name, trained, small_model):
   config = shrunk(name, small_model)
@@ -123,6 +132,59 @@ def test_the_study_has_settings_that_exist():
         assert spec.removeprefix('stage:') in names[:i]
 
 
+def check_parts(c, stages=()):
+  """What a training is made of exists, and what it takes is there before."""
+  objective = objectives.make(**c.objective)
+  writer = rollout.make(**c.rollout)
+  if objective.needs_teacher or writer.needs_teacher:
+    assert c.teacher.path
+  for path in filter(None, (c.student.path, c.teacher.path)):
+    name = path.removeprefix('stage:')
+    assert name == path or name in stages
+
+
+@pytest.mark.parametrize('pair', skd.PAIRS)
+@pytest.mark.parametrize('task', skd.TASKS)
+def test_every_argument_of_skd(task, pair):
+  for kd_type in skd.WRITERS:
+    c = skd.get_config(f'{task},{kd_type},{pair}')
+    check_parts(c)
+    assert c.student.path == skd.PAIRS[pair][1]
+    assert c.data.train.endswith('/train.jsonl')
+    assert c.train.epochs == (10 if task == 'translation' else 3)
+    new = c.rollout.get('max_new_tokens', 0)
+    assert c.data.max_prompt_length + new <= c.data.max_length
+  stages = skd.get_config(f'{task},all,{pair}').stages
+  names = [name for name, _ in stages]
+  trained = ['teacher', *skd.WRITERS]
+  assert names == trained + [f'test_{name}' for name in trained]
+  for i, (name, c) in enumerate(stages):
+    check_parts(c, names[:i])
+    if name.startswith('test_'):
+      assert c.student.path == name.replace('test_', 'stage:')
+      answered = [x for x in c.evals.values() if 'stop' in x]
+      assert len(answered) == len(skd.TASKS[task].tests)
+      for x in answered:
+        assert (x.temperature, x.stop) == (0, skd.TASKS[task].stop)
+        assert x.task in tasks.TASKS
+  assert stages[0][1].student.path == skd.PAIRS[pair][0]
+
+
+@pytest.mark.parametrize(
+  ('argument', 'message'),
+  [
+    ('gsm8k', 'skd.py:gsm8k: expected <task>,<kd_type>'),
+    ('gsm8k,skd,gemma,x', 'expected <task>,<kd_type>'),
+    ('gms8k,skd', "no task 'gms8k'; known are gsm8k, dialogsum, translation,"),
+    ('gsm8k,sdk', "no kd_type 'sdk'; known are sft, supervised_kd, seq_kd, on"),
+    ('gsm8k,all,llama', "no pair 'llama'; known are gemma, qwen2$"),
+  ],
+)
+def test_wrong_arguments_of_skd_are_named(argument, message):
+  with pytest.raises(UserError, match=message):
+    skd.get_config(argument)
+
+
 @pytest.mark.parametrize('name', EXPERIMENTS)
 def test_every_docstring_has_its_command(name):
   doc = importlib.import_module(f'configs.{name}').__doc__
@@ -147,6 +209,7 @@ def run_main(*flags):
     (['--config=configs/rkl_0p6b.py', '--config.trian.steps=1'], 'trian'),
     (['--config=configs/rkl_0p6b.py', '--config.train.step=1'], 'step'),
     (['--config=configs/rkl_0p6b.py', '--confg=1'], 'confg'),
+    (['--config=configs/skd.py:gsm8k,sdk'], "gsm8k,sdk: no kd_type 'sdk'"),
     (
       ['--config=configs/rkl_0p6b.py', '--config.train.steps=many'],
       'train.steps',

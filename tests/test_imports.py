@@ -20,7 +20,7 @@ LEVELS = (
   ('train', 'plan'),
   ('rollout_log',),
   ('build', 'inputs'),
-  ('step', 'rollout', 'answering', 'evals'),
+  ('step', 'rollout', 'writing', 'answering', 'evals'),
   ('objectives', 'speculative', 'sampling', 'sampler', 'flops'),
   ('models', 'data'),
   (

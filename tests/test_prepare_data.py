@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from gakd_jax.data import sources
+from gakd_jax.evals import tasks
 from tools import prepare_data
 
 
@@ -54,6 +57,40 @@ def test_translations_of_two_texts(tmp_path, capsys):
   assert 'a.ne has 4 lines and' in capsys.readouterr().err
 
 
+def test_a_part_of_a_file(tmp_path, capsys):
+  source, made = tmp_path / 'a.jsonl', tmp_path / 'b.jsonl'
+  rows = [{'question': f'{i}?', 'answer': f'#### {i}'} for i in range(7)]
+  rows.insert(1, {'question': 'What?', 'answer': ''})
+  source.write_text('\n'.join(map(json.dumps, rows)))
+
+  def prepare(*options):
+    status = prepare_data.main([str(source), str(made), *options])
+    return status, capsys.readouterr()
+
+  for options, kept in (
+    ([], range(7)),
+    (['--limit=3'], range(3)),
+    (['--skip=5'], range(5, 7)),
+    (['--skip=2', '--limit=2'], range(2, 4)),
+    (['--limit=8'], range(7)),
+  ):
+    status, said = prepare(*options)
+    assert status == 0
+    found = [row.references[0] for row in sources.load(str(made))[0]]
+    assert found == [f'#### {i}' for i in kept]
+    some = ' of 7' if len(kept) < 7 else ''
+    counts = f'{made}: {len(kept)}{some} rows, 1 skipped: empty response\n'
+    assert said.out == counts
+  for options, message in (
+    (['--skip=7'], f'--skip=7: {source} has 7 rows; nothing is left'),
+    (['--skip=-1'], '--skip=-1 --limit=None: expected 0 or more rows to'),
+    (['--limit=0'], '--skip=0 --limit=0: expected 0 or more rows to'),
+  ):
+    status, said = prepare(*options)
+    assert status == 2
+    assert said.err.startswith(f'error: {message}')
+
+
 def test_real_translations(shared_dir):
   folder = shared_dir / 'data/flores_v1'
   rows = prepare_data.translations(
@@ -66,3 +103,26 @@ def test_real_translations(shared_dir):
     'If the research problem is not clear then review of literature can help '
     'focus on the problem.',
   )
+
+
+@pytest.mark.parametrize(
+  ('file', 'rows', 'references', 'task'),
+  [
+    ('gsm8k/train.jsonl', 7473, 1, 'gsm8k'),
+    ('gsm8k/test.jsonl', 1319, 1, 'gsm8k'),
+    ('dialogsum/dialogsum.dev.jsonl', 500, 1, 'summary'),
+    ('dialogsum/dialogsum.test.jsonl', 500, 3, 'summary'),
+    ('llm_adapters/ft-training_set/math_data.json', 3260, 1, 'math'),
+  ],
+)
+def test_public_files_as_they_are(
+  shared_dir, tmp_path, file, rows, references, task
+):
+  made = tmp_path / 'made.jsonl'
+  assert prepare_data.main([str(shared_dir / 'data' / file), str(made)]) == 0
+  found, bad = sources.load(str(made))
+  assert (len(found), bad) == (rows, {})
+  assert {len(row.references) for row in found} == {references}
+  # Each can be scored, and its own reference is right.
+  row = found[-1]
+  assert tasks.score(task, row, row.references[0])[tasks.TASKS[task].scores[0]]

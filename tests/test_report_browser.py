@@ -113,7 +113,8 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def url(tmp_path_factory):
-  """A page: three models, two sets, an answer that would end the script."""
+  """A page: three models, two sets, an answer that would end the script, and
+  rollouts of a model."""
   root = tmp_path_factory.mktemp('runs')
   good = 'the cat sat on the mat'
   bad = 'a cat sat on a </script><b>mat</b>\u2028now'
@@ -140,6 +141,11 @@ def url(tmp_path_factory):
       text_of = ''.join(json.dumps(row) + '\n' for row in rows)
       path.write_text(text_of, encoding='utf-8')
     runs[name] = root / name
+  line = {'index': 0, 'instruction': 'W' * 99, 'input': ''}
+  line |= {'pieces': [['m' * 99, False], [bad, True]], 'tokens': 198}
+  lines = [line | {'step': step, 'finished': False} for step in range(9)]
+  text_of = ''.join(json.dumps(x) + '\n' for x in lines)
+  (root / 'x' / 'rollouts.jsonl').write_text(text_of, encoding='utf-8')
   summary.write(root / 'report.html', runs, answers=2)
   return (root / 'report.html').as_uri()
 
@@ -254,4 +260,8 @@ def test_without_scripts_the_first_answers_are_there(browser, url):
   assert browser.run("rows.querySelectorAll('article').length") == 2
   assert browser.run("document.getElementById('view').hidden")
   assert 'sat on the mat' in browser.run('rows.textContent')
+  marks = "[...document.querySelectorAll('#rollouts li mark')].map(x => {})"
+  assert len(browser.run(marks.format('x.textContent'))) == 9
+  shown = browser.run(marks.format('x.checkVisibility()'))
+  assert shown == [True] * 5 + [False] * 4
   browser.call('Emulation.setScriptExecutionDisabled', value=False)

@@ -66,16 +66,16 @@ def test_what_is_compared_first_has_its_averages():
     b={'x/rouge_l': 12, 'x/agreement': 1},
   )
   assert first.columns == (
+    ('loss', 'ce'),
     ('gsm8k', 'accuracy'),
     ('x', 'rouge_l'),
     ('y', 'rouge_l'),
     ('average', 'rouge_l'),
     ('z', 'corpus_bleu'),
-    ('loss', 'ce'),
   )
   assert [name for name, _ in first.rows] == ['a', 'b']
-  assert first.rows[0][1][3] == Cell(15)
-  assert first.rows[1][1] == (None, Cell(12), None, None, None, None)
+  assert first.rows[0][1][4] == Cell(15)
+  assert first.rows[1][1] == (None, None, Cell(12), None, None, None)
   assert rest.columns == (
     ('x', 'bleu'),
     ('z', 'chrf'),
@@ -104,11 +104,12 @@ def test_the_best_is_the_best_as_printed():
     d={'x/other': 2},
   )
   names = [metric for _, metric in first.columns]
-  assert names == ['accuracy', 'rouge_l', 'ce', 'reverse_kl']
-  # Two are printed as 30.00; nobody competes for accuracy.
-  assert first.best() == {(1, 1), (2, 1), (2, 2), (1, 3)}
-  assert [metric for _, metric in rest.columns] == ['bleu', 'other']
-  assert rest.best() == {(1, 0)}
+  assert names == ['ce', 'reverse_kl', 'rouge_l']
+  # Two are printed as 30.00.
+  assert first.best() == {(2, 0), (1, 1), (1, 2), (2, 2)}
+  # Nobody competes for accuracy: on set y, c alone was measured.
+  assert [m for _, m in rest.columns] == ['accuracy', 'bleu', 'other']
+  assert rest.best() == {(1, 1)}
 
 
 TABLE = results.Table(

@@ -19,6 +19,7 @@ from gakd_jax import (
   sampling,
   sharding,
   speculative,
+  writing,
 )
 from gakd_jax.data import pipeline
 from gakd_jax.models import decoding, lora, pair, transformer
@@ -290,7 +291,7 @@ def test_a_window_of_a_run_is_written_by_few_programs(caplog):
         assert texts(got) != texts(given)
       else:
         assert_same(got, given.replace(written_B=np.zeros(B, bool)))
-  found = [r for r in caplog.records if 'Compiling jit(_write)' in r.message]
+  found = [r for r in caplog.records if 'Compiling jit(write)' in r.message]
   assert len(found) == 2
 
 
@@ -311,7 +312,7 @@ def test_adapters_write_what_the_merged_student_writes():
 
 def test_draws_for_different_ends_have_different_keys():
   """Of one row; response token i of the student has the key i."""
-  own = {rollout._SHARE, speculative._TEACHER, speculative._ACCEPTANCE}
+  own = {writing._SHARE, speculative._TEACHER, speculative._ACCEPTANCE}
   assert len(own) == 3
   assert min(own) >= 2**31
 
@@ -325,7 +326,7 @@ def test_a_rollout_holds_no_text_of_logits_and_one_copy_of_the_models(writer):
   models, params = pair.make(*both, dtype='float32')
   tokens = pipeline.collate([[]] * B, T + ROOM, PAD)
   rows_B = np.zeros(B, np.int32)
-  compiled = rollout._write.lower(
+  compiled = writing.write.lower(
     writer, models, params, tokens, rows_B, rows_B.astype(np.uint32), KEY
   ).compile()
   dims = re.findall(r'\b(?:f32|s32|u32|pred)\[([\d,]+)\]', compiled.as_text())

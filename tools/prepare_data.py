@@ -5,7 +5,9 @@
 SOURCE is anything that `config.data.train` takes: a file, a directory or a hub
 id (org/name:split). Rows are checked and written as JSON Lines with the fields
 `instruction`, `input`, `output` (a list if there are several references), or
-`messages`; bad rows are left out, counted by reason.
+`messages`; bad rows are left out, counted by reason. `--skip=7000` leaves out
+the first 7000 of the others, `--limit=1000` takes 1000 from there on: a part of
+a file to train on, and another to validate with.
 
   python tools/prepare_data.py test.ne data/flores_ne_en/test.jsonl \\
     --target=test.en --languages=Nepali,English
@@ -58,6 +60,11 @@ def translations(source, target, languages):
 
 
 def _prepare(args):
+  if args.skip < 0 or (args.limit is not None and args.limit < 1):
+    raise UserError(
+      f'--skip={args.skip} --limit={args.limit}: expected 0 or more rows to '
+      'leave out, and 1 or more to take'
+    )
   if args.target:
     languages = args.languages.split(',')
     if len(languages) != 2:
@@ -65,10 +72,16 @@ def _prepare(args):
     rows, bad = translations(args.source, args.target, languages), {}
   else:
     rows, bad = sources.load(args.source)
-  lines = (json.dumps(to_record(r), ensure_ascii=False) + '\n' for r in rows)
+  kept = rows[args.skip :][: args.limit]
+  if not kept:
+    raise UserError(
+      f'--skip={args.skip}: {args.source} has {len(rows)} rows; nothing is left'
+    )
+  lines = (json.dumps(to_record(r), ensure_ascii=False) + '\n' for r in kept)
   report.write_atomically(args.file, ''.join(lines))
   skipped = ''.join(f', {n} skipped: {why}' for why, n in sorted(bad.items()))
-  print(f'{args.file}: {len(rows)} rows{skipped}')
+  some = f' of {len(rows)}' * (len(kept) < len(rows))
+  print(f'{args.file}: {len(kept)}{some} rows{skipped}')
 
 
 def main(argv=None):
@@ -80,6 +93,8 @@ def main(argv=None):
   parser.add_argument('file', help='.jsonl')
   parser.add_argument('--target', help='text; the source is text as well')
   parser.add_argument('--languages', default='', help='as in Nepali,English')
+  parser.add_argument('--skip', type=int, default=0, help='rows')
+  parser.add_argument('--limit', type=int, help='rows; default: all')
   try:
     _prepare(parser.parse_args(argv))
   except (UserError, OSError) as e:

@@ -3,7 +3,8 @@
 A spec names where rows come from: a JSON Lines file, a JSON array (either may
 end in .gz), a Parquet file, a directory of such files, `org/name[:split]` on
 the hub, or `synthetic:<split>:<n>[:<seed>]`. A row holds `messages`, or
-`instruction, input, output`, or `question, answer`, or `prompt, response`, or
+`instruction, input, output` (the last two may be called `context, response`),
+or `question, answer`, or `prompt, response`, or `query, response`, or
 `dialogue, summary` (`summary1` and so on are several references); the first of
 these that is there counts, since some data sets also store a rendered `prompt`.
 `output` and `response` may be a list of references.
@@ -20,12 +21,13 @@ import zlib
 from gakd_jax import UserError
 
 SUFFIXES = ('.jsonl', '.json', '.jsonl.gz', '.json.gz', '.parquet')
-# A prompt, and the response that belongs to it, in order of priority.
-_FIELDS = (
-  ('instruction', 'output'),
-  ('question', 'answer'),
-  ('prompt', 'response'),
-)
+# A prompt, and what its response may be called, in order of priority.
+_FIELDS = {
+  'instruction': ('output', 'response'),
+  'question': ('answer',),
+  'prompt': ('response',),
+  'query': ('response',),
+}
 _HUB_ID = re.compile(r'([\w.-]+/[\w.-]+)(?::([\w.-]+))?')
 
 
@@ -245,21 +247,23 @@ def _row(where, record, need_response):
 
 
 def _pair(where, record, need_response):
-  keys = next((pair for pair in _FIELDS if pair[0] in record), None)
-  if keys is None:
-    raise BadRow(where, 'missing instruction, question or prompt')
-  prompt_key, response_key = keys
+  prompt_key = next((key for key in _FIELDS if key in record), None)
+  if prompt_key is None:
+    raise BadRow(where, 'missing instruction, question, prompt or query')
+  names = _FIELDS[prompt_key]
+  response_key = next((name for name in names if name in record), names[0])
   if need_response and response_key not in record:
     raise BadRow(where, f'missing {response_key}')
   prompt = record[prompt_key]
   # Only instruction rows have an input; elsewhere `input` means something else.
-  extra = record.get('input', '') if prompt_key == 'instruction' else ''
+  extra_key = 'input' if 'input' in record else 'context'
+  extra = record.get(extra_key, '') if prompt_key == 'instruction' else ''
   answer = str(record.get('answer', '')) if response_key == 'output' else ''
   response = record.get(response_key, [])
   if response == '':
     response = answer
   references = response if isinstance(response, list) else [response]
-  fields = {prompt_key: [prompt], 'input': [extra], response_key: references}
+  fields = {prompt_key: [prompt], extra_key: [extra], response_key: references}
   for key, values in fields.items():
     if not all(isinstance(value, str) for value in values):
       raise BadRow(where, f'{key} is not text')

@@ -55,8 +55,9 @@ def make(config, default_data):
   """{name: evaluator} of `config.evals`, in the order to run them.
 
   Each line's settings may have `kind` (default: the name), `data` (default:
-  the run's validation set) and `limit` (its first rows only). What reads the
-  answers of another evaluator names it with `of`, and comes after it.
+  the run's validation set), `limit` (its first rows only) and `every` (steps of
+  a training, instead of `config.eval_every`). What reads the answers of another
+  evaluator names it with `of`, and comes after it.
   """
   lines = {name: dict(settings) for name, settings in config.items()}
   made = {
@@ -78,6 +79,7 @@ def make(config, default_data):
 
 def _make(name, settings, default_data):
   kind = settings.pop('kind', name)
+  settings.pop('every', None)
   if kind not in _KINDS:
     raise UserError(
       f'config.evals: no evaluator {kind!r}; known are {", ".join(_KINDS)}'
@@ -90,7 +92,7 @@ def _make(name, settings, default_data):
       'it reads'
     )
   known = [f for f in fields if f not in ('name', 'rows')]
-  known += ['kind', 'data', 'limit'] if 'rows' in fields else ['kind']
+  known += ['kind', 'every'] + ['data', 'limit'] * ('rows' in fields)
   for key in settings:
     if key not in known:
       near = difflib.get_close_matches(key, known, 1, 0)

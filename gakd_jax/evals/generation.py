@@ -4,6 +4,10 @@ Defaults are the field's protocol for instruction sets (MiniLLM, arXiv
 2306.08543): sampling at temperature 1, no top-p or top-k, no repeated 6-gram,
 at most 256 new tokens, five seeds; ROUGE-L is the maximum over references.
 With temperature 0 one seed is enough.
+
+An answer ends before the first of the `stop` strings that it holds (leading
+blanks and thinking do not count as answer). That is done to its text: decoding
+goes on to EOS or `max_new_tokens`, as what the text is is not known before.
 """
 
 import collections
@@ -16,7 +20,7 @@ from typing import ClassVar
 
 import jax
 
-from gakd_jax import partial, report, sampling
+from gakd_jax import UserError, partial, report, sampling
 from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers as answers_lib
@@ -32,6 +36,7 @@ class Generation:
   rows: tuple
   task: str = 'instruct'  # what makes an answer good, see `tasks`
   max_new_tokens: int = 256
+  stop: tuple = ()  # strings before which an answer ends
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
@@ -41,6 +46,13 @@ class Generation:
   first_reference: bool = False  # scored against it alone, not the best of all
 
   def __post_init__(self):
+    if isinstance(self.stop, str) or not all(
+      x and isinstance(x, str) for x in self.stop
+    ):
+      raise UserError(
+        f'config.evals.{self.name}: stop={self.stop!r} is no tuple of texts '
+        r"such as ('\n\n',)"
+      )
     if tasks.get(self.task).extract:  # Bad rows come up before any work.
       for row in self.rows:
         tasks.gold(self.task, row)
@@ -53,7 +65,8 @@ class Generation:
     like are of the prompts whose first reference has so many tokens. With
     several seeds, `<metric>_std` is the deviation over them.
     Answers go to <workdir>/answers/<name>-<seed>.jsonl, those of the last
-    evaluation.
+    evaluation. One that ended at a stop string is there as far as it counts,
+    with its tokens, and `cut_at` is the string.
     """
     prompts = [
       tokenizer_lib.fit_prompt(
@@ -113,7 +126,7 @@ class Generation:
     return self._summary(lines, buckets)
 
   def _answers(self, subject, model, prompts, seed, pool, progress):
-    """{index: {'answer', 'tokens'}}; on their way they go to `pool`.
+    """{index: {'answer', 'tokens', ...}}; on their way they go to `pool`.
 
     Those that an interrupted evaluation has written are not written again.
     """
@@ -153,10 +166,7 @@ class Generation:
       done=set(answers),
     ):
       new = {
-        i: {
-          'answer': tokenizer_lib.decode(subject.models.tokenizer, ids),
-          'tokens': len(ids),
-        }
+        i: self._answer(subject.models.tokenizer, ids)
         for i, ids in zip(indices, written, strict=True)
       }
       # Of a batch that was half written, some were counted before.
@@ -165,7 +175,7 @@ class Generation:
       add(new)
       if log:
         log.append([{'index': i} | x for i, x in new.items()])
-        new_tokens += sum(x['tokens'] for x in new.values())
+        new_tokens += sum(map(len, written))
         speed = new_tokens / (time.perf_counter() - start)
         progress.advance(fresh, tokens_per_second=speed)
     if log and new_tokens:
@@ -179,6 +189,17 @@ class Generation:
         },
       )
     return answers
+
+  def _answer(self, tokenizer, ids):
+    """What is kept of the answer that ids spell."""
+    text = tokenizer_lib.decode(tokenizer, ids)
+    found = [(text.find(x), x) for x in self.stop if x in text]
+    if not found:
+      return {'answer': text, 'tokens': len(ids)}
+    end, stop = min(found)
+    text = text[:end].rstrip()
+    tokens = len(tokenizer.encode(text, add_special_tokens=False))
+    return {'answer': text, 'tokens': tokens, 'cut_at': stop}
 
   def _settings(self):
     """What an answer depends on, but for its seed."""

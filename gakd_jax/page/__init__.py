@@ -135,11 +135,20 @@ def grid(parts):
   return f'<div class="grid">{"".join(parts)}</div>\n' if parts else ''
 
 
-def details(heading, body):
+def details(heading, body, *, is_open=False):
   if not body:
     return ''
   heading = html.escape(heading)
-  return f'<details><summary>{heading}</summary>\n{body}</details>\n'
+  tag = '<details open>' if is_open else '<details>'
+  return f'{tag}<summary>{heading}</summary>\n{body}</details>\n'
+
+
+def text(text):
+  """A paragraph of what somebody wrote, its lines as they are."""
+  text = text.strip('\n')
+  if not text.strip():
+    return '<p class="empty">(empty)</p>'
+  return f'<p class="text">{html.escape(text)}</p>'
 
 
 def browser(sets, names, first):
@@ -170,23 +179,16 @@ def _answer(row):
   """A prompt, and what everybody answered with the first seed."""
   prompt = '\n\n'.join(filter(None, [row['prompt'], row['input']]))
   name = 'Reference' if len(row['references']) == 1 else 'References'
-  given = ''.join(map(_text, row['references']))
+  given = ''.join(map(text, row['references']))
   answers = next(iter(row['answers'].values()))
   models = ''.join(
-    f'<div><h4>{html.escape(model)}</h4>{_text(answer["text"])}</div>'
+    f'<div><h4>{html.escape(model)}</h4>{text(answer["text"])}</div>'
     for model, answer in answers.items()
   )
   return f"""<article class="card">
-<h4>Prompt</h4>{_text(prompt)}
+<h4>Prompt</h4>{text(prompt)}
 <div class="reference"><h4>{name}</h4>{given}</div>
 <div class="models">{models}</div></article>"""
-
-
-def _text(text):
-  text = text.strip('\n')
-  if not text.strip():
-    return '<p class="empty">(empty)</p>'
-  return f'<p class="text">{html.escape(text)}</p>'
 
 
 def settings(pairs):

@@ -187,6 +187,9 @@
       }
     }
     if ('tokens' in answer) parts.push(`${answer.tokens} tokens`);
+    if ('cut_at' in answer) {
+      parts.push(`cut at ${JSON.stringify(answer.cut_at)}`);
+    }
     return parts.join(' · ');
   }
 

@@ -24,7 +24,8 @@ def collect(runs, limit=LIMIT_BYTES):
     A list with a dict for each set: 'name', 'seeds', 'models', 'metrics',
     'total' (its rows before any was cut), and 'rows', dicts of 'index',
     'prompt', 'input', 'references', 'gold' where there is one, and 'answers':
-    {seed: {model: {'text', 'tokens', 'extracted', 'scores': {metric: value}}}}.
+    {seed: {model: {'text', 'scores': {metric: value}}}} with 'tokens',
+    'extracted' and 'cut_at' of those that have them.
   """
   sets = {}
   for model, directory in runs.items():
@@ -79,7 +80,8 @@ def _add(found, model, seed, path):
       # NaN is no JSON: a browser would refuse all of it.
       'scores': {k: round(v, 2) for k, v in scores.items() if math.isfinite(v)},
     }
-    answer |= {k: row[k] for k in ('tokens', 'extracted') if k in row}
+    optional = ('tokens', 'extracted', 'cut_at')
+    answer |= {k: row[k] for k in optional if k in row}
     found['metrics'] |= scores
     entry['answers'].setdefault(seed, {})[model] = answer
 

@@ -56,6 +56,12 @@ def curves(title, xlabel, series, palette):
           linewidth=1.5 if len(lines) == 1 else 1.1,
           marker='o' if len(xs) == 1 else None,
         )
+    if all(
+      np.asarray(xs).dtype.kind == 'i'
+      for lines in series.values()
+      for xs, _ in lines
+    ):
+      axes.locator_params(axis='x', integer=True)
 
   return _figure(title, styles, _svg(draw, xlabel))
 

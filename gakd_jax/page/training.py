@@ -1,4 +1,4 @@
-"""What runs logged while they trained, as figures: losses, and the critic."""
+"""What runs logged as they trained, in figures: losses, critics, rollouts."""
 
 import re
 
@@ -8,19 +8,36 @@ from gakd_jax import report
 from gakd_jax.page import figures
 
 _SCORES = ('train/critic/histogram_teacher', 'train/critic/histogram_student')
-_FIRST = ('train/loss', 'train/ce')
-_CRITICS = re.compile('train/(critic/|generator|hidden_grad)')
+_EMPTY = 'train/rollout/empty'
+_FIRST = (
+  'train/loss',
+  'train/ce',
+  'train/rollout/tokens',
+  'train/rollout/unfinished',
+  _EMPTY,
+  'train/rollout/repetition',
+)
+_SECTIONS = {
+  'critic': re.compile('train/(critic/|generator|hidden_grad)'),
+  'rollouts': re.compile('train/(rollout/|entropy$)'),
+}
 # tokens_per_second says it; deviations and lengths are of the final results.
-_NO_CURVE = re.compile(r'train/(tokens|seconds)$|.*_std$|.*_\d+(-\d+|\+)$')
+# by_teacher is 1 - accepted, written is what the config says, and places in a
+# block are a figure of `rollouts`.
+_NO_CURVE = re.compile(
+  r'train/(tokens|seconds)$|.*_std$|.*_\d+(-\d+|\+)$'
+  r'|train/rollout/(written|by_teacher|accepted_\d+)$'
+)
 
 
-def curves(metrics, palette, *, critic):
+def curves(metrics, palette, section=None):
   """Figures of everything that changes over the steps, of all runs.
 
   Args:
     metrics: {run: (label, rows of metrics.jsonl)}; seeds share a label.
     palette: {label: colour}.
-    critic: whether to draw what is about the critic, or everything else.
+    section: draw what is about the 'critic', about 'rollouts', or, None, about
+      neither.
   """
   found = {}
   for run, (label, rows) in metrics.items():
@@ -38,10 +55,24 @@ def curves(metrics, palette, *, critic):
       label: list(lines.values()) for label, lines in found[metric].items()
     }
     moves = any(len(xs) > 1 for lines in series.values() for xs, _ in lines)
-    is_critic = _CRITICS.match(metric) is not None
-    if moves and is_critic == critic and not _NO_CURVE.match(metric):
+    # Where no text was empty, there is nothing to see.
+    moves &= metric != _EMPTY or any(
+      any(ys) for lines in series.values() for _, ys in lines
+    )
+    if moves and _section(metric) == section and not _NO_CURVE.match(metric):
       shown.append(figures.curves(metric, 'step', series, palette))
   return shown
+
+
+def _section(metric):
+  found = (name for name, part in _SECTIONS.items() if part.match(metric))
+  return next(found, None)
+
+
+def at_the_end(rows, metric):
+  """The last tenth, one at least, of the rows that have a metric."""
+  rows = [row for row in rows if metric in row]
+  return rows[-max(1, len(rows) // 10) :]
 
 
 def critic_scores(metrics):
@@ -62,13 +93,10 @@ def histogram(rows):
 
   Of the last tenth of the steps, as stairs; None without a critic.
   """
-  rows = [row for row in rows if _SCORES[0] in row]
+  rows = at_the_end(rows, _SCORES[0])
   if not rows:
     return None
-  counts = [
-    sum(np.array(row[metric]) for row in rows[-max(1, len(rows) // 10) :])
-    for metric in _SCORES
-  ]
+  counts = [sum(np.array(row[metric]) for row in rows) for metric in _SCORES]
   (seen,) = np.nonzero(counts[0] + counts[1])
   shown = slice(seen[0], seen[-1] + 1)
   edges = report.HISTOGRAM_EDGES[seen[0] : seen[-1] + 2]

@@ -34,6 +34,21 @@ def load_one(tmp_path, record, **options):
     ({'messages': None, 'question': None, **PAIR}, ('Add.', '1 2', ('3',))),
     ({'prompt': 'x', 'question': 'q', 'answer': 'a'}, ('q', '', ('a',))),
     ({'question': 'q', 'answer': 'a', 'input': 'other'}, ('q', '', ('a',))),
+    # As Dolly's authors, UltraInteract and MetaMath have it.
+    (
+      {'instruction': 'Hi', 'context': 'c', 'response': 'Ho'},
+      ('Hi', 'c', ('Ho',)),
+    ),
+    (
+      {'instruction': 'Hi', 'input': 'i', 'response': 'Ho', 'context': 'c'},
+      ('Hi', 'i', ('Ho',)),
+    ),
+    ({'instruction': 'Hi', 'response': 'Ho'}, ('Hi', '', ('Ho',))),
+    ({'context': 'x', 'response': 'y', **PAIR}, ('Add.', '1 2', ('3',))),
+    (
+      {'query': '2+2?', 'original_question': '1+1?', 'response': '4'},
+      ('2+2?', '', ('4',)),
+    ),
     (
       {
         'messages': [
@@ -91,9 +106,9 @@ BAD = {
   'not JSON': b'{"instruction": ',
   'not UTF-8': b'{"instruction": "caf\xe9", "output": "x"}',
   'not an object': b'[1]',
-  'missing output': b'{"instruction": "x"}',
+  'missing output': b'{"instruction": "x", "question": "q", "answer": "a"}',
   'missing answer': b'{"question": "x", "output": "y"}',
-  'missing instruction, question or prompt': b'{"text": "x"}',
+  'missing instruction, question, prompt or query': b'{"text": "x"}',
   'empty response': b'{"instruction": "x", "output": [" ", ""]}',
   'empty prompt': b'{"instruction": " ", "output": "x"}',
   'output is not text': b'{"instruction": "x", "output": ["y", 3]}',

@@ -37,7 +37,7 @@ def test_both_formats_meet_at_their_prompt(tmp_path):
     tmp_path,
     'new',
     'self-inst-10',
-    [_row('q', 'd', index=1, extracted=None, gold='4', **new)],
+    [_row('q', 'd', index=1, extracted=None, gold='4', cut_at='\n', **new)],
   )
   (one,) = answers.collect(runs)
   assert one['name'] == 'self-inst'
@@ -63,6 +63,7 @@ def test_both_formats_meet_at_their_prompt(tmp_path):
       'scores': {'rouge_l': 0.33, 'bleu': 2.0},
       'tokens': 7,
       'extracted': None,
+      'cut_at': '\n',
     },
   }
 

@@ -3,13 +3,14 @@
 import configparser
 import fnmatch
 import html.parser
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 
 from gakd_jax import page
-from gakd_jax.page import figures
+from gakd_jax.page import figures, rollouts
 
 EVIL = '</p><script>alert("$x")</script>&amp;'
 
@@ -133,6 +134,11 @@ def test_text_of_users_is_escaped_everywhere(tmp_path):
   palette = figures.colours([EVIL])
   answers = _set(EVIL, **{EVIL: EVIL}) | {'name': EVIL, 'total': 2}
   answers['rows'][0] |= {'references': [EVIL], 'input': EVIL}
+  line = {'index': 0, 'step': 1, 'instruction': EVIL, 'input': EVIL}
+  line |= {'pieces': [[EVIL, False], [EVIL, True]], 'tokens': 2}
+  (tmp_path / 'rollouts.jsonl').write_text(
+    json.dumps(line | {'finished': True}) + '\n'
+  )
   shown = _page(
     tmp_path / 'x.html',
     ('a', page.table(EVIL, [EVIL, (EVIL, EVIL)], [[EVIL, EVIL]], note=EVIL)),
@@ -144,15 +150,24 @@ def test_text_of_users_is_escaped_everywhere(tmp_path):
     ),
     ('e', page.browser([answers], {EVIL: EVIL}, 1)),
     ('f', page.settings([(EVIL, EVIL)]) + page.details(EVIL, 'x')),
+    ('g', rollouts.texts({EVIL: tmp_path})),
     title=EVIL,
     about=EVIL,
   )
   assert shown.tags.count('script') == 2  # the page's, and the answers
   whole = [text for text in shown.texts if EVIL in text]
   head, table, bars, curves, by_length = 3, 7, 3, 3, 2
-  note, answer, configuration = 1, 4, 3
+  note, answer, configuration, rollout = 1, 4, 3, 4
   assert len(whole) == (
-    head + table + bars + curves + by_length + note + answer + configuration
+    head
+    + table
+    + bars
+    + curves
+    + by_length
+    + note
+    + answer
+    + configuration
+    + rollout
   )
 
 

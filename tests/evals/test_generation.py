@@ -1,0 +1,113 @@
+"""Answers that end at stop strings."""
+
+import json
+
+import pytest
+
+from gakd_jax import UserError, models, partial, sharding
+from gakd_jax.data import sources
+from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.evals import evaluator, generation, scores
+from gakd_jax.models import pair
+
+# What the model writes, the answer that is left of it, and where it was cut.
+WRITTEN = [
+  ('The sum is 4 \n\nQuestion: and 3+3?\n\n6', 'The sum is 4', '\n\n'),
+  ('It is 5. Question: 3+3?\n\n6', 'It is 5.', 'Question:'),
+  ('\n\nsix\nor so', 'six\nor so', None),
+  ('<think>a\n\nb</think>\n\nseven', 'seven', None),
+  ('Question: why?', '', 'Question:'),
+]
+ROWS = tuple(
+  sources.Row('How much?', references=(text,), where='f')
+  for text in ('The sum is 4', 'It is 5.', 'six or so', 'seven', 'nothing')
+)
+STOP = ('\n\n', 'Question:')
+
+
+@pytest.fixture
+def run(tiny_model_dir, tmp_path, monkeypatch):
+  """Evaluates a model that writes `WRITTEN`; identity None: in training."""
+  path = tiny_model_dir()
+  tokenizer = tokenizer_lib.load(path)
+  both, params = pair.make(
+    models.load(path), None, dtype='float32', tokenizers=[tokenizer]
+  )
+
+  def run(identity=None, **settings):
+    subject = evaluator.Subject(
+      models=both,
+      template='chat',
+      max_length=64,
+      max_prompt_length=48,
+      head_chunk=8,
+      mesh=sharding.make_mesh(data=1),
+      workdir=tmp_path,
+      identity=identity,
+    )
+    made = generation.Generation('set', ROWS, seeds=(0,), **settings)
+    return made.run(subject, params, 0)
+
+  def stream(model, prompts, **settings):
+    del model, settings
+    for i in range(len(prompts)):
+      yield [i], [tokenizer.encode(WRITTEN[i][0], add_special_tokens=False)]
+
+  monkeypatch.setattr(generation.sampling, 'stream', stream)
+  run.tokens = lambda text: len(tokenizer.encode(text))
+  run.answers = lambda: [
+    json.loads(line)
+    for line in (tmp_path / 'answers/set-0.jsonl').read_text().splitlines()
+  ]
+  return run
+
+
+@pytest.mark.parametrize('identity', [None, 'of these weights'])
+def test_an_answer_ends_before_the_first_stop_string(run, identity):
+  most = run.tokens(WRITTEN[3][0])  # As many as the first has, or fewer.
+  assert run.tokens(WRITTEN[0][0]) >= most > run.tokens(WRITTEN[2][0])
+  result = run(identity, stop=STOP, max_new_tokens=most)
+  lines = run.answers()
+  assert [line['answer'] for line in lines] == [text for _, text, _ in WRITTEN]
+  assert [line.get('cut_at') for line in lines] == [x for *_, x in WRITTEN]
+  for line, (written, text, cut_at) in zip(lines, WRITTEN, strict=True):
+    assert line['tokens'] == run.tokens(written if cut_at is None else text)
+  # What is scored is what was kept.
+  assert [line['scores']['rouge_l'] for line in lines] == [100] * 4 + [0]
+  assert result['rouge_l'] == pytest.approx(80)
+  assert result['corpus_bleu'] == pytest.approx(
+    scores.corpus_bleu(
+      [text for _, text, _ in WRITTEN], [row.references for row in ROWS]
+    )
+  )
+  assert result['unfinished'] == pytest.approx(20)  # The fourth alone.
+
+
+def test_without_stop_strings_nothing_is_cut(run):
+  run()
+  lines = run.answers()
+  assert lines[0]['answer'] == WRITTEN[0][0]
+  assert not any('cut_at' in line for line in lines)
+
+
+def test_answers_cut_elsewhere_are_not_gone_on_with(run, monkeypatch):
+  append = partial.Partial.append
+
+  def dying(self, lines):
+    append(self, lines)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(partial.Partial, 'append', dying)
+  with pytest.raises(KeyboardInterrupt):
+    run('weights', stop=STOP)
+  monkeypatch.setattr(partial.Partial, 'append', append)
+  with pytest.raises(UserError, match=r'stop was .* and is \[\]'):
+    run('weights')
+
+
+@pytest.mark.parametrize('stop', ['\n\n', ('a', ''), (3,)])
+def test_stop_is_a_tuple_of_texts(stop):
+  with pytest.raises(
+    UserError, match=r'set: stop=.* is no tuple of texts such'
+  ):
+    generation.Generation('set', ROWS, stop=stop)

@@ -1,0 +1,83 @@
+"""Speculative KD's rollouts beside those of the student alone.
+
+  python tools/bench/speculative.py
+
+Student 4 layers x 256, teacher 8 x 512 (8 times the weights of its blocks),
+V = 151936, fp32, sampled at temperature 1. Every draft is accepted (rank < V),
+so that both write the same text: `share` is tokens a second of both models
+over those of the student alone; the rest is the teacher's reading, its head
+and the rule. `--rows` prompts of `--prompt` tokens, `--new` tokens each.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tools.bench import kd_step, side_by_side
+
+
+def rollout(writer, args):
+  """A function that writes once, and returns a checksum of the text."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  from gakd_jax import rollout as rollout_lib
+  from gakd_jax.data.pipeline import Batch, Tokens
+
+  models, state, _ = kd_step.jax_parts(128, name='kld')
+  params = state.params['student']
+  settings = {'max_new_tokens': args.new}
+  if writer == 'speculative':
+    settings |= {'gamma': args.gamma, 'k': args.k or kd_step.V}
+  # No token ends a response.
+  ends = rollout_lib.Ends((kd_step.V,), 0, kd_step.V)
+  writer = rollout_lib.make(writer, ends=ends, **settings)
+  ids_BT = np.random.default_rng(0).integers(
+    0, kd_step.V, (args.rows, args.prompt + args.new)
+  )
+  is_prompt_BT = np.arange(ids_BT.shape[1]) < args.prompt
+  is_prompt_BT = np.broadcast_to(is_prompt_BT, ids_BT.shape)
+  tokens = Tokens(ids_BT.astype('i4'), is_prompt_BT.astype('i4'), ids_BT < 0)
+  batch = jax.device_put(
+    Batch(tokens, tokens, rows_B=np.arange(args.rows, dtype='i4'))
+  )
+  key = jax.random.key(0)
+
+  def take():
+    tokens, _ = writer.sample(models, params, batch, key)
+    written = jnp.sum(tokens.mask_BT)
+    assert int(written) == args.rows * args.new
+    return int(jnp.sum(tokens.ids_BT))
+
+  return take
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--rows', type=int, default=4)
+  parser.add_argument('--prompt', type=int, default=128)
+  parser.add_argument('--new', type=int, default=128)
+  parser.add_argument('--gamma', type=int, default=5)
+  parser.add_argument('--k', type=int, help='accepted ranks; all if left out')
+  sides = {
+    'student': lambda: rollout('student', args),
+    'speculative': lambda: rollout('speculative', args),
+  }
+  side_by_side.add_arguments(parser, sides)
+  args = parser.parse_args()
+  if results := side_by_side.run(__file__, args, sides):
+    tokens = args.rows * args.new
+    speeds = {
+      side: [round(tokens / x['seconds']) for x in measured]
+      for side, measured in results.items()
+    }
+    share = side_by_side.ratio(results, 'seconds', 'student', 'speculative')
+    print(json.dumps({'tokens_per_second': speeds, 'share': share}))
+
+
+if __name__ == '__main__':
+  main()
