@@ -313,12 +313,12 @@ RULES = {
 @pytest.mark.parametrize(
   ('accept', 'student', 'teacher'),
   [
-    ('rank', {'temperature': 0.6}, {'temperature': 1.4, 'top_p': 0.9}),
+    ('probability', {'top_p': 0.9}, {}),
     ('mixture', {'temperature': 0.7}, {'temperature': 1.5, 'top_p': 0.8}),
     *(
       pytest.param(*case, marks=pytest.mark.slow)
       for case in (
-        ('probability', {'top_p': 0.9}, {}),
+        ('rank', {'temperature': 0.6}, {'temperature': 1.4, 'top_p': 0.9}),
         ('mixture', {'top_p': 0.8}, {}),
         ('mixture', {}, {'temperature': 0.6}),
       )
@@ -354,6 +354,32 @@ def test_two_tokens_are_distributed_as_their_rule_says(
   assert B * p_N[p_N > 0].min() > 5, 'for chi-square'
   p = scipy.stats.chisquare(n_N[p_N > 0], B * p_N[p_N > 0]).pvalue
   assert p > 0.01
+
+
+def test_a_mixture_of_one_distribution_replaces_by_it():
+  p_NV = jnp.log(jnp.array([[0.1, 0.2, 0.7]]))
+  p_NV = jax.nn.softmax(Mixture().replacement(p_NV, p_NV))
+  np.testing.assert_allclose(p_NV, [[0.1, 0.2, 0.7]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(('more_s', 'more_t'), [(3, 0), (0, 3)])
+def test_ids_that_one_model_pads_its_vocabulary_with_are_none(more_s, more_t):
+  """However likely they are to it."""
+
+  def readers(*more):
+    return [
+      Table(jnp.pad(z_VV, (0, n), constant_values=9.0))
+      for z_VV, n in zip(tables(6), more, strict=True)
+    ]
+
+  valid = Sampler(valid_vocab=6)
+  settings = drafting(Rank(2), 3, 12, student=valid, teacher=valid)
+  got, want = (
+    write(readers(*more), np.arange(6), keys_of(6), settings)[:2]
+    for more in ((more_s, more_t), (0, 0))
+  )
+  assert 0.1 < want[1].mean() < 0.9
+  jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 # Models with caches.
