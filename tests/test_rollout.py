@@ -167,12 +167,12 @@ def decoded(writer, rows, step):
 def test_responses_stand_where_those_of_the_data_stood(writer):
   """As they are drawn, with the row's own key; metrics are of them alone."""
   given = batch_of(ROWS)
-  [(batch, metrics)] = write(writer, given, step=7)
+  [(batch, metrics)] = write(writer, given, step=13)
   rows = ROWS[:-1]
   responses = [
     theirs if is_written else example(row)[1]
     for row, theirs, is_written in zip(
-      rows, decoded(writer, rows, 7), batch.written_B, strict=False
+      rows, decoded(writer, rows, 13), batch.written_B, strict=False
     )
   ]
   bins = [
@@ -202,6 +202,8 @@ def test_responses_stand_where_those_of_the_data_stood(writer):
     'empty': np.mean([len(r) == 1 and r[0] in EOS for r in written]),
     'repetition': again / sum(map(len, grams)),
   }
+  assert want['empty'] > 0
+  assert want['repetition'] > 0
   for name, value in want.items():
     assert metrics[f'rollout/{name}'] == pytest.approx(value), name
 
@@ -339,7 +341,7 @@ def test_a_rollout_holds_no_text_of_logits_and_one_copy_of_the_models(writer):
   if writer.needs_teacher:
     read *= 2
   assert read < memory.argument_size_in_bytes < 1.01 * read
-  assert memory.temp_size_in_bytes < 1.5 * read
+  assert memory.temp_size_in_bytes < 1.35 * read
 
 
 @pytest.mark.parametrize(

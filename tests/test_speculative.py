@@ -362,9 +362,11 @@ def test_a_mixture_of_one_distribution_replaces_by_it():
   np.testing.assert_allclose(p_NV, [[0.1, 0.2, 0.7]], rtol=1e-6)
 
 
-@pytest.mark.parametrize(('more_s', 'more_t'), [(3, 0), (0, 3)])
-def test_ids_that_one_model_pads_its_vocabulary_with_are_none(more_s, more_t):
-  """However likely they are to it."""
+@pytest.mark.parametrize(
+  ('rule', 'more'), [(Rank(2), (2, 1)), (Mixture(0.5), (3, 0))], ids=str
+)
+def test_ids_that_pad_a_vocabulary_are_no_tokens(rule, more):
+  """However many there are of each model, and however likely they are to it."""
 
   def readers(*more):
     return [
@@ -373,10 +375,10 @@ def test_ids_that_one_model_pads_its_vocabulary_with_are_none(more_s, more_t):
     ]
 
   valid = Sampler(valid_vocab=6)
-  settings = drafting(Rank(2), 3, 12, student=valid, teacher=valid)
+  settings = drafting(rule, 3, 12, student=valid, teacher=valid)
   got, want = (
     write(readers(*more), np.arange(6), keys_of(6), settings)[:2]
-    for more in ((more_s, more_t), (0, 0))
+    for more in (more, (0, 0))
   )
   assert 0.1 < want[1].mean() < 0.9
   jax.tree.map(np.testing.assert_array_equal, got, want)

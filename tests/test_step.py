@@ -384,6 +384,8 @@ def test_who_wrote_a_row_decides_what_it_counts_for(method, by_hand):
       params, tokens.ids_BT, tokens.segments_BT, *at, batch.written_B[at[0]]
     )
     want |= {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
+    totals = _objective(method).count(batch)
+    assert min(totals[name] for name in ('data', 'written')) >= 1
     _assert_close({k: metrics[k] for k in want}, want, atol=1e-6)
     assert want['grad_norm'] > 1e-3
     params = new['student']
