@@ -259,7 +259,7 @@ MESHES = ({'data': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2})
     pytest.param(STUDENT, MESHES[1], marks=pytest.mark.slow),
     pytest.param(SPECULATIVE, MESHES[0], marks=pytest.mark.slow),
   ],
-  ids=str,
+  ids=['student-8', 'speculative-2-2-2', 'student-2-2-2', 'speculative-8'],
 )
 def test_eight_devices_write_what_one_writes(writer, axes):
   got = write(writer, batch_of(ROWS), mesh=sharding.make_mesh(**axes))
@@ -319,7 +319,11 @@ def test_draws_for_different_ends_have_different_keys():
   assert min(own) >= 2**31
 
 
-@WRITERS
+@pytest.mark.parametrize(
+  'writer',
+  [pytest.param(STUDENT, marks=pytest.mark.slow), SPECULATIVE],
+  ids=['student', 'speculative'],
+)
 def test_a_rollout_holds_no_text_of_logits_and_one_copy_of_the_models(writer):
   """Layers that are taken apart, once, whatever the number of tokens."""
   V, D, T = 1024, 256, 40

@@ -290,7 +290,7 @@ def by_rule(accept, p_V, q_V, z_V):
 def test_a_mixed_text_does_not_depend_on_how_far_is_drafted():
   s_VV, t_VV = tables(6)
   want = None
-  for gamma in (1, 3, 8):
+  for gamma in (1, 4):
     got, by_teacher_BI, _ = write(
       [Table(jnp.array(s_VV)), Table(jnp.array(t_VV))],
       np.arange(6),
@@ -405,7 +405,7 @@ PAIRS = {
   'windows': (
     {
       'windows': (4, 0),
-      'attention_cap': 5.0,
+      'attention_cap': 0.5,
       'head_cap': 4.0,
       'post_norms': True,
       'norm_from_one': True,
@@ -508,18 +508,19 @@ SETTINGS = {
 }
 
 
-def test_a_text_does_not_depend_on_how_far_is_drafted():
-  want = None
-  for gamma, settings in SETTINGS.items():
-    got, trace = texts(settings)
-    assert want in (None, got), gamma
-    want = got
-    # Of several blocks, and by both models.
-    assert np.median([len(x) for x in got]) > 8
-    assert got[3] == []
-    own, tokens = trace.by_teacher_BS.sum(), sum(map(len, got))
-    assert 0.1 < own / tokens < 0.9
-    assert trace.kept_BJ.sum() + own == tokens
+@pytest.mark.parametrize(
+  'gamma',
+  [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))],
+)
+def test_a_text_does_not_depend_on_how_far_is_drafted(gamma):
+  want, trace = texts(SETTINGS[5])
+  assert texts(SETTINGS[gamma])[0] == want
+  # Of several blocks, and by both models.
+  assert np.median([len(x) for x in want]) > 8
+  assert want[3] == []
+  own, tokens = trace.by_teacher_BS.sum(), sum(map(len, want))
+  assert 0.1 < own / tokens < 0.9
+  assert trace.kept_BJ.sum() + own == tokens
 
 
 def test_a_teacher_that_accepts_all_leaves_the_student_alone():
