@@ -9,7 +9,8 @@ prompts, and says more of each token than one answer does: from the same start
 the student learns from its texts (seqkd), from its distributions on them
 (forward_kl), and then from what the teacher makes of text of which the student
 writes half (on_policy: reverse KL, from the student of forward_kl). All are
-scored on held-out prompts: cross-entropy, KL both ways, sampled and greedy ROUGE-L.
+scored on held-out prompts: cross-entropy, KL both ways, sampled and greedy
+ROUGE-L.
 """
 
 from configs import base, tiny_teacher
