@@ -271,6 +271,14 @@ class Speculative(Student):
         f'config.rollout: no rule accept={self.accept!r}; known are rank, '
         'probability, mixture'
       )
+    if self.accept == 'mixture' and not (
+      self.temperature and self.teacher_temperature
+    ):
+      raise UserError(
+        "config.rollout: accept='mixture' weighs the likelihoods of what both "
+        'draw, and at temperature=0 or teacher_temperature=0 nothing is drawn; '
+        'set top_k=1 or teacher_top_k=1 instead'
+      )
     self._drafting()
 
   def decode(self, models, params, prompt_BT, length_B, key_B, mesh):

@@ -91,10 +91,12 @@ def inverse_cdf(logits_BV, u_B):
   def first_above(weight_BN, target_B):
     """Where the cumulative sum first exceeds the target; what is left of it."""
     sum_BN = jnp.cumsum(weight_BN, axis=1)
-    # Rounding must not take the target past the end, or to an id of no weight.
-    highest_B = jnp.nextafter(sum_BN[:, -1], jnp.float32(0))
-    target_B = jnp.clip(target_B, 0, highest_B)
-    n_B = jnp.argmax(sum_BN > target_B[:, None], axis=1)
+    # Rounding must not take the target past the end, or to an id of no weight:
+    # a sum in a tree may grow, or fall, from one id to the next without any.
+    has_BN = weight_BN > 0
+    highest_B = jnp.max(sum_BN, axis=1, where=has_BN, initial=0)
+    target_B = jnp.clip(target_B, 0, jnp.nextafter(highest_B, jnp.float32(0)))
+    n_B = jnp.argmax(has_BN & (sum_BN > target_B[:, None]), axis=1)
     before_BN = jnp.pad(sum_BN, ((0, 0), (1, 0)))
     return n_B, target_B - before_BN[jnp.arange(B), n_B]
 

@@ -9,7 +9,9 @@ import numpy as np
 from gakd_jax import sharding
 from gakd_jax.data.pipeline import Tokens
 
-_SHARE = 1 << 31  # where a row's key is folded to decide who writes it
+# Where a row's key is folded to decide who writes it; `speculative` has those
+# before, for what it draws.
+_SHARE = (1 << 31) + 2
 
 
 @functools.partial(jax.jit, static_argnames='writer')

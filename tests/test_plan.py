@@ -307,3 +307,10 @@ def test_errors_of_the_user_are_one_line(config):
   config.teacher.path = None
   with pytest.raises(UserError, match='needs a teacher'):
     plan.run(config)
+
+
+def test_a_step_is_planned_that_knows_who_wrote_a_row(config):
+  config.data.max_prompt_length = 16
+  config.rollout = {'writer': 'student', 'max_new_tokens': 16}
+  config.objective = {'name': 'distillm2'}
+  assert planned(config).bytes['batch'] == B * T * (4 + 4 + 1)

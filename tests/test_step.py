@@ -49,10 +49,13 @@ METHODS = {
     'critic': {'width': 8, 'layers': 1, 'heads': 2, 'ff_width': 12},
   },
 }
+# Who wrote which row of each batch: both, the student alone, the data alone.
+WRITTEN = (np.arange(B) % 3 == 0, np.ones(B, bool), np.zeros(B, bool))
 
 
 def _objective(method):
-  return objectives.make(method, head_chunk=CHUNK, **METHODS[method])
+  settings = METHODS | {'distillm2': {'beta': 0.3}}
+  return objectives.make(method, head_chunk=CHUNK, **settings[method])
 
 
 def _params(seed, shapes=_SHAPES):
@@ -80,11 +83,15 @@ def _batch(bins):
   return pipeline.Batch(student=tokens, teacher=tokens)
 
 
-def _batches(steps=3):
+def _batches(steps=3, written=False):
   """Rows of 0 to 10 response tokens; those of microbatches differ, too."""
   lengths = [(2, 10), (1, 9), (4, 0), (3, 1), (2, 8), (6, 2), (5, 3), (11, 1)]
   documents = [_documents(seed, lengths) for seed in range(steps)]
-  return [_batch([[d] for d in bins]) for bins in documents]
+  batches = [_batch([[d] for d in bins]) for bins in documents]
+  if written:
+    pairs = zip(batches, WRITTEN, strict=False)
+    batches = [batch.replace(written_B=x) for batch, x in pairs]
+  return batches
 
 
 def _step_of(method, microbatches=1, places=None):
@@ -102,7 +109,12 @@ def _step_of(method, microbatches=1, places=None):
 
 @functools.cache
 def _trace(
-  method='kld', microbatches=1, mesh=None, dtype='float32', remat=False
+  method='kld',
+  microbatches=1,
+  mesh=None,
+  dtype='float32',
+  remat=False,
+  written=False,
 ):
   """The traced step of a variant, with its first state, models and mesh."""
   mesh = sharding.make_mesh(**dict(mesh)) if mesh else None
@@ -119,7 +131,7 @@ def _trace(
       state = jax.device_put(state, places[0])
       frozen = jax.device_put(frozen, sharding.shardings(frozen, mesh))
     train_step = _step_of(method, microbatches, places)
-    batch = _put(_batches()[0], mesh)
+    batch = _put(_batches(written=written)[0], mesh)
     both = pair.Models(
       DEFINITION, DEFINITION, CONFIG, CONFIG, frozen, jnp.dtype(dtype), remat
     )
@@ -147,12 +159,14 @@ def _compile(**variant):
 
 
 @functools.cache
-def _run(**variant):
+def _run(written=False, **variant):
   """Parameters, metrics and critic after each of three steps."""
+  if written:
+    variant['written'] = True
   _, run, state = _compile(**variant)
   state = jax.tree.map(jnp.copy, state)  # which the step donates
   results = []
-  for batch in _batches():
+  for batch in _batches(written=written):
     state, metrics = run(state, batch)
     results.append(jax.device_get((state.params, metrics, state.critic)))
   return results
@@ -306,6 +320,97 @@ def test_nothing_changes_with_a_critic_and(variant, atol):
       np.testing.assert_allclose(
         got[1][name], value, rtol=1e-3, atol=atol, err_msg=name
       )
+
+
+def _kl(log_a_NV, log_b_NV):
+  return jnp.sum(jnp.exp(log_a_NV) * (log_a_NV - log_b_NV), axis=1)
+
+
+def _mean(x_N, where_N):
+  """0 of none."""
+  return jnp.sum(x_N * where_N) / jnp.maximum(jnp.sum(where_N), 1)
+
+
+def _kld_by_hand(log_p_NV, log_q_NV, ce_N, written_N):
+  ce = _mean(ce_N, ~written_N)
+  kl = jnp.mean(_kl(log_q_NV, log_p_NV))
+  return 0.25 * ce + 0.75 * kl, {'ce': ce, 'reverse_kl': kl}
+
+
+def _distillm2_by_hand(log_p_NV, log_q_NV, ce_N, written_N):
+  def mix(a_NV, b_NV):
+    return jnp.log(0.1 * jnp.exp(a_NV) + 0.9 * jnp.exp(b_NV))
+
+  forward = _mean(_kl(log_p_NV, mix(log_p_NV, log_q_NV)), ~written_N)
+  reverse = _mean(_kl(log_q_NV, mix(log_q_NV, log_p_NV)), written_N)
+  ce = _mean(ce_N, ~written_N)
+  metrics = {'ce': ce, 'skew_forward': forward, 'skew_reverse': reverse}
+  return 0.7 * forward + 0.3 * reverse, metrics
+
+
+@pytest.mark.parametrize(
+  ('method', 'by_hand'),
+  [('kld', _kld_by_hand), ('distillm2', _distillm2_by_hand)],
+)
+def test_who_wrote_a_row_decides_what_it_counts_for(method, by_hand):
+  """Each mean is over its own tokens, in a batch of both, and of one alone.
+
+  The text is given: nothing flows through how it came about.
+  """
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, has_aux=True)
+  def value(params, ids_BT, segments_BT, rows_N, places_N, written_N):
+    log_q_NV, log_p_NV = (
+      jax.nn.log_softmax(nnx.merge(DEFINITION, p).logits(ids_BT, segments_BT))[
+        rows_N, places_N - 1
+      ]
+      for p in (params, _params(1))
+    )
+    n = jnp.arange(rows_N.size)
+    ce_N = -log_q_NV[n, ids_BT[rows_N, places_N]]
+    loss, metrics = by_hand(log_p_NV, log_q_NV, ce_N, written_N)
+    entropy_N = -jnp.sum(jnp.exp(log_q_NV) * log_q_NV, axis=1)
+    return loss, metrics | {'entropy': _mean(entropy_N, written_N)}
+
+  params = _params(0)
+  steps = _run(method=method, written=True)
+  for (new, metrics, _), batch in zip(
+    steps, _batches(written=True), strict=True
+  ):
+    tokens = batch.student
+    at = np.nonzero(tokens.mask_BT)
+    (loss, want), grads = value(
+      params, tokens.ids_BT, tokens.segments_BT, *at, batch.written_B[at[0]]
+    )
+    want |= {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
+    _assert_close({k: metrics[k] for k in want}, want, atol=1e-6)
+    assert want['grad_norm'] > 1e-3
+    params = new['student']
+  ce, entropy = ([m[k] for _, m, _ in steps] for k in ('ce', 'entropy'))
+  assert ce[1] == entropy[2] == 0, 'nobody to imitate, nobody who wrote'
+  assert min(ce[0], ce[2], entropy[0], entropy[1]) > 1
+
+
+@pytest.mark.parametrize('method', ['kld', 'distillm2'])
+def test_microbatches_do_not_change_what_a_row_counts_for(method):
+  """They hold other shares of what was written than the whole batch."""
+  variant = {'method': method, 'written': True}
+  for got, want in zip(
+    _run(microbatches=4, **variant), _run(**variant), strict=True
+  ):
+    _assert_close(got, want, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_critic_reads_every_row_whoever_wrote_it():
+  got, want = _run(method='gakd', written=True), _run(method='gakd')
+  for (_, metrics, critic), (_, plain, _) in zip(got, want, strict=True):
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(critic))
+    assert np.isfinite(metrics['loss'])
+    assert metrics.keys() - plain.keys() == {'entropy'}
+  _assert_close(got[0][2], want[0][2], atol=1e-6)
+  assert got[1][1]['ce'] == 0
 
 
 def test_remat_recomputes():

@@ -362,8 +362,10 @@ def batches(
   """
   buckets = tuple(buckets or default_buckets(max_length))
   if buckets[-1] != max_length or list(buckets) != sorted(set(buckets)):
+    less = f' less the {room} tokens that a model writes' if room else ''
     raise UserError(
-      f'buckets are {buckets}: they must ascend to max_length, {max_length}'
+      f'buckets are {buckets}: they must ascend to max_length{less}, '
+      f'{max_length}'
     )
   if packing and room:
     raise UserError(

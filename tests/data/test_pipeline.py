@@ -327,6 +327,10 @@ def test_room_for_responses_is_beyond_the_bucket_of_the_prompt():
     pipeline.batches(
       examples, batch_size=2, max_length=12, pad_id=0, packing=True, room=5
     )
+  with pytest.raises(UserError, match=r'max_length less the 5 tokens .*, 12'):
+    pipeline.batches(
+      examples, batch_size=2, max_length=12, pad_id=0, buckets=(17,), room=5
+    )
 
 
 def test_order_depends_on_seed_and_epoch_alone():

@@ -1,6 +1,7 @@
 """Settings of the objectives, and errors that say what to change."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,36 @@ def test_sft_is_cross_entropy_and_needs_no_teacher():
   assert loss == pytest.approx(_by_hand()[0], rel=1e-5)
   assert not SFT.needs_teacher
   assert KLD.needs_teacher
+
+
+@pytest.mark.parametrize('divergence', ['forward_kl', 'reverse_kl', 'jsd'])
+def test_losses_of_speculative_distillation_are_the_golden_ones(
+  divergence, shared_dir
+):
+  """Those of the paper, with its shift, and their gradients."""
+  z = np.load(shared_dir / 'goldens' / 'skd_losses_a.npz')
+  meta = json.loads(str(z['meta']))
+  T, V = meta['sequence_length'], meta['V']
+  mask_1T = (np.arange(T) >= meta['prompt_length'])[None]
+  ids_1T = np.zeros((1, T), np.int32)
+  tokens = Tokens(ids_1T, np.ones_like(ids_1T), mask_1T)
+  batch = Batch(tokens, tokens)
+  objective = objectives.make('kld', divergence=divergence, kd=1.0)
+  batch = batch.replace(totals=objective.count(batch))
+
+  @jax.jit
+  @jax.value_and_grad
+  def loss(s_logits):  # Hidden states that are logits.
+    student, teacher = (
+      Outputs(x, Head(jnp.eye(V))) for x in (s_logits, z['in.teacher_logits'])
+    )
+    return objective.loss(student, teacher, batch, Own(), None)[0]
+
+  value, gradient = loss(z['in.student_logits'])
+  name = {'forward_kl': 'kl'}.get(divergence, divergence)
+  assert value == pytest.approx(z[f'out.paper.{name}'], rel=1e-5)
+  want = z[f'grad.paper.{name}']
+  np.testing.assert_allclose(gradient, want, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize('scale_by_t2', [True, False])
