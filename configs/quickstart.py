@@ -7,9 +7,10 @@ No download; about four minutes on two slow cores. The student is fine-tuned on
 up: sft_best is its best step by held-out loss. The teacher answers more
 prompts, and says more of each token than one answer does: from the same start
 the student learns from its texts (seqkd), from its distributions on them
-(forward_kl), and then from what the teacher makes of the student's own text
-(on_policy: reverse KL, from the student of forward_kl). All are scored on
-held-out prompts: cross-entropy, KL both ways, sampled and greedy ROUGE-L.
+(forward_kl), and then from what the teacher makes of text of which the student
+writes half (on_policy: reverse KL, from the student of forward_kl). All are
+scored on held-out prompts: cross-entropy, KL both ways, sampled and greedy
+ROUGE-L.
 """
 
 from configs import base, tiny_teacher
@@ -19,8 +20,8 @@ TEST = 'synthetic:test:240'
 MIXED = (GOLD, 'stage:teacher')
 NEW_TOKENS = 72  # of an answer at most; a prompt has at most 80
 
-STEPS = 300  # of distillation, and
-ON_POLICY_STEPS = 150  # on the student's own text after them
+STEPS = 450  # of distillation, and
+ON_POLICY_STEPS = 100  # on the student's own text after them
 
 OBJECTIVES = {
   'seqkd': {'name': 'sft'},
@@ -146,10 +147,10 @@ def measured(path):
 
 
 def on_policy(seed, start):
-  """The student writes the answers; it has learned from the teacher's."""
-  c = student(MIXED, ON_POLICY_STEPS, seed, start, rate=3e-3)
+  """The student writes half of the answers, having learned the teacher's."""
+  c = student(MIXED, ON_POLICY_STEPS, seed, start, rate=1e-3)
   c.objective = ON_POLICY
-  return writes(c, writer='student')
+  return writes(c, writer='student', share=0.5)
 
 
 def writes(c, **rollout):

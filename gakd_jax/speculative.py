@@ -17,12 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from gakd_jax import sampling
+from gakd_jax import keys, sampling
 from gakd_jax.models import decoding
-
-# Where a row's key is folded for the teacher's draws and for acceptance; the
-# student's are those of `sampling.draw`, below any length of a response.
-_TEACHER, _ACCEPTANCE = 1 << 31, (1 << 31) + 1
 
 
 def _p_of(token_N, logits_NV):
@@ -253,13 +249,14 @@ def _correct(heads, hiddens, state, drafted, trace, key_B, settings, any_row):
       [jnp.take_along_axis(h, at_B11, axis=1)[:, 0] for h in hiddens]
     )
     i_B = state.end_B - state.start_B
-    keys = _keys(key_B, _TEACHER, i_B)
-    token_B = settings.teacher.draw(settings.rule.replacement(p_BV, q_BV), keys)
+    row_keys = _keys(key_B, keys.TEACHER, i_B)
+    logits_BV = settings.rule.replacement(p_BV, q_BV)
+    token_B = settings.teacher.draw(logits_BV, row_keys)
     return sampling.append(
       state, token_B, settings.max_new_tokens, settings.eos_ids
     )
 
-  # Most blocks need it while the student is good: then it costs nothing.
+  # A good student needs it seldom, and pays for its teacher's draw only then.
   corrected = jax.lax.cond(
     any_row(is_wrong_B), correct, lambda state: state, state
   )
@@ -291,8 +288,8 @@ def _uniform(key_B, i_BJ):
   """A number for each draft, whichever block it is in; [B, J]."""
 
   def draw(key, i_J):
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(i_J)
-    return jax.vmap(jax.random.uniform)(keys)
+    key_J = jax.vmap(functools.partial(jax.random.fold_in, key))(i_J)
+    return jax.vmap(jax.random.uniform)(key_J)
 
-  key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, _ACCEPTANCE)
+  key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, keys.ACCEPTANCE)
   return jax.vmap(draw)(key_B, i_BJ)

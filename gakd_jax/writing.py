@@ -6,18 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gakd_jax import sharding
+from gakd_jax import keys, sharding
 from gakd_jax.data.pipeline import Tokens
-
-# Where a row's key is folded to decide who writes it; `speculative` has those
-# before, for what it draws.
-_SHARE = (1 << 31) + 2
 
 
 @functools.partial(jax.jit, static_argnames='writer')
 def write(writer, models, params, tokens, rows_B, steps_B, key):
-  """Tokens with responses; rows that were written; what the teacher wrote;
-  metrics."""
+  """Writes to a batch of prompts.
+
+  Args:
+    writer: a `rollout.Student` that knows its tokenizer.
+    models, params: see `rollout.Dataset.write`.
+    tokens: `Tokens` of the data, with `writer.room` after the longest prompt.
+    rows_B, steps_B: place in the data (-1: an empty row), and optimizer step.
+    key: of all writing in the run.
+
+  Returns:
+    `Tokens` with the new responses; which rows have one, [B]; which tokens are
+    the teacher's, [B, T]; {metric: scalar}.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   ids_BT, is_text_BT = tokens.ids_BT, tokens.segments_BT > 0
   T = ids_BT.shape[1]
@@ -27,7 +34,7 @@ def write(writer, models, params, tokens, rows_B, steps_B, key):
   )
   is_written_B = rows_B >= 0
   if writer.share < 1:
-    share_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, _SHARE)
+    share_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, keys.SHARE)
     is_written_B &= jax.vmap(jax.random.uniform)(share_key_B) < writer.share
   length_B = jnp.sum(is_text_BT & ~tokens.mask_BT, axis=1)
   length_B = jnp.where(is_written_B, length_B, 0)
@@ -69,10 +76,12 @@ def _measured(tokens, length_B, is_written_B, writer):
   def share(x_B):
     return jnp.sum(x_B & is_written_B) / n
 
-  return {
+  metrics = {}
+  if writer.room == writer.max_new_tokens:  # A prefix is cut off on purpose.
+    metrics['unfinished'] = share(~ended_B)
+  return metrics | {
     'written': jnp.mean(is_written_B),
     'tokens': jnp.sum(length_B) / n,
-    'unfinished': share(~ended_B),
     'empty': share(ended_B & (length_B == 1)),
     'repetition': _repetition(tokens),
   }

@@ -14,6 +14,7 @@ from flax import nnx
 from configs import base
 from gakd_jax import (
   UserError,
+  keys,
   objectives,
   rollout,
   sampling,
@@ -314,7 +315,7 @@ def test_adapters_write_what_the_merged_student_writes():
 
 def test_draws_for_different_ends_have_different_keys():
   """Of one row; response token i of the student has the key i."""
-  own = {writing._SHARE, speculative._TEACHER, speculative._ACCEPTANCE}
+  own = {keys.SHARE, keys.TEACHER, keys.ACCEPTANCE}
   assert len(own) == 3
   assert min(own) >= 2**31
 

@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 from flax import nnx, struct
 
-from gakd_jax import sampling, speculative
+from gakd_jax import keys, sampling, speculative
 from gakd_jax.models import decoding, transformer
 from gakd_jax.sampler import Sampler
 from gakd_jax.speculative import Mixture, Probability, Rank
@@ -90,7 +90,7 @@ def numbers(monkeypatch):
   def inject(u_student_BI, u_teacher_BI):
     B, I = u_student_BI.shape
     u_N = jnp.stack([u_student_BI, u_teacher_BI], dtype=jnp.float32).ravel()
-    places = {speculative._TEACHER: B * I, speculative._ACCEPTANCE: 0}
+    places = {keys.TEACHER: B * I, keys.ACCEPTANCE: 0}
 
     def fold_in(key, x):
       return key + (places[x] if isinstance(x, int) else x)
@@ -566,9 +566,7 @@ def test_a_text_is_that_of_whole_forward_passes(kind):
       return sampler_.draw(z_1V, jax.random.fold_in(key, i)[None])[0]
 
     draft = draw(settings.student, q_V, key)
-    own = draw(
-      settings.teacher, p_V, jax.random.fold_in(key, speculative._TEACHER)
-    )
+    own = draw(settings.teacher, p_V, jax.random.fold_in(key, keys.TEACHER))
     return jnp.where(jnp.sum(p_V > p_V[draft]) < 4, draft, own)
 
   for b, response in enumerate(responses):
