@@ -26,8 +26,9 @@ from gakd_jax.data import pipeline
 from gakd_jax.models import decoding, lora, pair, transformer
 from gakd_jax.sampler import Sampler
 
-B, V, PAD = 8, 32, 1
+B, V = 8, 32
 EOS = (5, 8, 9)
+PAD = 5  # An EOS that ends a response is trained on, though it is the pad.
 ENDS = rollout.Ends(eos_ids=EOS, pad_id=PAD, vocab=V - 2)
 ROOM = 6
 KEY = jax.random.key(3)
