@@ -83,11 +83,10 @@ def jax_step():
   return take
 
 
-def trl_step(attention):
-  """The same by TRL; attention: as transformers name it."""
+def trl_trainer(attention):
+  """A `GKDTrainer`; attention: as transformers name it."""
   import datasets
   import tokenizers
-  import torch
   import transformers
   from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -124,7 +123,15 @@ def trl_step(attention):
   )
   assert trainer.generation_config.use_cache
   trainer.generation_config.eos_token_id = None
-  optimizer = trainer.create_optimizer()
+  return trainer
+
+
+def trl_step(attention):
+  """The same by TRL."""
+  import torch
+
+  trainer = trl_trainer(attention)
+  student, optimizer = trainer.model, trainer.create_optimizer()
   ids = torch.tensor(prompts(), dtype=torch.long)
   generate = trainer.generate_on_policy_outputs
   writing = 0.0
