@@ -34,8 +34,7 @@ def inputs(response):
   return ids_BT, mask_BT
 
 
-def jax_step(
-  response,
+def jax_parts(
   chunk,
   adapters=None,
   quantize=None,
@@ -43,7 +42,7 @@ def jax_step(
   remat=False,
   **objective,
 ):
-  """A function that takes one step and returns its loss.
+  """`Models`, a `TrainState` of the student, and the train step.
 
   adapters: settings of `LoRAConfig`, to train these alone; None: all weights.
   quantize: of the student's base, see `models.load`.
@@ -53,7 +52,6 @@ def jax_step(
   from flax import nnx
 
   from gakd_jax import objectives, optim, step
-  from gakd_jax.data.pipeline import Batch, Tokens
   from gakd_jax.models import Decoder, DecoderConfig, lora, pair
 
   def model(shape, seed, adapters=None, quantize=None):
@@ -90,7 +88,16 @@ def jax_step(
     objective, optimizer, schedule, critic_optimizer=critic_optimizer, seed=0
   )
   state = step.init_state(params, own, optimizer, critic_optimizer)
-  del params, own
+  return models, state, train_step
+
+
+def jax_step(response, chunk, **settings):
+  """A function that takes one step of `jax_parts` and returns its loss."""
+  import jax
+
+  from gakd_jax.data.pipeline import Batch, Tokens
+
+  models, state, train_step = jax_parts(chunk, **settings)
   ids_BT, mask_BT = inputs(response)
   tokens = Tokens(ids_BT, ids_BT * 0 + 1, mask_BT)
   batch = jax.device_put(Batch(tokens, tokens))
@@ -103,27 +110,33 @@ def jax_step(
   return take
 
 
-def torch_step(response):
-  """The same in PyTorch."""
+def torch_model(shape, seed, **settings):
+  """Random weights; settings are those of its config."""
   import torch
   import transformers
 
-  def model(shape, seed):
-    torch.manual_seed(seed)
-    config = transformers.Qwen3Config(
-      vocab_size=V,
-      hidden_size=shape['width'],
-      num_hidden_layers=shape['layers'],
-      num_attention_heads=shape['heads'],
-      num_key_value_heads=2,
-      head_dim=64,
-      intermediate_size=shape['ff_width'],
-      tie_word_embeddings=True,
-      max_position_embeddings=T,
-    )
-    return transformers.Qwen3ForCausalLM(config)
+  torch.manual_seed(seed)
+  config = transformers.Qwen3Config(
+    vocab_size=V,
+    hidden_size=shape['width'],
+    num_hidden_layers=shape['layers'],
+    num_attention_heads=shape['heads'],
+    num_key_value_heads=2,
+    head_dim=64,
+    intermediate_size=shape['ff_width'],
+    tie_word_embeddings=True,
+    max_position_embeddings=T,
+    **settings,
+  )
+  return transformers.Qwen3ForCausalLM(config)
 
-  student, teacher = model(STUDENT, 0).train(), model(TEACHER, 1).eval()
+
+def torch_step(response):
+  """The same in PyTorch."""
+  import torch
+
+  student = torch_model(STUDENT, 0).train()
+  teacher = torch_model(TEACHER, 1).eval()
   optimizer = torch.optim.AdamW(student.parameters(), 1e-4, weight_decay=0.01)
   ids_BT, mask_BT = inputs(response)
   ids = torch.tensor(ids_BT, dtype=torch.long)

@@ -60,7 +60,12 @@ def main():
   def side(adapters, **model):
     settings = {'kld': {'kd': 1.0}, 'sft': {}}[args.objective]
     return lambda: kd_step.jax_step(
-      1.0, 128, adapters, **model, name=args.objective, **settings
+      1.0,
+      128,
+      adapters=adapters,
+      **model,
+      name=args.objective,
+      **settings,
     )
 
   names = ('adapters', 'all', 'fp32', 'int8', 'nf4')

@@ -39,7 +39,8 @@ def run(file, args, sides, *extra):
 
   With `args.side` it measures that side here, prints it, and returns None.
   `sides` maps a name to a function that builds a step: a function that takes
-  one and returns a number, such as its loss. `extra` arguments are handed on.
+  one and returns what JSON holds, such as its loss. `extra` arguments are
+  handed on.
   """
   if args.side:
     print(json.dumps(measure(sides[args.side](), args.steps)))
