@@ -34,42 +34,46 @@ def prompts():
   return kd_step.inputs(response=NEW / T)[0][:, :PROMPT]
 
 
+def unwritten(ids_BT, new):
+  """A `Batch` of prompts, with room for `new` tokens after each."""
+  import numpy as np
+
+  from gakd_jax.data.pipeline import Batch, Tokens
+
+  is_prompt_BT = np.pad(np.ones_like(ids_BT), ((0, 0), (0, new)))
+  ids_BT = np.pad(ids_BT, ((0, 0), (0, new)))
+  tokens = Tokens(ids_BT, is_prompt_BT, is_prompt_BT < 0)
+  return Batch(tokens, tokens, rows_B=np.arange(len(ids_BT), dtype=np.int32))
+
+
 def jax_step():
   """A function that takes one step; -> its loss, and seconds by part."""
   import jax
-  import jax.numpy as jnp
 
-  from gakd_jax import sampling
-  from gakd_jax.data.pipeline import Batch, Tokens
-  from gakd_jax.models import decoding
-  from gakd_jax.sampler import Sampler
+  from gakd_jax import rollout, sharding
 
   models, state, train_step = kd_step.jax_parts(128, name='kld', kd=1.0)
-  prompt_BT = jax.device_put(prompts())
-  length_B = jnp.full(B, PROMPT)
-
-  @jax.jit
-  def write(models, params, key):
-    ids_BS, end_B = sampling.decode_batch(
-      decoding.unstack(models.student(params), models.dtype),
-      prompt_BT,
-      length_B,
-      jax.random.split(key, B),
-      Sampler(temperature=1.0),
-      NEW,
-    )
-    t_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    is_text_BT = t_BT < end_B[:, None]
-    tokens = Tokens(
-      ids_BS, is_text_BT.astype(jnp.int32), is_text_BT & (t_BT >= PROMPT)
-    )
-    return Batch(tokens, tokens)
+  # No token ends a response.
+  ends = rollout.Ends(eos_ids=(V,), pad_id=0, vocab=V)
+  writer = rollout.Student(max_new_tokens=NEW, ends=ends)
+  mesh = sharding.make_mesh()
+  jax.set_mesh(mesh)
+  settings = {'key': jax.random.key(0), 'progress': 0.0}
+  now = 0
 
   def take():
-    nonlocal state
+    nonlocal state, now
     start = time.perf_counter()
-    key = jax.random.fold_in(jax.random.key(0), state.step)
-    batch = jax.block_until_ready(write(models, state.params['student'], key))
+    now += 1
+    ((batch, _),) = writer.write(
+      models,
+      state.params['student'],
+      [unwritten(prompts(), NEW)],
+      mesh,
+      step=now,
+      **settings,
+    )
+    jax.block_until_ready(batch)
     written = time.perf_counter()
     state, metrics = train_step(state, models, batch)
     loss = float(metrics['loss'])

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tools.bench import kd_step, side_by_side
+from tools.bench import kd_step, on_policy, side_by_side
 
 
 def rollout(writer, args):
@@ -26,25 +26,19 @@ def rollout(writer, args):
   import numpy as np
 
   from gakd_jax import rollout as rollout_lib
-  from gakd_jax.data.pipeline import Batch, Tokens
 
   models, state, _ = kd_step.jax_parts(128, name='kld')
   params = state.params['student']
-  settings = {'max_new_tokens': args.new}
+  # No token ends a response.
+  ends = rollout_lib.Ends(eos_ids=(kd_step.V,), pad_id=0, vocab=kd_step.V)
+  settings = {'max_new_tokens': args.new, 'ends': ends}
   if writer == 'speculative':
     settings |= {'gamma': args.gamma, 'k': args.k or kd_step.V}
-  # No token ends a response.
-  ends = rollout_lib.Ends((kd_step.V,), 0, kd_step.V)
-  writer = rollout_lib.make(writer, ends=ends, **settings)
+  writer = rollout_lib.WRITERS[writer](**settings)
   ids_BT = np.random.default_rng(0).integers(
-    0, kd_step.V, (args.rows, args.prompt + args.new)
+    0, kd_step.V, (args.rows, args.prompt), np.int32
   )
-  is_prompt_BT = np.arange(ids_BT.shape[1]) < args.prompt
-  is_prompt_BT = np.broadcast_to(is_prompt_BT, ids_BT.shape)
-  tokens = Tokens(ids_BT.astype('i4'), is_prompt_BT.astype('i4'), ids_BT < 0)
-  batch = jax.device_put(
-    Batch(tokens, tokens, rows_B=np.arange(args.rows, dtype='i4'))
-  )
+  batch = jax.device_put(on_policy.unwritten(ids_BT, args.new))
   key = jax.random.key(0)
 
   def take():
