@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from configs import base, skd, tiny_teacher
+from configs import base, on_policy, skd, tiny_teacher
 from gakd_jax import UserError, binary, objectives, rollout, train
 from gakd_jax.evals import tasks
 
@@ -29,7 +29,9 @@ LONG = (
 )
 
 # Of configs with an argument, others than the default.
-ARGUMENTS = [f'skd:gsm8k,{x}' for x in skd.WRITERS if x != 'skd']
+ARGUMENTS = [f'skd:gsm8k,{x}' for x in skd.WRITERS if x != 'skd'] + [
+  f'on_policy:0p6b,{x}' for x in ('entropy_gated', 'distillm2', 'rgan')
+]
 
 REFERENCE = {'name': 'gakd', 'reference': True}
 DATA = 'synthetic:train:9'
@@ -51,6 +53,7 @@ def shrunk(name, model):
   )
   # Of stages side by side, one, unless each is another method.
   kept = ('teacher', 'sft', 'rgan', 'test_rgan', 'gkd_t2', 'gakd')
+  kept += ('sft_continued', 'sft_best', 'forward_kl', 'on_policy')
   config.stages = tuple(s for s in config.stages if s[0] in kept)
   for c in (config, *(stage for _, stage in config.stages)):
     c.optimizer.learning_rate = 1e-3
@@ -116,17 +119,20 @@ def test_ablations_differ_from_their_twins_in_g_alone():
     assert str(theirs) == str(ours)
 
 
-def test_the_study_has_settings_that_exist():
-  """Its runs take an hour; what they are made of is tested elsewhere."""
-  file = FOLDER.parent / 'docs' / 'gakd_study.py'
-  spec = importlib.util.spec_from_file_location('gakd_study', file)
+@pytest.mark.parametrize(
+  ('name', 'rows'), [('gakd_study', 20), ('on_policy_study', 11)]
+)
+def test_the_studies_have_settings_that_exist(name, rows):
+  """Their runs take an hour; what they are made of is tested elsewhere."""
+  file = FOLDER.parent / 'docs' / f'{name}.py'
+  spec = importlib.util.spec_from_file_location(name, file)
   study = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(study)
   stages = study.get_config().stages
   names = [name for name, _ in stages]
-  assert len(set(names)) == len(names) == 1 + 3 * 20
+  assert len(set(names)) == len(names) == 1 + 3 * rows
   for i, (_, c) in enumerate(stages):
-    objectives.make(**c.objective)
+    check_parts(c, names[:i])
     for spec in (c.student.path, c.critic.init_from, *c.data.train):
       if str(spec).startswith('stage:'):
         assert spec.removeprefix('stage:') in names[:i]
@@ -136,6 +142,9 @@ def check_parts(c, stages=()):
   """What a training is made of exists, and what it takes is there before."""
   objective = objectives.make(**c.objective)
   writer = rollout.make(**c.rollout)
+  if c.train.steps != 0:
+    objective.check(c)
+  writer.check(c)
   if objective.needs_teacher or writer.needs_teacher:
     assert c.teacher.path
   for path in filter(None, (c.student.path, c.teacher.path)):
@@ -168,6 +177,24 @@ def test_every_argument_of_skd(task, pair):
         assert (x.temperature, x.stop) == (0, skd.TASKS[task].stop)
         assert x.task in tasks.TASKS
   assert stages[0][1].student.path == skd.PAIRS[pair][0]
+
+
+@pytest.mark.parametrize('size', on_policy.SIZES)
+def test_every_argument_of_on_policy(size):
+  for method in on_policy.METHODS:
+    c = on_policy.get_config(f'{size},{method}')
+    check_parts(c)
+    assert c.rollout.writer == 'student'
+    assert c.objective.get('kd') == (None if method == 'distillm2' else 1)
+    assert (c.objective.get('g') == 0) == method.endswith('_g0')
+    recipe = method[:-3] if method.endswith('_g0') else method
+    recipe = recipe if 'gan' in recipe else 'rkl'
+    theirs = importlib.import_module(f'configs.{recipe}_{size}').get_config()
+    assert c.student.lora == theirs.student.lora
+    assert c.optimizer == theirs.optimizer
+  for wrong in ('0p6b', '1b,gkd', '0p6b,gdk'):
+    with pytest.raises(UserError, match='expected <size>,<method>, of 0p6b,'):
+      on_policy.get_config(wrong)
 
 
 @pytest.mark.parametrize(
