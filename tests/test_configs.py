@@ -1,6 +1,7 @@
 """Every config, shrunk, trains; and what is wrong is said in one line."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -20,12 +21,9 @@ EXPERIMENTS = sorted(
   and not path.stem.startswith('eval_')
 )
 
-LONG = (
-  'quickstart',
-  'quickstart_full',
-  'fidelity_math',
-  'skd',
-  *(f'pipeline_{x}' for x in ('gemma', 'gpt2', 'qwen2', 'qwen2p5', 'llama3')),
+# Of GAKD's kinds, one is trained by default.
+LONG = re.compile(
+  'quickstart|fidelity_math|skd|pipeline|reference|(ablation_)?w?gan_'
 )
 
 # Of configs with an argument, others than the default.
@@ -92,7 +90,7 @@ def trained(tmp_path_factory):
   [
     # Those of many stages, which other configs have one by one, or that take
     # long to compile.
-    pytest.param(name, marks=[pytest.mark.slow] * (name in LONG))
+    pytest.param(name, marks=[pytest.mark.slow] * bool(LONG.match(name)))
     for name in EXPERIMENTS
   ]
   + [pytest.param(name, marks=pytest.mark.slow) for name in ARGUMENTS],

@@ -222,6 +222,7 @@ print(json.dumps(evaluate.run(config, [model], workdir)))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_an_evaluation(
   whole, data_file, paths, tmp_path, free_port
 ):

@@ -270,6 +270,7 @@ def test_other_adapters_than_the_ones_it_starts_from_are_refused(
     train.run(config, tmp_path / 'run')
 
 
+@pytest.mark.slow
 def test_a_run_on_quantized_models_is_the_same_on_a_mesh(
   config, tmp_path, monkeypatch
 ):
