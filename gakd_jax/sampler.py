@@ -79,8 +79,8 @@ class Sampler:
 def inverse_cdf(logits_BV, u_B):
   """The first id of each row whose cumulative probability exceeds u; [B].
 
-  u is uniform on [0, 1): one random number a token, where Gumbel noise takes V
-  of them. Sums of 128 neighbours first, then within those where u falls: a
+  u is uniform on [0, 1), in steps of 1.2e-7: one random number a token, where
+  Gumbel noise takes V of them. Sums of 128 neighbours first, then within those where u falls: a
   cumulative sum of a whole row would take longer than all the rest.
   """
   B, V = logits_BV.shape
