@@ -184,7 +184,7 @@ def test_another_config_is_refused(whole_run, config):
 def test_best_is_the_best_and_not_the_last(config, tmp_path, monkeypatch):
   scores = iter([1.0, 5.0, 3.0])
   monkeypatch.setattr(
-    train, '_evaluate', lambda this, params, now: {'loss/x': next(scores)}
+    train, '_evaluate', lambda this, params, now, _: {'loss/x': next(scores)}
   )
   exported = []
   monkeypatch.setattr(
@@ -195,6 +195,35 @@ def test_best_is_the_best_and_not_the_last(config, tmp_path, monkeypatch):
   config.checkpoint.best_mode = 'max'
   train.run(config, tmp_path / 'run')
   assert len(exported) == 2
+
+
+def test_an_evaluator_may_have_a_cadence_of_its_own(
+  config, tmp_path, monkeypatch
+):
+  """And best/ waits for the one that chooses it."""
+  seen, exported = {}, []
+
+  def evaluate(this, params, now, names):
+    seen[now] = sorted(names)
+    return {f'{name}/x': 1.0 for name in names}
+
+  monkeypatch.setattr(train, '_evaluate', evaluate)
+  monkeypatch.setattr(train, '_export', lambda *_: exported.append(True))
+  config.eval_every = 2
+  config.evals = {
+    'loss': {},
+    'late': {'kind': 'loss', 'every': 0},
+    'rare': {'kind': 'loss', 'every': 3},
+  }
+  config.checkpoint.best_metric = 'rare/x'
+  train.run(config, tmp_path / 'run')
+  assert seen == {
+    2: ['loss'],
+    3: ['rare'],
+    4: ['loss'],
+    6: ['late', 'loss', 'rare'],
+  }
+  assert len(exported) == 1, 'at step 3; the last is no better'
 
 
 @pytest.mark.parametrize(
