@@ -2,7 +2,7 @@
 
   python -m gakd_jax.main --config=configs/quickstart.py
 
-No download; about four minutes on two slow cores. The student is fine-tuned on
+No download; 3:30 on two shared cores. The student is fine-tuned on
 600 gold rows (sft), and goes on with them (sft_continued) until they are used
 up: sft_best is its best step by held-out loss. The teacher answers more
 prompts, and says more of each token than one answer does: from the same start
