@@ -58,6 +58,8 @@ def jax_step():
   writer = rollout.Student(max_new_tokens=NEW, ends=ends)
   mesh = sharding.make_mesh()
   jax.set_mesh(mesh)
+  # Where a step puts them: else the second one compiles anew.
+  models, state = jax.device_put((models, state), sharding.replicated(mesh))
   settings = {'key': jax.random.key(0), 'progress': 0.0}
   now = 0
 
