@@ -192,6 +192,8 @@ class Student(Dataset):
       self, models, params, batch.student, batch.rows_B, steps_B, key
     )
     batch = batch.replace(student=tokens, teacher=tokens, written_B=written_B)
+    if len(group) == 1:
+      return [(batch, metrics)]
     return [
       (writing.part(batch, i, len(group), T), metrics if i == 0 else {})
       for i, T in enumerate(lengths)
