@@ -109,7 +109,7 @@ def answers(prompts):
       [ids],
       eos_ids=eos_ids,
       seed=_SEED.value + i,  # A question that is repeated is drawn anew.
-      valid_vocab=len(tokenizer),
+      valid_vocab=tokenizers.size(tokenizer),
       **_sampling(),
     )[0]
     yield tokenizers.decode(tokenizer, response)
