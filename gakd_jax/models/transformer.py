@@ -63,6 +63,9 @@ class DecoderConfig:
 
 
 _TABLES = ('embedding', 'position_embedding')
+# The logit of what is no token: its probability is 0, and, being finite, no
+# product with that is NaN.
+_NEVER = -1e30
 
 
 @struct.dataclass
@@ -70,12 +73,15 @@ class Head:
   """What turns hidden states into logits: z = h W', `soft_cap`ped by `cap`.
 
   weight_VD: [V, D], where `sharding.RULES` puts it.
+  valid: None, or how many ids have a token: those from there on pad the
+    embedding, and get no probability.
   gathered_RVD: None, or a whole copy of it on each of the R devices that split
     rows, made once a step for all that `objectives/head.py` does with it.
   """
 
   weight_VD: jax.Array
   cap: float | None = struct.field(pytree_node=False, default=None)
+  valid: int | None = struct.field(pytree_node=False, default=None)
   gathered_RVD: jax.Array | None = None
 
   @property
@@ -106,7 +112,10 @@ class Head:
 
   def capped(self, z_NV):
     """Logits, of what `linear` gives."""
-    return layers_lib.soft_cap(z_NV, self.cap) if self.cap else z_NV
+    z_NV = layers_lib.soft_cap(z_NV, self.cap) if self.cap else z_NV
+    if self.valid is None or self.valid >= z_NV.shape[-1]:
+      return z_NV
+    return jnp.where(jnp.arange(z_NV.shape[-1]) < self.valid, z_NV, _NEVER)
 
   def __call__(self, hidden_ND):
     """Logits in fp32, [N, D] -> [N, V]."""
