@@ -26,6 +26,7 @@ from ml_collections import config_flags
 
 from gakd_jax import (
   UserError,
+  best,
   binary,
   models,
   partial,
@@ -67,6 +68,10 @@ def run(config, paths, workdir):
     raise UserError('config.evals is empty: there is nothing to measure')
   for path in named.values():
     models.read_config(path)
+  asked = {
+    name: best.template_of(path, config.data.template)
+    for name, path in named.items()
+  }
   rundir.record(config, workdir)
   mesh = sharding.make_mesh(**config.mesh)
   runs = {name: workdir / name for name in named}
@@ -85,7 +90,7 @@ def run(config, paths, workdir):
   with jax.set_mesh(mesh):
     for name, path in named.items():
       results[name] = _measure(
-        config, evaluators, path, runs[name], teacher, mesh
+        config, evaluators, path, runs[name], asked[name], teacher, mesh
       )
   comparisons = compare(evaluators, runs)
   if jax.process_index() == 0:
@@ -145,7 +150,7 @@ def _data_of(evaluators):
   )
 
 
-def _measure(config, evaluators, path, workdir, teacher, mesh):
+def _measure(config, evaluators, path, workdir, template, teacher, mesh):
   """The results of one model; those that are there are taken.
 
   `teacher` is its path, where its results go, what loads it, and whether
@@ -169,9 +174,10 @@ def _measure(config, evaluators, path, workdir, teacher, mesh):
     return rundir.read_results(workdir)
   if jax.process_index() == 0:
     about = {'path': str(path), 'identity': identity, 'data': data}
+    about |= {'template': template}
     report.write_atomically(record, json.dumps(about, indent=2) + '\n')
   subject, params = _subject(
-    config, evaluators, path, workdir, teacher, mesh, identity
+    config, path, workdir, template, teacher, mesh, identity
   )
   results = {}
   for name, evaluator in evaluators.items():
@@ -184,7 +190,7 @@ def _measure(config, evaluators, path, workdir, teacher, mesh):
   return results
 
 
-def _subject(config, evaluators, path, workdir, teacher, mesh, identity):
+def _subject(config, path, workdir, template, teacher, mesh, identity):
   """A model as evaluators see it, and its parameters."""
   tokenizer = tokenizer_lib.load(models.tokenizer_dir(path))
   dtype = config.train.precision
@@ -211,7 +217,8 @@ def _subject(config, evaluators, path, workdir, teacher, mesh, identity):
   )
   subject = evaluator_lib.Subject(
     models=both,
-    template=config.data.template,
+    template=template,
+    thinking=config.data.thinking,
     max_length=config.data.max_length,
     max_prompt_length=config.data.max_prompt_length,
     head_chunk=config.train.head_chunk,
