@@ -1,8 +1,9 @@
 """Rows of text from files, the Hugging Face hub or the synthetic task.
 
 A spec names where rows come from: a JSON Lines file, a JSON array (either may
-end in .gz), a Parquet file, a directory of such files, `org/name[:split]` on
-the hub, or `synthetic:<split>:<n>[:<seed>]`. A row holds `messages`, or
+end in .gz), a Parquet file, a directory of such files, a data set of the hub
+as `org/name[/config][@revision][:split]` (split `train`, if none is named), or
+`synthetic:<split>:<n>[:<seed>]`. A row holds `messages`, or
 `instruction, input, output` (the last two may be called `context, response`),
 or `question, answer`, or `prompt, response`, or `query, response`, or
 `dialogue, summary` (`summary1` and so on are several references); the first of
@@ -28,7 +29,10 @@ _FIELDS = {
   'prompt': ('response',),
   'query': ('response',),
 }
-_HUB_ID = re.compile(r'([\w.-]+/[\w.-]+)(?::([\w.-]+))?')
+# Name, configuration, revision and split of a data set on the hub.
+_HUB_ID = re.compile(
+  r'([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?(?::([\w.-]+))?'
+)
 
 
 class BadRow(UserError):
@@ -114,11 +118,12 @@ def _records(spec):
     if not _is_data(path):
       raise UserError(f'{spec}: unknown kind of file; expected {_expected()}')
     yield from _file(path)
-  elif hub and not _is_data(path):
+  elif hub and not _is_data(path) and not path.parent.exists():
     yield from _hub(spec, *hub.groups())
   else:
     raise UserError(
-      f'{spec}: no such file or directory, and not a hub id (org/name[:split])'
+      f'{spec}: no such file or directory, and not a hub id '
+      '(org/name[/config][@revision][:split])'
     )
 
 
@@ -189,16 +194,20 @@ def _parquet(path):
   yield from _indexed(path, records)
 
 
-def _hub(spec, name, split):
+def _hub(spec, name, config, revision, split):
   import datasets  # Slow to import, and only wanted here.
 
   try:
-    records = datasets.load_dataset(name, split=split or 'train')
+    records = datasets.load_dataset(
+      name, config, revision=revision, split=split or 'train'
+    )
   except Exception as error:  # Its errors have no common class.
-    reason = (str(error).splitlines() or [''])[0]
+    # The second line names the configurations, if there are several.
+    reason = ' '.join(str(error).splitlines()[:2])
     raise UserError(
       f'{spec}: no such file, and the hub does not give it '
-      f'({type(error).__name__}: {reason}); check the name and the connection'
+      f'({type(error).__name__}: {reason}); check the connection and the '
+      'name (org/name[/config][@revision][:split])'
     ) from error
   yield from _indexed(spec, records)
 

@@ -15,7 +15,6 @@ import json
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,6 +24,7 @@ from gakd_jax import UserError, keys, sharding
 from gakd_jax.models import (
   convert,
   families,
+  hub,
   lora,
   peft,
   quantized,
@@ -47,31 +47,27 @@ _COMPANIONS = (
 )
 
 
-def resolve(path, files=None):
+# What is fetched from the hub, by what it is for.
+_CONFIG = ('*config.json',)
+_TOKENIZER = (*_CONFIG, *_COMPANIONS, 'additional_chat_templates/*')
+_MODEL = (*_TOKENIZER, '*.safetensors', '*.safetensors.index.json')
+# Of each tensor, `identity` reads so many pieces of so many bytes.
+_PIECES, _PIECE = 16, 4096
+
+
+def resolve(path, files=_MODEL):
   """The local directory of a path or hub id; hub ids are downloaded.
 
-  `files`: a pattern of those that are needed; None: all of them.
+  A hub id is `org/name` or `org/name@revision`. `files`: a pattern or patterns
+  of those that are needed.
   """
   local = Path(path).expanduser()
   if local.is_dir():
     return local
-  looks_like_hub = str(path).count('/') == 1 and not str(path).startswith('.')
-  if looks_like_hub and not local.parent.exists():
-    try:
-      return Path(
-        huggingface_hub.snapshot_download(str(path), allow_patterns=files)
-      )
-    except Exception as e:  # The hub's errors have no common base.
-      raise UserError(
-        f'model {path}: no such directory, and the hub could not provide it '
-        f'({type(e).__name__}); check the name or give a local path'
-      ) from e
-  raise UserError(
-    f'model {path}: no such directory; give a Hugging Face directory or hub id'
-  )
+  return hub.fetch(str(path), (files,) if isinstance(files, str) else files)
 
 
-def resolve_base(path, files=None):
+def resolve_base(path, files=_MODEL):
   """`resolve`, and of an adapter the directory of the model it belongs on."""
   path = resolve(path, files)
   return resolve(peft.base_path(path), files) if peft.is_adapter(path) else path
@@ -79,28 +75,55 @@ def resolve_base(path, files=None):
 
 def tokenizer_dir(path):
   """Where the tokenizer of a model or an adapter lies."""
-  path = resolve(path)
+  path = resolve(path, _TOKENIZER)
   has_its_own = any(path.glob('tokenizer*'))
-  return path if has_its_own else resolve_base(path)
+  return path if has_its_own else resolve_base(path, _TOKENIZER)
+
+
+def revision(path):
+  """The commit that a hub id stands for, or its directory; of others, None."""
+  origin = hub.origin(resolve(path, _CONFIG))
+  return origin and origin[1]
 
 
 def identity(path):
-  """A text that differs between models of other weights, read in no time.
+  """A text that differs between models of other weights, config or tokenizer.
 
-  Of each file of weights, its size and its ends; moved or copied, a model
-  stays what it is.
+  Of each tensor, its name, dtype and shape and 64 KB from all over it, so that
+  it takes no time; other files whole. Moved or copied, a model stays what it
+  is.
   """
   digest = hashlib.sha256()
   for part in dict.fromkeys((resolve(path), resolve_base(path))):
-    for file in sorted(
-      [*part.glob('*.safetensors'), *part.glob('*config.json')]
-    ):
-      digest.update(f'{file.name} {file.stat().st_size} '.encode())
-      with file.open('rb') as f:
-        digest.update(f.read(2**16))
-        f.seek(max(0, file.stat().st_size - 2**16))
-        digest.update(f.read())
+    files = {file for pattern in _MODEL for file in part.glob(pattern)}
+    for file in sorted(f for f in files if f.is_file()):
+      digest.update(f'{file.relative_to(part)}\n'.encode())
+      if file.suffix == '.safetensors':
+        for piece in _samples(file):
+          digest.update(piece)
+      elif file.name == peft.CONFIG:
+        # Where its base lies is no part of it.
+        rest = convert.read_json(file) | {'base_model_name_or_path': ''}
+        digest.update(json.dumps(rest, sort_keys=True).encode())
+      else:
+        digest.update(file.read_bytes())
   return digest.hexdigest()
+
+
+def _samples(file):
+  """What each tensor of a safetensors file is, and pieces of it, as bytes."""
+  with convert.open_safetensors(file):  # Readable, as far as it can tell.
+    pass
+  with file.open('rb', buffering=0) as f:
+    size = int.from_bytes(f.read(8), 'little')
+    header = json.loads(f.read(size))
+    header.pop('__metadata__', None)
+    for name, tensor in sorted(header.items()):
+      yield f'{name} {tensor["dtype"]} {tensor["shape"]}\n'.encode()
+      start, end = (8 + size + offset for offset in tensor['data_offsets'])
+      for at in range(start, end, max(_PIECE, -(-(end - start) // _PIECES))):
+        f.seek(at)
+        yield f.read(min(_PIECE, end - at))
 
 
 def read_config(path, **shape) -> DecoderConfig:
