@@ -93,7 +93,7 @@ def _train(run):
   checkpoints = checkpoint_lib.Checkpoints(
     run.workdir / 'checkpoints', c.checkpoint.keep
   )
-  host = {'best': None, 'results': {}}
+  host = {'best': None, 'is_best': False, 'results': {}}
   with contextlib.closing(checkpoints), contextlib.closing(batches):
     if checkpoints.latest_step() is None:
       state = training.init()
@@ -101,6 +101,8 @@ def _train(run):
       state, host = checkpoints.restore(training.state)
       batches.set_state(host['data'])
       print(f'continuing from step {int(state.step)}', flush=True)
+      if host.get('is_best'):  # The export may be what was interrupted.
+        _export(run, state.params['student'])
     return _loop(run, state, host, training.step, batches, total, checkpoints)
 
 
@@ -125,6 +127,7 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
       size = jnp.count_nonzero(batch.student.segments_BT)
       state, metrics = train_step(state, run.models, batch)
       log.step(now, metrics | about_text, size)
+      host['is_best'] = False
       names = [
         name
         for name, settings in c.evals.items()
@@ -136,13 +139,14 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
         host['results'] = _evaluate(run, params, now, names)
         log.write(now, host['results'])
         if _is_better(c.checkpoint, host['results'], host['best']):
+          host['is_best'] = True
           host['best'] = host['results'].get(c.checkpoint.best_metric)
-          _export(run, params)
       wants_to_save |= due(c.checkpoint.every, now) or stop.requested
       if wants_to_save and not texts.ahead:
         wants_to_save = False
-        host['data'] = batches.get_state()
-        checkpoints.save(now, state, host)
+        checkpoints.save(now, state, host | {'data': batches.get_state()})
+      if host['is_best']:  # Only then: an export that fails loses no step.
+        _export(run, state.params['student'])
       if stop.requested and now < total and not texts.ahead:
         checkpoints.wait()
         raise Interrupted(

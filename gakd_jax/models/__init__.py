@@ -29,6 +29,7 @@ from gakd_jax.models import (
   peft,
   quantized,
   transformer,
+  weight_files,
 )
 from gakd_jax.models.transformer import Decoder, DecoderConfig
 
@@ -45,6 +46,7 @@ _COMPANIONS = (
   'generation_config.json',
   '*.model',
 )
+_CHAT_TEMPLATES = 'additional_chat_templates'  # a directory
 
 
 # What is fetched from the hub, by what it is for.
@@ -129,10 +131,17 @@ def _samples(file):
 def read_config(path, **shape) -> DecoderConfig:
   """The `DecoderConfig` of a directory or hub id, whose weights stay there.
 
-  `shape` replaces some of its fields, such as `width` or `layers`.
+  `shape` replaces some of its fields, such as `width` or `layers`. Of weights
+  that are here no more is looked at than whether a tied head is one.
   """
-  file = resolve_base(path, '*config.json') / 'config.json'
+  path = resolve_base(path, '*config.json')
+  file = path / 'config.json'
   config = families.config_from_hf(convert.read_json(file), file)
+  if config.tied_head:
+    family = families.FAMILIES[config.family]
+    head = config.vocab_size, config.width
+    tied = not weight_files.has_own_head(path, family, head)
+    config = dataclasses.replace(config, tied_head=tied)
   layers = shape.get('layers', config.layers)
   # Of other layers, windows go on in the pattern of the first.
   windows = tuple(itertools.islice(itertools.cycle(config.windows), layers))
@@ -168,7 +177,8 @@ def load(path, dtype=None, mesh=None, report=None, quantize=None) -> Decoder:
   Args:
     path: has config.json and one or several safetensors files; or an adapter
       as PEFT writes it, which is put on the base model that it names.
-    dtype: of the weights, and so of the computation; None keeps the file's.
+    dtype: of the weights, and so of the computation; None keeps that of each
+      parameter, and computes in the widest of the projections.
     mesh: where to place them; None is one device.
     report: called with bytes as they are read.
     quantize: 'int8' or 'nf4' for projections in that (see `quantized`), each as
@@ -176,7 +186,7 @@ def load(path, dtype=None, mesh=None, report=None, quantize=None) -> Decoder:
 
   Raises:
     UserError: if the directory is not there, its architecture or a switch in
-      it is not supported, or tensors do not match (all of them listed).
+      it is not supported, or tensors do not match (some of them named).
   """
   base = resolve_base(path)
   config = read_config(base)
@@ -222,14 +232,18 @@ def _quantize(model, kind):
 def copy_companions(source, path):
   """Copies what a model needs beside weights and config.json: its tokenizer."""
   for file in Path(source).iterdir():
-    if any(fnmatch.fnmatch(file.name, p) for p in _COMPANIONS):
+    if file.name == _CHAT_TEMPLATES and file.is_dir():
+      shutil.copytree(file, Path(path) / file.name)
+    is_companion = any(fnmatch.fnmatch(file.name, p) for p in _COMPANIONS)
+    if is_companion and file.is_file():
       shutil.copyfile(file, Path(path) / file.name)
 
 
 def save(model, path, max_shard_bytes=5 * 10**9, report=None):
   """Writes a directory that transformers loads unchanged.
 
-  Weights keep their dtype; tokenizer files of the model's source come along.
+  Weights keep their dtype, and config.json names that of the computation;
+  tokenizer files of the model's source come along.
   Of a model with adapters these alone are written, as PEFT does.
   The directory appears whole or not at all: an earlier one stays until the
   new one is complete. Of several processes all must call this; the first one
@@ -254,7 +268,7 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None):
       shutil.rmtree(left_over, ignore_errors=True)
     new.mkdir(parents=True)
   if not adapters:
-    _save_whole(model, source, new, max_shard_bytes, report)
+    _save_whole(model, new, max_shard_bytes, report)
   elif first:
     peft.save(model, new)
   if first:
@@ -267,15 +281,20 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None):
   multihost_utils.sync_global_devices(f'saved {path}')
 
 
-def _save_whole(model, source, path, max_shard_bytes, report):
-  config = model.config
+def _save_whole(model, path, max_shard_bytes, report):
   params = transformer.split(model)[1]
-  dtype = convert.flatten(params)['embedding'].dtype.name
-  hf = families.FAMILIES[config.family].to_hf(config)
-  if source and (source / 'config.json').exists():
-    # Fields that say nothing of the shape (token ids, say) are kept.
-    hf = convert.read_json(source / 'config.json') | hf
-  hf |= {'dtype': dtype, 'torch_dtype': dtype}
-  convert.save_params(params, config, path, max_shard_bytes, report)
+  convert.save_params(params, model.config, path, max_shard_bytes, report)
   if jax.process_index() == 0:
-    (path / 'config.json').write_text(json.dumps(hf, indent=2) + '\n')
+    write_config(model, path)
+
+
+def write_config(model, path):
+  """config.json of a model that is the whole of a directory's weights.
+
+  Its dtype is that of the computation, whatever single parameters have.
+  """
+  file = Path(model.source) / 'config.json'
+  source = convert.read_json(file) if model.source and file.exists() else {}
+  hf = families.config_to_hf(model.config, source)
+  hf |= dict.fromkeys(('dtype', 'torch_dtype'), model.dtype.name)
+  (Path(path) / 'config.json').write_text(json.dumps(hf, indent=2) + '\n')

@@ -48,6 +48,7 @@ class DecoderConfig:
   bias: bool = False  # of all projections (GPT-2)
   gated: bool = True  # feed-forward; not GPT-2's
   gelu: bool = False  # else SiLU (GPT-2, Gemma)
+  gelu_exact: bool = False  # else its tanh approximation
   layer_norm: bool = False  # else RMS norm (GPT-2)
   norm_from_one: bool = False  # norms store scale - 1 (Gemma)
   post_norms: bool = False  # after attention and feed-forward too (Gemma 2)
@@ -135,9 +136,9 @@ class Decoder(nnx.Module):
   """A decoder-only language model.
 
   Its parameters are fp32 when made and keep whatever dtype they are given:
-  the dtype of the weights is the compute dtype, so mixed precision is a cast
-  of the parameter tree. Embeddings alone may be wider, see `apply`. `source` is
-  the directory that the model was loaded from, whose tokenizer travels with it.
+  the dtype of the projections is the compute dtype, so mixed precision is a
+  cast of the parameter tree. `source` is the directory that the model was
+  loaded from, whose tokenizer travels with it.
   """
 
   def __init__(self, config, rngs, source=''):
@@ -162,8 +163,11 @@ class Decoder(nnx.Module):
 
   @property
   def dtype(self):
-    """Of the computation."""
-    return self.final_norm.scale[...].dtype
+    """Of the computation: the widest of the projections' dtypes."""
+    linears = (m for _, m in nnx.iter_modules(self.blocks))
+    return jnp.result_type(
+      *{m.dtype for m in linears if isinstance(m, layers_lib.Linear)}
+    )
 
   @property
   def head(self):
