@@ -218,7 +218,6 @@ def _subject(config, path, workdir, template, teacher, mesh, identity):
   subject = evaluator_lib.Subject(
     models=both,
     template=template,
-    thinking=config.data.thinking,
     max_length=config.data.max_length,
     max_prompt_length=config.data.max_prompt_length,
     head_chunk=config.train.head_chunk,

@@ -188,7 +188,7 @@ def test_best_is_the_best_and_not_the_last(config, tmp_path, monkeypatch):
   )
   exported = []
   monkeypatch.setattr(
-    train, '_export', lambda this, params: exported.append(True)
+    train, '_export', lambda this, params, *_: exported.append(True)
   )
   config.eval_every = 2
   config.checkpoint.best_metric = 'loss/x'
@@ -209,7 +209,7 @@ def test_an_export_that_fails_loses_nothing(
     steps.append(now)
     return {'loss/x': scores[now]}
 
-  def export(this, params):
+  def export(this, params, *_):
     if steps[-1:] == fails:
       fails.clear()
       raise OSError('disk full')

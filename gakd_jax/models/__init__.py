@@ -27,6 +27,7 @@ from gakd_jax.models import (
   hub,
   lora,
   peft,
+  prompts,
   quantized,
   transformer,
   weight_files,
@@ -60,12 +61,14 @@ _PIECES, _PIECE = 16, 4096
 def resolve(path, files=_MODEL):
   """The local directory of a path or hub id; hub ids are downloaded.
 
-  A hub id is `org/name` or `org/name@revision`. `files`: a pattern or patterns
+  A hub id is `org/name` or `org/name@revision`; of a run's directory it is the
+  student that came out. `files`: a pattern or patterns
   of those that are needed.
   """
   local = Path(path).expanduser()
   if local.is_dir():
-    return local
+    is_run = (local / 'best').is_dir() and not any(local.glob('*.safetensors'))
+    return local / 'best' if is_run else local
   return hub.fetch(str(path), (files,) if isinstance(files, str) else files)
 
 
@@ -239,15 +242,17 @@ def copy_companions(source, path):
       shutil.copyfile(file, Path(path) / file.name)
 
 
-def save(model, path, max_shard_bytes=5 * 10**9, report=None):
+def save(model, path, max_shard_bytes=5 * 10**9, report=None, describe=None):
   """Writes a directory that transformers loads unchanged.
 
   Weights keep their dtype, and config.json names that of the computation;
   tokenizer files of the model's source come along.
   Of a model with adapters these alone are written, as PEFT does.
   The directory appears whole or not at all: an earlier one stays until the
-  new one is complete. Of several processes all must call this; the first one
-  writes, of each tensor what the others hold.
+  new one is complete; before that `describe(directory)` may add to it. All that
+  ends a turn by its tokenizer stands in generation_config.json. Of several
+  processes all must call this; the first one writes, of each tensor what the
+  others hold.
   """
   path = Path(path).resolve()
   is_model = path.is_dir() and any(path.glob('*.safetensors'))
@@ -274,6 +279,9 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None):
   if first:
     if source:
       copy_companions(source, new)
+    prompts.say_ends(new)
+    if describe is not None:
+      describe(new)
     if path.exists():
       path.rename(old)
     new.rename(path)
