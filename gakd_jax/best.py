@@ -82,11 +82,11 @@ def _card(about, is_adapter):
     for name, value in about.items()
     if value is not None
   ]
-  is_of_hub = about['base_revision'] is not None
+  hub_id = about['base'].partition('@')[0]
   return '\n'.join(
     [
       '---',
-      *([f'base_model: {about["base"]}'] if is_of_hub else []),
+      *([f'base_model: {hub_id}'] if about['base_revision'] else []),
       f'library_name: {"peft" if is_adapter else "transformers"}',
       'pipeline_tag: text-generation',
       'tags: [distillation, gakd_jax]',
