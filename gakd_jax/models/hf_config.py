@@ -237,7 +237,8 @@ def _rope(values):
   """Of both spellings; the older one wins, and then all of it counts."""
   which = 'rope_scaling' if values['rope_scaling'] else 'rope_parameters'
   rope = values[which] or {}
-  by_layer = [k for k, v in rope.items() if isinstance(v, dict)]
+  by_layer = [k for k in rope if k.endswith('_attention')]
+  by_layer += [k for k, v in rope.items() if isinstance(v, dict)]
   kind = rope.get('rope_type', rope.get('type', 'default'))
   if by_layer or kind not in ('default', 'llama3'):
     what = f'a table for {by_layer[0]!r}' if by_layer else f'rope type {kind!r}'
