@@ -131,7 +131,8 @@ def build(config, workdir, mesh):
 def abstract(config, mesh):
   """`build` with shapes for parameters, to plan a run with.
 
-  Of the models, config.json is read and nothing else; there is no data.
+  Of the models, what `models.read_config` reads and nothing else; there is no
+  data.
   """
   objective, writer = _checked(config, mesh)
 

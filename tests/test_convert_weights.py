@@ -52,6 +52,22 @@ def test_the_checkpoint_is_a_plain_tree_in_the_dtype_asked_for(
   np.testing.assert_array_equal(kernel.T, stored.astype('bfloat16'))
 
 
+def test_a_head_that_is_not_the_embedding_goes_there_and_back(
+  tiny_model_dir, tmp_path
+):
+  """Though config.json says that it is."""
+  source = tiny_model_dir(layers=1)
+  before = weights(source)
+  before['lm_head.weight'] = before['model.embed_tokens.weight'] + 1
+  safetensors.numpy.save_file(before, source / 'model.safetensors')
+  convert_weights.to_flax(source, tmp_path / 'flax')
+  convert_weights.to_hf(tmp_path / 'flax', tmp_path / 'back')
+  after = weights(tmp_path / 'back')
+  assert before.keys() == after.keys()
+  for name, x in before.items():
+    np.testing.assert_array_equal(x, after[name], err_msg=name)
+
+
 def test_a_checkpoint_of_another_shape_is_refused(
   tiny_model_dir, tmp_path, capsys
 ):

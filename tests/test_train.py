@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,6 +196,32 @@ def test_best_is_the_best_and_not_the_last(config, tmp_path, monkeypatch):
   config.checkpoint.best_mode = 'max'
   train.run(config, tmp_path / 'run')
   assert len(exported) == 2
+
+
+@pytest.mark.slow
+def test_a_head_of_its_own_is_trained_whatever_config_json_says(
+  config, pair, tmp_path
+):
+  student = tmp_path / 'student'
+  shutil.copytree(pair[0], student)
+  file = student / 'model.safetensors'
+  tensors = safetensors.numpy.load_file(file)
+  head = tensors['model.embed_tokens.weight'][::-1].copy()
+  safetensors.numpy.save_file(tensors | {'lm_head.weight': head}, file)
+  config.student.path = str(student)
+  config.evals, config.checkpoint.best_metric = {}, None
+  config.train.steps = 1
+  train.run(config, tmp_path / 'run')
+  best = models.load(tmp_path / 'run' / 'best')
+  assert not best.config.tied_head
+  assert (
+    json.loads((tmp_path / 'run/best/config.json').read_text())[
+      'tie_word_embeddings'
+    ]
+    is False
+  )
+  trained = weights(tmp_path / 'run')['lm_head.weight']
+  assert 0 < np.abs(trained - head).max() < 0.01
 
 
 @pytest.mark.parametrize('fails_at', [2, 4])

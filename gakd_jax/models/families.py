@@ -134,7 +134,10 @@ def _mistral(hf):
 
 
 def _mistral_to_hf(c):
-  return _write(c, 'Mistral', sliding_window=max(c.windows, default=None))
+  hf = _write(c, 'Mistral', sliding_window=max(c.windows, default=None))
+  if len(set(c.windows)) > 1:  # Which transformers calls Ministral.
+    hf['layer_types'] = _layer_types(c)
+  return hf
 
 
 def _gelu(activation):

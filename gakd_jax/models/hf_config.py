@@ -109,12 +109,9 @@ _GELU_TANH = dict.fromkeys(
 _EVERY = {
   'vocab_size': _size(),
   'is_causal': _flag(True, computed=_ALWAYS),
-  'per_layer_config': Field(
-    'empty, since all layers are alike', lambda x: x == {}, None, null=True
-  ),
-  'transformers_weights': Field(
-    'absent, since weights have their usual name', lambda x: False, None, True
-  ),
+  # Layers that differ, and weights under another name.
+  'per_layer_config': Field('empty', lambda x: x == {}, None, null=True),
+  'transformers_weights': Field('absent', lambda x: False, None, null=True),
 }
 _ROTARY = _EVERY | {
   'hidden_size': _size(),
@@ -168,6 +165,7 @@ MISTRAL = _ROTARY | {
   'head_dim': _size(None, null=True),
   'max_position_embeddings': _size(131072),
   'sliding_window': _size(4096, null=True),
+  'layer_types': _texts(None, null=True),
 }
 GEMMA = _GEMMA
 GEMMA2 = {name: f for name, f in _GEMMA.items() if name != 'hidden_act'} | {
@@ -239,7 +237,8 @@ def _rope(values):
   """Of both spellings; the older one wins, and then all of it counts."""
   which = 'rope_scaling' if values['rope_scaling'] else 'rope_parameters'
   rope = values[which] or {}
-  by_layer = [k for k, v in rope.items() if isinstance(v, dict)]
+  by_layer = [k for k in rope if k.endswith('_attention')]
+  by_layer += [k for k, v in rope.items() if isinstance(v, dict)]
   kind = rope.get('rope_type', rope.get('type', 'default'))
   if by_layer or kind not in ('default', 'llama3'):
     what = f'a table for {by_layer[0]!r}' if by_layer else f'rope type {kind!r}'

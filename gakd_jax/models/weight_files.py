@@ -55,10 +55,11 @@ def _weight_files(path):
     return [path / WHOLE]
   if index is not None:
     return _indexed(path, index)
-  if others := sorted(f.name for f in path.glob('*.safetensors')):
+  others = [f.name for f in path.glob('*.safetensors') if f.is_file()]
+  if others:
     raise UserError(
       f'{path}: has neither {WHOLE} nor {INDEX}, which names the files of '
-      f'weights; {_some(others)} alone is not known to be all of them'
+      f'weights; {_some(sorted(others))} alone is not known to be all of them'
     )
   raise UserError(
     f'{path}: no *.safetensors file; convert other formats with '
