@@ -89,7 +89,7 @@ def run(config, paths, workdir):
       )
   comparisons = compare(evaluators, runs)
   if jax.process_index() == 0:
-    text = json.dumps(comparisons, indent=2) + '\n'
+    text = report.to_json(comparisons, indent=2) + '\n'
     report.write_atomically(workdir / 'comparisons.json', text)
     summary.write(
       workdir / 'report.html',

@@ -1,6 +1,7 @@
 """Every config, shrunk, trains; and what is wrong is said in one line."""
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs import base, on_policy, skd, tiny_teacher
-from gakd_jax import UserError, binary, objectives, rollout, train
+from gakd_jax import UserError, binary, objectives, rollout, rundir, train
 from gakd_jax.evals import tasks
 
 FOLDER = Path(base.__file__).parent
@@ -248,6 +249,20 @@ def test_wrong_flags_are_one_line(flags, expected):
   assert len(lines) == 1, done.stderr
   assert lines[0].startswith('error: ')
   assert expected in lines[0]
+
+
+def test_what_a_run_leaves_is_json(tmp_path):
+  config = base.get_config()
+  config.optimizer.clip_norm = float('inf')
+  rundir.record(config, tmp_path)
+  rundir.record(config, tmp_path)  # It is the same config.
+  rundir.finish(tmp_path, {'loss/ce': float('nan'), 'x/y': 1.0})
+  for file in ('config.json', 'results.json'):
+    json.loads((tmp_path / file).read_text(), parse_constant=pytest.fail)
+  found = rundir.read_results(tmp_path)
+  assert found == {'loss/ce': pytest.approx(float('nan'), nan_ok=True)} | {
+    'x/y': 1.0
+  }
 
 
 @pytest.fixture

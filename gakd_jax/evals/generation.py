@@ -232,4 +232,6 @@ def _record_speed(workdir, name, speed):
   if jax.process_index() == 0:
     file = workdir / 'speed.json'
     known = json.loads(file.read_text()) if file.exists() else {}
-    report.write_atomically(file, json.dumps(known | {name: speed}, indent=2))
+    report.write_atomically(
+      file, report.to_json(known | {name: speed}, indent=2)
+    )

@@ -169,6 +169,23 @@ def test_the_option_with_the_highest_mean_log_probability(
   assert result == {'accuracy': pytest.approx(100 * right / 3)}
 
 
+def test_a_model_that_says_nan_is_wrong(parts, tmp_path, monkeypatch):
+  subject, params, *_ = parts
+  subject = dataclasses.replace(subject, workdir=tmp_path)
+  choices = multiple_choice.MultipleChoice('set', CHOICES)
+  monkeypatch.setattr(
+    multiple_choice.MultipleChoice,
+    '_scores',
+    lambda *_: [-1.0, float('nan'), float('-inf')] * 3,
+  )
+  assert choices.run(subject, params, 0) == {'accuracy': 0}
+  text = (tmp_path / 'answers' / 'set-0.jsonl').read_text()
+  for line in text.splitlines():
+    found = json.loads(line, parse_constant=pytest.fail)
+    assert found['extracted'] is None
+    assert [*found['log_probs'].values()] == [-1.0, None, None]
+
+
 def test_unknown_candidates():
   with pytest.raises(UserError, match="candidates='letters'"):
     multiple_choice.MultipleChoice('set', CHOICES, 'letters')
