@@ -22,11 +22,11 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from gakd_jax import (
   UserError,
   binary,
+  build,
   models,
   partial,
   report,
@@ -40,7 +40,7 @@ from gakd_jax.evals import evaluator as evaluator_lib
 from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.models import pair
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'What is measured.')
+_CONFIG = binary.config_flag('What is measured.')
 _MODEL = flags.DEFINE_list('model', None, 'Directories, runs or hub ids.')
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where it all goes; default: runs/<name of the config>.'
@@ -62,11 +62,24 @@ def run(config, paths, workdir):
   teacher = config.teacher.path
   named = _named([teacher, *paths] if teacher else paths)
   # What can be wrong comes up before any weight is loaded.
-  evaluators = evaluator_lib.make(config.evals, config.data.validation)
+
+  @functools.cache
+  def tokenizers():
+    for path in named.values():
+      models.read_config(path)
+    return [
+      tokenizer_lib.load(models.tokenizer_dir(path)) for path in named.values()
+    ]
+
+  evaluators = evaluator_lib.make(
+    config.evals,
+    config.data.validation,
+    config.data.template,
+    tokenizers,
+    config.data.on_bad_row,
+  )
   if not evaluators:
     raise UserError('config.evals is empty: there is nothing to measure')
-  for path in named.values():
-    models.read_config(path)
   rundir.record(config, workdir)
   mesh = sharding.make_mesh(**config.mesh)
   runs = {name: workdir / name for name in named}
@@ -161,8 +174,9 @@ def _measure(config, evaluators, path, workdir, teacher, mesh):
     )
   if known and known['data'] != data:
     raise UserError(
-      f'{workdir} has the answers to other test rows: the data has changed; '
-      'use another --workdir'
+      f'{workdir} has the answers to other test rows: the data has changed, '
+      'or which of its rows the template of each model can hold; use another '
+      '--workdir'
     )
   if rundir.is_finished(workdir):
     print(f'{workdir.name}: has been measured', flush=True)
@@ -174,9 +188,8 @@ def _measure(config, evaluators, path, workdir, teacher, mesh):
     config, evaluators, path, workdir, teacher, mesh, identity
   )
   results = {}
-  for name, evaluator in evaluators.items():
-    values = evaluator.run(subject, params, 0)
-    results |= {f'{name}/{key}': value for key, value in values.items()}
+  for evaluator in evaluators.values():
+    results |= evaluator_lib.measure(evaluator, subject, params, 0)
   if jax.process_index() == 0:
     rundir.finish(workdir, results)
     for file in (workdir / 'answers').glob('*.partial'):
@@ -268,6 +281,7 @@ def _main(argv):
     raise UserError('--config is missing; try configs/eval_instruct.py')
   if not _MODEL.value:
     raise UserError('--model is missing: name one or several directories')
+  build.check_settings(_CONFIG.value)
   binary.use_compilation_cache()
   run(_CONFIG.value, _MODEL.value, _WORKDIR.value or binary.default_workdir())
 

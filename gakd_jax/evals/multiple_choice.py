@@ -34,6 +34,7 @@ class MultipleChoice:
   # answers, "the correct answer is answer1".
   candidates: str = 'text'
   batch_size: int = 32
+  left_out: int = 0
 
   def __post_init__(self):
     if self.candidates not in ('text', 'label'):

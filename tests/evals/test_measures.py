@@ -4,9 +4,11 @@ import dataclasses
 import json
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jinja2
 import numpy as np
 import pytest
 
@@ -292,6 +294,10 @@ def test_comet_is_asked_with_source_answer_and_first_reference(
     ({'loss': {}, 'fidelity': {'of': 'loss'}}, "of='loss' is no evaluator"),
     ({'x': {'kind': 'lost'}}, "no evaluator 'lost'"),
     ({'generation': {'task': 'maths'}}, "no task 'maths'"),
+    ({'loss': {'batch_size': 'all'}}, "batch_size='all': expected whole num"),
+    ({'loss': {'limit': 0}}, 'loss: limit=0; expected 1 or more'),
+    ({'loss': {'every': 1.5}}, 'every=1.5: expected whole number'),
+    ({'generation': {'seeds': ('a',)}}, 'seeds=.*: expected whole number'),
     (
       {'generation': {}, 'fidelity': {'of': 'generation', 'limit': 3}},
       "no setting 'limit'",
@@ -300,12 +306,91 @@ def test_comet_is_asked_with_source_answer_and_first_reference(
 )
 def test_wrong_settings_are_one_line(evals, message):
   with pytest.raises(UserError, match=message):
-    evaluator.make(evals, 'synthetic:test:3')
+    evaluator.make(evals, 'synthetic:test:3', 'raw', tuple)
+
+
+class Refusing:
+  """A tokenizer whose template refuses rows that hold a word."""
+
+  chat_template = 'x'
+
+  def __init__(self, word):
+    self._word = word
+
+  def apply_chat_template(self, turns, **options):
+    if any(self._word in turn['content'] for turn in turns):
+      raise jinja2.TemplateError(f'no {self._word}')
+    return ''
+
+
+LINES = {
+  'generation': {},
+  'loss': {},
+  'choice': {'kind': 'multiple_choice', 'limit': 2},
+}
+
+
+@pytest.fixture
+def mixed(tmp_path):
+  """A file of six rows, two of which templates may refuse, and one is bad."""
+  path = tmp_path / 'mixed.jsonl'
+  ask = '{}\n\nAnswer format: a/b'
+  rows = [{'instruction': ask.format(x), 'output': 'a'} for x in 'uvxyz']
+  rows.insert(1, {'instruction': 'v', 'output': ''})
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return str(path)
+
+
+def test_rows_that_a_template_refuses_are_left_out_for_all(mixed, capsys):
+  tokenizers = [Refusing('u'), Refusing('x')]
+  made = evaluator.make(LINES, mixed, 'chat', lambda: tokenizers)
+  said = capsys.readouterr().out.splitlines()
+  for name, asked in (('generation', 'vyz'), ('loss', 'vyz'), ('choice', 'vy')):
+    assert [row.instruction[0] for row in made[name].rows] == [*asked]
+    assert made[name].left_out == 3
+    for reason in ('chat template says: no u', 'no x', 'empty response'):
+      (line,) = [x for x in said if x.startswith(name) and x.endswith(reason)]
+      assert line.startswith(f'{name}: 1 rows skipped: ')
+
+
+def test_a_row_that_a_template_refuses_stops_if_it_is_to(mixed):
+  def make(word, lines=LINES):
+    evaluator.make(lines, mixed, 'chat', lambda: [Refusing(word)], 'fail')
+
+  with pytest.raises(UserError, match=r'mixed.jsonl:2: empty response; fix'):
+    make('u')
+  rows = Path(mixed).read_text().splitlines()
+  Path(mixed).write_text('\n'.join([rows[0], *rows[2:]]))
+  with pytest.raises(UserError, match=r'mixed.jsonl:3: the chat template says'):
+    make('x')
+  with pytest.raises(UserError, match='chat template says'):
+    make('z')
+  make('z', {'choice': LINES['choice']})  # Its first two rows are good.
+
+
+def test_no_row_that_a_template_can_hold(mixed):
+  with pytest.raises(UserError, match=r'config\.evals\.loss: no row of .* is'):
+    evaluator.make({'loss': {}}, mixed, 'chat', lambda: [Refusing('A')])
+
+
+def test_how_many_rows_are_left_out_is_a_result(parts):
+  subject, params, *_ = parts
+  long = sources.Row('a ' * 60, references=('b',), where='f')
+  made = loss.Loss('held_out', (*ROWS, long))
+  found = evaluator.measure(made, subject, params, 0)
+  assert found['held_out/left_out'] == 1
+  more = dataclasses.replace(made, left_out=2)
+  assert evaluator.measure(more, subject, params, 0) == found | {
+    'held_out/left_out': 3
+  }
+  all_of_it = loss.Loss('held_out', ROWS)
+  found.pop('held_out/left_out')
+  assert evaluator.measure(all_of_it, subject, params, 0) == found
 
 
 def test_what_reads_answers_comes_last():
   evals = {'a': {'kind': 'fidelity', 'of': 'b'}, 'b': {'kind': 'generation'}}
-  made = evaluator.make(evals, 'synthetic:test:3')
+  made = evaluator.make(evals, 'synthetic:test:3', 'raw', tuple)
   assert list(made) == ['b', 'a']
   assert made['a'].of is made['b']
   assert evals['a'] == {'kind': 'fidelity', 'of': 'b'}
