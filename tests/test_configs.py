@@ -268,7 +268,7 @@ TEXTS = {
   str: ('word.jsonl', 'word.jsonl'),
   str | None: ('word', 'word'),
   tuple[int, ...]: ('7', (7,)),
-  tuple[str, ...]: ("('a', 'b')", ('a', 'b')),
+  tuple[str, ...]: ('Q:', ('Q:',)),
 }
 
 
