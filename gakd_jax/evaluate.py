@@ -279,9 +279,9 @@ def _main(argv):
     raise UserError(f'unknown argument {argv[1]!r}; flags look like --name=x')
   if _CONFIG.value is None:
     raise UserError('--config is missing; try configs/eval_instruct.py')
+  build.check_settings(_CONFIG.value)
   if not _MODEL.value:
     raise UserError('--model is missing: name one or several directories')
-  build.check_settings(_CONFIG.value)
   binary.use_compilation_cache()
   run(_CONFIG.value, _MODEL.value, _WORKDIR.value or binary.default_workdir())
 
