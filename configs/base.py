@@ -47,12 +47,18 @@ def get_config():
   # (org/name:split), synthetic:<split>:<rows>, or a tuple of these.
   c.data.train = config_dict.placeholder(object)
   c.data.validation = config_dict.placeholder(object)
-  c.data.template = 'qwen3'  # qwen3, gakd, alpaca, chat, raw
+  # qwen3, gakd, alpaca, chat, chat:<name of several>, raw (see
+  # gakd_jax/data/templates); None: what a model of gakd_jax was trained with,
+  # qwen3 for any other.
+  c.data.template = config_dict.placeholder(str)
   c.data.max_length = 512  # tokens, prompt and response with EOS
   c.data.max_prompt_length = 256  # longer ones: dropped, shortened in evals
   c.data.buckets = config_dict.placeholder(tuple)  # lengths; None: halvings
   c.data.packing = False  # several documents a row, attention kept apart
   c.data.on_bad_row = 'skip'  # skip: count and report; fail: stop at it
+  # refuse: a response with thoughts under a template that has closed them (or
+  # without, under one that has opened them) is a bad row; keep: trained on.
+  c.data.thinking = 'refuse'
   c.data.workers = 0  # processes that build batches; 0: a thread
 
   # Who writes the responses: 'dataset' trains on those of data.train;

@@ -70,7 +70,7 @@ def write(
   decoding = dataclasses.asdict(writer) | {
     'eos_ids': templates.stop_ids(template, tokenizer),
     'seed': seed,
-    'valid_vocab': len(tokenizer),
+    'valid_vocab': tokenizer_lib.size(tokenizer),
   }
   samples = decoding.pop('samples')
   prompts, left_out = _prompts(

@@ -97,8 +97,7 @@ def build(config, workdir, mesh):
   evaluators = evaluator_lib.make(
     config.evals,
     config.data.validation,
-    config.data.template,
-    lambda: tokenizers[:1],
+    lambda: [(config.data.template, tokenizers[0])],
     config.data.on_bad_row,
   )
 
@@ -266,10 +265,10 @@ def _put_adapters(model, config, mesh):
 
 
 def _check_vocabulary(path, tokenizer, shape):
-  rows = shape.vocab_size
-  if len(tokenizer) > rows:
+  largest, rows = tokenizer_lib.size(tokenizer) - 1, shape.vocab_size
+  if largest >= rows:
     raise UserError(
-      f'{path}: the tokenizer has {len(tokenizer)} tokens but the model only '
+      f"{path}: the tokenizer's largest id is {largest} but the model has only "
       f'{rows} embedding rows; use the tokenizer that belongs to the model'
     )
 

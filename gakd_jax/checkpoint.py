@@ -13,8 +13,9 @@ class Checkpoints:
   """The checkpoints of a run, newest last.
 
   Each holds a `TrainState` (as arrays, wherever they lie) and `host`, a JSON
-  dict: the position of the data iterator and the best score so far. Saving is
-  asynchronous; a checkpoint appears whole or not at all.
+  dict: the position of the data iterator, the best score so far and whether it
+  is this state's. Saving is asynchronous; a checkpoint appears whole or not at
+  all.
   """
 
   def __init__(self, directory, keep=1):

@@ -25,6 +25,7 @@ from absl import flags
 
 from gakd_jax import (
   UserError,
+  best,
   binary,
   build,
   models,
@@ -64,18 +65,22 @@ def run(config, paths, workdir):
   # What can be wrong comes up before any weight is loaded.
 
   @functools.cache
-  def tokenizers():
+  def prompters():
+    """{model: (template, tokenizer)}."""
     for path in named.values():
       models.read_config(path)
-    return [
-      tokenizer_lib.load(models.tokenizer_dir(path)) for path in named.values()
-    ]
+    return {
+      name: (
+        best.template_of(path, config.data.template),
+        tokenizer_lib.load(models.tokenizer_dir(path)),
+      )
+      for name, path in named.items()
+    }
 
   evaluators = evaluator_lib.make(
     config.evals,
     config.data.validation,
-    config.data.template,
-    tokenizers,
+    lambda: prompters().values(),
     config.data.on_bad_row,
   )
   if not evaluators:
@@ -98,7 +103,7 @@ def run(config, paths, workdir):
   with jax.set_mesh(mesh):
     for name, path in named.items():
       results[name] = _measure(
-        config, evaluators, path, runs[name], teacher, mesh
+        config, evaluators, path, runs[name], prompters()[name], teacher, mesh
       )
   comparisons = compare(evaluators, runs)
   if jax.process_index() == 0:
@@ -158,11 +163,12 @@ def _data_of(evaluators):
   )
 
 
-def _measure(config, evaluators, path, workdir, teacher, mesh):
+def _measure(config, evaluators, path, workdir, prompter, teacher, mesh):
   """The results of one model; those that are there are taken.
 
-  `teacher` is its path, where its results go, what loads it, and whether
-  students are measured by it; or None.
+  `prompter` is the model's (template, tokenizer). `teacher` is its path, where
+  its results go, what loads it, and whether students are measured by it; or
+  None.
   """
   identity, data = models.identity(path), _data_of(evaluators)
   record = workdir / 'model.json'
@@ -183,9 +189,10 @@ def _measure(config, evaluators, path, workdir, teacher, mesh):
     return rundir.read_results(workdir)
   if jax.process_index() == 0:
     about = {'path': str(path), 'identity': identity, 'data': data}
+    about |= {'template': prompter[0]}
     report.write_atomically(record, json.dumps(about, indent=2) + '\n')
   subject, params = _subject(
-    config, evaluators, path, workdir, teacher, mesh, identity
+    config, path, workdir, prompter, teacher, mesh, identity
   )
   results = {}
   for evaluator in evaluators.values():
@@ -197,9 +204,9 @@ def _measure(config, evaluators, path, workdir, teacher, mesh):
   return results
 
 
-def _subject(config, evaluators, path, workdir, teacher, mesh, identity):
+def _subject(config, path, workdir, prompter, teacher, mesh, identity):
   """A model as evaluators see it, and its parameters."""
-  tokenizer = tokenizer_lib.load(models.tokenizer_dir(path))
+  template, tokenizer = prompter
   dtype = config.train.precision
   t_path, t_workdir, load_teacher, reads = teacher or (None, None, None, False)
   is_teacher = workdir == t_workdir
@@ -224,7 +231,7 @@ def _subject(config, evaluators, path, workdir, teacher, mesh, identity):
   )
   subject = evaluator_lib.Subject(
     models=both,
-    template=config.data.template,
+    template=template,
     max_length=config.data.max_length,
     max_prompt_length=config.data.max_prompt_length,
     head_chunk=config.train.head_chunk,

@@ -17,20 +17,28 @@ import sys
 
 from absl import app, flags
 
-from gakd_jax import UserError, answering, models, rollout, sampling, sharding
+from gakd_jax import (
+  UserError,
+  answering,
+  best,
+  models,
+  rollout,
+  sampling,
+  sharding,
+)
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizers
 from gakd_jax.models import decoding
 
 _MODEL = flags.DEFINE_string(
-  'model', None, 'Hugging Face directory or hub id.', required=True
+  'model', None, 'Hugging Face directory, hub id or run.', required=True
 )
 _PROMPT = flags.DEFINE_string('prompt', None, 'Answer this, then stop.')
 _TEMPLATE = flags.DEFINE_string(
   'template',
   None,
-  "What stands around a prompt; default: 'chat' if the tokenizer has a chat "
-  "template, else 'raw'.",
+  'What stands around a prompt; default: what a student was trained with; of '
+  "another model 'chat' if its tokenizer has a chat template, else 'raw'.",
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   'max_new_tokens', 256, 'Tokens of an answer, at most.', lower_bound=1
@@ -93,7 +101,7 @@ def _tokenizer():
   """The model's tokenizer, and the name of the template."""
   tokenizer = tokenizers.load(models.tokenizer_dir(_MODEL.value))
   default = 'chat' if tokenizer.chat_template else 'raw'
-  return tokenizer, _TEMPLATE.value or default
+  return tokenizer, best.template_of(_MODEL.value, _TEMPLATE.value, default)
 
 
 def answers(prompts):
@@ -109,7 +117,7 @@ def answers(prompts):
       [ids],
       eos_ids=eos_ids,
       seed=_SEED.value + i,  # A question that is repeated is drawn anew.
-      valid_vocab=len(tokenizer),
+      valid_vocab=tokenizers.size(tokenizer),
       **_sampling(),
     )[0]
     yield tokenizers.decode(tokenizer, response)

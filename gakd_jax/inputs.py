@@ -29,6 +29,7 @@ def examples(config, spec, tokenizer, writer):
     max_length=c.max_length,
     max_prompt_length=c.max_prompt_length,
     on_bad_row=c.on_bad_row,
+    thinking=c.thinking,
   )
   if writer.prefix is not None:
     encoded = [_first(writer.prefix, e) for e in encoded]

@@ -162,7 +162,7 @@ class Student(Dataset):
     ends = Ends(
       templates.stop_ids(template, tokenizer),
       tokenizer_lib.pad_id(tokenizer),
-      len(tokenizer),
+      tokenizer_lib.size(tokenizer),
     )
     return dataclasses.replace(self, ends=ends)
 

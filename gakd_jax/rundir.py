@@ -131,7 +131,7 @@ def record(config, workdir):
         'use another --workdir, or the config it was started with'
       )
     return
-  content = {'config': ours, 'versions': _versions(), 'commit': _commit()}
+  content = {'config': ours, 'versions': _versions(), 'commit': commit()}
   report.write_atomically(path, json.dumps(content, indent=2) + '\n')
 
 
@@ -163,7 +163,7 @@ def _versions():
   return {'gakd_jax': __version__} | versions
 
 
-def _commit():
+def commit():
   """The commit of the source, if it is a checkout; None otherwise."""
   git = ['git', '-C', str(Path(__file__).parent), 'rev-parse', 'HEAD']
   try:

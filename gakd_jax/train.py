@@ -6,6 +6,7 @@ runs that build on each other.
 """
 
 import contextlib
+import functools
 import resource
 import signal
 import time
@@ -18,6 +19,7 @@ from flax import nnx
 from gakd_jax import (
   Interrupted,
   UserError,
+  best,
   build,
   inputs,
   keys,
@@ -62,6 +64,11 @@ def run(config, workdir, root=None):
     print(f'{workdir} has finished; its report is {workdir}/report.html')
     return rundir.read_results(workdir)
   config = rundir.resolve_stages(config, root or workdir)
+  config.data.template = best.template_of(
+    config.student.path, config.data.template
+  )
+  if config.teacher.path:  # Says if it was trained with another.
+    best.template_of(config.teacher.path, config.data.template)
   mesh = sharding.make_mesh(**config.mesh)
   with jax.set_mesh(mesh):
     current = build.build(config, workdir, mesh)
@@ -82,7 +89,7 @@ def _evaluate_only(run):
     inputs.teacher_answers(run)
   params = run.start()
   results = _evaluate(run, params, 0, run.evaluators)
-  _export(run, params)
+  _export(run, params, 0)
   return results
 
 
@@ -94,7 +101,7 @@ def _train(run):
   checkpoints = checkpoint_lib.Checkpoints(
     run.workdir / 'checkpoints', c.checkpoint.keep
   )
-  host = {'best': None, 'results': {}}
+  host = {'best': None, 'is_best': False, 'results': {}}
   with contextlib.closing(checkpoints), contextlib.closing(batches):
     if checkpoints.latest_step() is None:
       state = training.init()
@@ -102,6 +109,8 @@ def _train(run):
       state, host = checkpoints.restore(training.state)
       batches.set_state(host['data'])
       print(f'continuing from step {int(state.step)}', flush=True)
+      if host.get('is_best'):  # The export may be what was interrupted.
+        _export(run, state.params['student'], int(state.step), host['best'])
     return _loop(run, state, host, training.step, batches, total, checkpoints)
 
 
@@ -126,6 +135,7 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
       size = jnp.count_nonzero(batch.student.segments_BT)
       state, metrics = train_step(state, run.models, batch)
       log.step(now, metrics | about_text, size)
+      host['is_best'] = False
       names = [
         name
         for name, settings in c.evals.items()
@@ -137,13 +147,14 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
         host['results'] = _evaluate(run, params, now, names)
         log.write(now, host['results'])
         if _is_better(c.checkpoint, host['results'], host['best']):
+          host['is_best'] = True
           host['best'] = host['results'].get(c.checkpoint.best_metric)
-          _export(run, params)
       wants_to_save |= due(c.checkpoint.every, now) or stop.requested
       if wants_to_save and not texts.ahead:
         wants_to_save = False
-        host['data'] = batches.get_state()
-        checkpoints.save(now, state, host)
+        checkpoints.save(now, state, host | {'data': batches.get_state()})
+      if host['is_best']:  # Only then: an export that fails loses no step.
+        _export(run, state.params['student'], int(state.step), host['best'])
       if stop.requested and now < total and not texts.ahead:
         checkpoints.wait()
         raise Interrupted(
@@ -288,14 +299,21 @@ def _is_better(config, results, best):
   return new > best if config.best_mode == 'max' else new < best
 
 
-def _export(run, params):
+def _export(run, params, step, value=None):
   """The student as a Hugging Face directory, best/: its adapters, if any."""
   params = run.models.whole(params)
   if run.config.student.lora is None:  # Adapters are fp32, as PEFT has them.
     dtype = run.config.student.dtype
     params = jax.tree.map(lambda x: x.astype(dtype), params)
   student = nnx.merge(run.models.student_definition, params)
-  models.save(student, run.workdir / 'best')
+  metric = None if value is None else (run.config.checkpoint.best_metric, value)
+  models.save(
+    student,
+    run.workdir / 'best',
+    describe=functools.partial(
+      best.describe, config=run.config, step=step, metric=metric
+    ),
+  )
 
 
 def _peak_memory_gb():

@@ -19,7 +19,7 @@ LEVELS = (
   ('main', 'evaluate', 'generate'),
   ('train', 'plan'),
   ('rollout_log',),
-  ('build', 'inputs'),
+  ('build', 'inputs', 'best'),
   ('step', 'rollout', 'writing', 'answering', 'evals'),
   ('objectives', 'speculative', 'sampling', 'sampler', 'flops'),
   ('models', 'data'),

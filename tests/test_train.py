@@ -188,13 +188,46 @@ def test_best_is_the_best_and_not_the_last(config, tmp_path, monkeypatch):
   )
   exported = []
   monkeypatch.setattr(
-    train, '_export', lambda this, params: exported.append(True)
+    train, '_export', lambda this, params, *_: exported.append(True)
   )
   config.eval_every = 2
   config.checkpoint.best_metric = 'loss/x'
   config.checkpoint.best_mode = 'max'
   train.run(config, tmp_path / 'run')
   assert len(exported) == 2
+
+
+@pytest.mark.parametrize('fails_at', [2, 4])
+def test_an_export_that_fails_loses_nothing(
+  config, tmp_path, monkeypatch, fails_at
+):
+  """It is made up for from the checkpoint, and only where it was due."""
+  scores = {2: 5.0, 4: 7.0, 6: 1.0}
+  fails, steps, exported = [fails_at], [], []
+
+  def evaluate(this, params, now, names):
+    steps.append(now)
+    return {'loss/x': scores[now]}
+
+  def export(this, params, *_):
+    if steps[-1:] == fails:
+      fails.clear()
+      raise OSError('disk full')
+    exported.append(np.asarray(params['final_norm']['scale']))
+
+  monkeypatch.setattr(train, '_evaluate', evaluate)
+  monkeypatch.setattr(train, '_export', export)
+  config.eval_every = config.checkpoint.every = 2
+  config.checkpoint.best_metric = 'loss/x'
+  config.checkpoint.best_mode = 'max'
+  with pytest.raises(OSError, match='disk full'):
+    train.run(config, tmp_path / 'run')
+  train.run(config, tmp_path / 'run')
+  assert steps == [2, 4, 6]
+  assert len(exported) == 2
+  train.run(config, tmp_path / 'whole')
+  for ours, theirs in zip(exported[:2], exported[2:], strict=True):
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_an_evaluator_may_have_a_cadence_of_its_own(

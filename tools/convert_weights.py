@@ -38,7 +38,8 @@ def to_flax(source, destination, dtype=None):
   shutil.rmtree(new, ignore_errors=True)
   with _progress() as progress:
     report = _task(progress, 'reading', _loaded_bytes(source, dtype))
-    params = transformer.split(models.load(source, dtype, report=report))[1]
+    model = models.load(source, dtype, report=report)
+    params = transformer.split(model)[1]
     size = _bytes(params)
     report = _task(progress, 'writing', size)
     # In pieces, of which reading holds a few beside the parameter.
@@ -48,7 +49,7 @@ def to_flax(source, destination, dtype=None):
         new / 'params', args=ocp.args.PyTreeSave(params, save_args=pieces)
       )
     report(size)
-  shutil.copyfile(source / 'config.json', new / 'config.json')
+  models.write_config(model, new)
   models.copy_companions(source, new)
   new.rename(destination)
 

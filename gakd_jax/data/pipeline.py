@@ -17,7 +17,6 @@ import numpy as np
 from absl import flags
 
 from gakd_jax import UserError
-from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.sources import BadRow, Row
 
@@ -92,6 +91,7 @@ def encode_rows(
   max_length,
   max_prompt_length,
   on_bad_row='skip',
+  thinking='refuse',
 ):
   """Returns (examples of at most max_length tokens, Counter of bad rows).
 
@@ -104,7 +104,6 @@ def encode_rows(
       f'max_prompt_length is {max_prompt_length} and max_length {max_length}: '
       'the prompt must leave room for a response'
     )
-  templates.eos_id(template, tokenizer)  # Fail before the work, not after.
   examples, bad = [], collections.Counter()
 
   def refuse(error):
@@ -113,15 +112,13 @@ def encode_rows(
     bad[error.reason] += 1
 
   for start in range(0, len(rows), _CHUNK):
-    prompts, kept = [], []
-    for row in rows[start : start + _CHUNK]:
-      try:
-        prompts.append(templates.prompt_text(template, row, tokenizer))
-        kept.append(row)
-      except BadRow as error:
-        refuse(error)
-    pairs = tokenizer_lib.encode_batch(tokenizer, prompts, kept, template)
-    for row, (prompt, response) in zip(kept, pairs, strict=True):
+    some = rows[start : start + _CHUNK]
+    encoded = tokenizer_lib.encode_batch(tokenizer, some, template, thinking)
+    for row, found in zip(some, encoded, strict=True):
+      if isinstance(found, BadRow):
+        refuse(found)
+        continue
+      prompt, response = found
       if len(prompt) > max_prompt_length:
         refuse(BadRow(row.where, 'prompt too long'))
         continue

@@ -2,10 +2,11 @@
 
 A spec names where rows come from: a JSON Lines file, a JSON array (either may
 end in .gz), a Parquet or Arrow file, a directory of such files, a directory
-that `datasets` saved to disk, `org/name[:split]` on the hub, or
+that `datasets` saved to disk, a data set of the hub as
+`org/name[/config][@revision][:split]` (split `train`, if none is named), or
 `synthetic:<split>:<n>[:<seed>]`. Of a directory of several splits (a snapshot
-of the hub, say) these are the rows of `train`, as of a hub id. What a row may
-hold is in `rows`.
+of the hub, say) these are the rows of `train` as well. What a row may hold is
+in `rows`.
 """
 
 import collections
@@ -30,7 +31,10 @@ _SPLIT_WORDS = {
   **dict.fromkeys(('validation', 'valid', 'val', 'dev'), 'validation'),
   **dict.fromkeys(('test', 'testing', 'eval', 'evaluation'), 'test'),
 }
-_HUB_ID = re.compile(r'([\w.-]+/[\w.-]+)(?::([\w.-]+))?')
+# Name, configuration, revision and split of a data set on the hub.
+_HUB_ID = re.compile(
+  r'([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?(?::([\w.-]+))?'
+)
 
 
 def load(spec, *, on_bad_row='skip', need_response=True):
@@ -83,11 +87,12 @@ def _records(spec):
     if not _is_data(path):
       raise UserError(f'{spec}: unknown kind of file; expected {_expected()}')
     yield from _file(path)
-  elif hub and not _is_data(path):
+  elif hub and not _is_data(path) and not path.parent.exists():
     yield from _hub(spec, *hub.groups())
   else:
     raise UserError(
-      f'{spec}: no such file or directory, and not a hub id (org/name[:split])'
+      f'{spec}: no such file or directory, and not a hub id '
+      '(org/name[/config][@revision][:split])'
     )
 
 
@@ -225,16 +230,20 @@ def _table(path):
   yield from _indexed(path, records)
 
 
-def _hub(spec, name, split):
+def _hub(spec, name, config, revision, split):
   import datasets  # Slow to import, and only wanted here.
 
   try:
-    records = datasets.load_dataset(name, split=split or 'train')
+    records = datasets.load_dataset(
+      name, config, revision=revision, split=split or 'train'
+    )
   except Exception as error:  # Its errors have no common class.
-    reason = (str(error).splitlines() or [''])[0]
+    # The second line names the configurations, if there are several.
+    reason = ' '.join(str(error).splitlines()[:2])
     raise UserError(
       f'{spec}: no such file, and the hub does not give it '
-      f'({type(error).__name__}: {reason}); check the name and the connection'
+      f'({type(error).__name__}: {reason}); check the connection and the '
+      'name (org/name[/config][@revision][:split])'
     ) from error
   yield from _indexed(spec, records)
 

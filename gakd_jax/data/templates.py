@@ -3,18 +3,38 @@
 The response follows the prompt directly, then the end-of-sequence token.
 """
 
+import datetime
 import difflib
+import functools
+import json
+import re
+from pathlib import Path
 
 from gakd_jax import UserError
-from gakd_jax.data.sources import BadRow
+from gakd_jax.data.sources import BadRow, Row
 
 _TASK = 'Below is an instruction that describes a task'
 _REQUEST = 'Write a response that appropriately completes the request.'
+# The date of prompts that have one: they do not depend on the day. Llama 3.1's
+# own default.
+_TODAY = datetime.datetime(2024, 7, 26)
+_PROBE = 'Blue-green whales'  # a text to find again in what a template writes
+# Before a chat template: nobody need ask it for no thoughts.
+_NO_THINKING = (
+  '{%- if enable_thinking is not defined %}'
+  '{%- set enable_thinking = false %}{%- endif %}'
+)
+THINK, THOUGHT = '<think>', '</think>'
 
 
-def qwen3(row, tokenizer):
-  """Qwen3's own chat template with thinking off."""
-  return _render(row, tokenizer, enable_thinking=False)
+def qwen3(row, tokenizer, variant=None):
+  """The tokenizer's chat template with thinking off.
+
+  Qwen3's closes an empty block of thoughts; for one that always opens a block,
+  it is closed here.
+  """
+  text = _render(row, tokenizer, variant, enable_thinking=False)
+  return text + _closing(text)
 
 
 def gakd(row, tokenizer):
@@ -33,13 +53,16 @@ def alpaca(row, tokenizer):
   return f'{_TASK}{context}. {_REQUEST}\n\n{_sections(row)}'
 
 
-def chat(row, tokenizer):
-  """Whatever chat template the tokenizer carries, with its own defaults."""
-  return _render(row, tokenizer)
+def chat(row, tokenizer, variant=None):
+  """Whatever chat template the tokenizer carries, with its own defaults.
+
+  `chat:<name>` is one of several that have names.
+  """
+  return _render(row, tokenizer, variant)
 
 
 def raw(row, tokenizer):
-  """The prompt as it is."""
+  """The prompt as it is, special tokens included."""
   _refuse_turns(row)
   return _user_text(row)
 
@@ -47,7 +70,7 @@ def raw(row, tokenizer):
 TEMPLATES = {t.__name__: t for t in (qwen3, gakd, alpaca, chat, raw)}
 # These write every special token themselves; the others leave it to the
 # tokenizer to put its BOS before the prompt.
-CHAT_TEMPLATES = ('qwen3', 'gakd', 'chat')
+_CHAT_TEMPLATES = ('qwen3', 'gakd', 'chat')
 
 
 def prompt_text(name, row, tokenizer):
@@ -56,53 +79,113 @@ def prompt_text(name, row, tokenizer):
   Raises UserError for an unknown template or a tokenizer that has none, and
   BadRow for a row that the template cannot hold.
   """
-  return _template(name)(row, tokenizer)
+  base, variant = _split(name)
+  if variant:
+    return TEMPLATES[base](row, tokenizer, variant)
+  return TEMPLATES[base](row, tokenizer)
+
+
+def start(name, tokenizer):
+  """The ids before a prompt: what a tokenizer puts before a text (its BOS).
+
+  And not what some put after it. A chat template writes its own.
+  """
+  if _split(name)[0] in _CHAT_TEMPLATES:
+    return []
+  whole, text = (
+    tokenizer('a', add_special_tokens=on).input_ids for on in (True, False)
+  )
+  places = range(len(whole) - len(text) + 1)
+  return next(
+    (whole[:i] for i in places if whole[i : i + len(text)] == text), []
+  )
 
 
 def eos_id(name, tokenizer):
-  """The token that ends a response: trained as its last, stops generation."""
-  _template(name)
-  end = turn_end_id(tokenizer)
-  if name in ('qwen3', 'gakd') and end is not None:
-    return end
-  if tokenizer.eos_token_id is None:
+  """The token that ends a response: trained as its last, stops generation.
+
+  What a chat template writes after an assistant's text; where it is none, the
+  tokenizer's EOS.
+  """
+  base, variant = _split(name)
+  end = None
+  if base == 'gakd':
+    end = token_id(tokenizer, '<|im_end|>')
+  elif base in ('chat', 'qwen3'):
+    end = _turn_end(tokenizer, variant)
+  if end is None:
+    end = tokenizer.eos_token_id
+  if end is None:
     raise UserError(
       f'tokenizer {tokenizer.name_or_path}: it names no EOS token; set '
       '"eos_token" in its tokenizer_config.json'
     )
-  return tokenizer.eos_token_id
+  return end
 
 
-def stop_ids(template, tokenizer):
+def stop_ids(name, tokenizer):
   """The tokens at which an answer is over, whichever its model has learned."""
-  return tuple(sorted({eos_id(template, tokenizer), *stops(tokenizer)}))
+  return tuple(sorted({eos_id(name, tokenizer), *stops(tokenizer)}))
 
 
 def stops(tokenizer):
-  """EOS and the ends of turns that a tokenizer knows."""
-  ids = {tokenizer.eos_token_id, turn_end_id(tokenizer)}
-  ids.add(_id(tokenizer, '<end_of_turn>'))  # Gemma's
+  """What ends a turn, as far as a tokenizer and its directory say.
+
+  Its EOS, what its chat template writes after an assistant's text, what
+  generation_config.json lists, and ChatML's end, which `gakd` writes.
+  """
+  ids = {tokenizer.eos_token_id, _turn_end(tokenizer), *_listed(tokenizer)}
+  ids.add(token_id(tokenizer, '<|im_end|>'))
   return ids - {None}
 
 
-def turn_end_id(tokenizer):
-  """The id of `<|im_end|>`, or None for a tokenizer without it."""
-  return _id(tokenizer, '<|im_end|>')
-
-
-def _id(tokenizer, token):
+def token_id(tokenizer, token):
+  """The id of a token, or None for a tokenizer without it."""
   found = tokenizer.convert_tokens_to_ids(token)
   return None if found == tokenizer.unk_token_id else found
 
 
-def _template(name):
-  if name not in TEMPLATES:
-    close = difflib.get_close_matches(str(name), TEMPLATES, n=1)
+def as_jinja(name, tokenizer):
+  """A chat template that writes the prompts of a template.
+
+  So that whoever loads the model asks it as it was trained. That of a template
+  which is no chat template holds a single turn, without `input`.
+  """
+  base, variant = _split(name)
+  if base in ('chat', 'qwen3'):
+    text = _template_of(tokenizer, variant)
+    if base == 'qwen3':
+      text = _NO_THINKING + text
+      probe = _render(Row(_PROBE), tokenizer, variant, enable_thinking=False)
+      if end := _closing(probe):
+        text = text.removesuffix('\n') + (  # As jinja does.
+          '{% if add_generation_prompt %}{{ '
+          + json.dumps(end)
+          + ' }}{% endif %}'
+        )
+    return text
+  before, after = prompt_text(name, Row(_PROBE), tokenizer).split(_PROBE)
+  before = tokenizer.decode(start(name, tokenizer)) + before
+  return (
+    "{% for m in messages %}{% if loop.first and m.role == 'user' %}{{ "
+    + f'{json.dumps(before)} + m.content + {json.dumps(after)}'
+    + " }}{% elif loop.index == 2 and m.role == 'assistant' %}"
+    + '{{ m.content + eos_token }}{% else %}'
+    + "{{ raise_exception('this model answers one user turn') }}"
+    + '{% endif %}{% endfor %}'
+  )
+
+
+def _split(name):
+  """('chat', 'rag') for 'chat:rag'; the second is None for most."""
+  base, _, variant = str(name).partition(':')
+  if base not in TEMPLATES or (variant and base not in ('chat', 'qwen3')):
+    close = difflib.get_close_matches(base, TEMPLATES, n=1)
     hint = f'did you mean {close[0]!r}? ' if close else ''
     raise UserError(
       f'unknown template {name!r}: {hint}there are {", ".join(TEMPLATES)}'
     )
-  return TEMPLATES[name]
+  return base, variant or None
 
 
 def _sections(row):
@@ -120,18 +203,112 @@ def _refuse_turns(row):
     raise BadRow(row.where, 'this template holds one user turn only')
 
 
-def _render(row, tokenizer, **options):
-  if not tokenizer.chat_template:
-    raise UserError(
-      f'tokenizer {tokenizer.name_or_path}: it has no chat template; use '
-      "template 'alpaca' or 'raw'"
-    )
-  import jinja2
+def _template_of(tokenizer, variant):
+  """The text of a tokenizer's chat template, which asks for no date."""
+  text = _named_template(tokenizer, variant)
+  return re.sub(
+    r'strftime_now\(\s*(["\'])(.*?)\1\s*\)',
+    lambda match: json.dumps(_TODAY.strftime(match[2])),
+    text,
+  )
 
+
+def _named_template(tokenizer, variant):
+  found = tokenizer.chat_template
+  where = f'tokenizer {tokenizer.name_or_path}'
+  if not found:
+    raise UserError(
+      f"{where}: it has no chat template; use template 'alpaca' or 'raw'"
+    )
+  if isinstance(found, str):
+    if variant:
+      raise UserError(
+        f"{where}: it has one chat template, and none {variant!r}; use 'chat'"
+      )
+    return found
+  if (variant or 'default') not in found:
+    raise UserError(
+      f'{where}: it has no {variant or "default"} chat template but '
+      f"{', '.join(found)}; use template 'chat:{next(iter(found))}' or the like"
+    )
+  return found[variant or 'default']
+
+
+def _apply(tokenizer, variant, turns, **options):
+  return tokenizer.apply_chat_template(
+    turns,
+    chat_template=_template_of(tokenizer, variant),
+    tokenize=False,
+    **options,
+  )
+
+
+def _render(row, tokenizer, variant=None, **options):
   turns = row.messages or ({'role': 'user', 'content': _user_text(row)},)
   try:
-    return tokenizer.apply_chat_template(
-      list(turns), tokenize=False, add_generation_prompt=True, **options
+    text = _apply(
+      tokenizer, variant, list(turns), add_generation_prompt=True, **options
     )
-  except jinja2.TemplateError as error:
-    raise BadRow(row.where, f'the chat template says: {error}') from error
+  except UserError:
+    raise
+  except Exception as error:  # A template is a program: it may raise anything.
+    reason = (str(error).splitlines() or [''])[0] or type(error).__name__
+    raise BadRow(row.where, f'the chat template says: {reason}') from error
+  for turn in turns:
+    if turn['role'] != 'assistant' and turn['content'].strip() not in text:
+      raise BadRow(
+        row.where, f'the chat template leaves out what the {turn["role"]} says'
+      )
+  return text
+
+
+def _closing(prompt):
+  """What ends a block of thoughts that a prompt leaves open; '' if none is."""
+  if not prompt.rstrip().endswith(THINK):
+    return ''
+  return ('' if prompt.endswith('\n') else '\n') + f'\n{THOUGHT}\n\n'
+
+
+def _turn_end(tokenizer, variant=None):
+  """The special token after an assistant's text in a chat template, or None."""
+  return _turn_end_of(tokenizer, str(tokenizer.chat_template), variant)
+
+
+@functools.lru_cache(maxsize=64)
+def _turn_end_of(tokenizer, chat_template, variant):
+  del chat_template  # A key: a tokenizer's may be set anew.
+  turns = [
+    {'role': 'user', 'content': 'Which?'},
+    {'role': 'assistant', 'content': _PROBE},
+  ]
+  try:
+    text = _apply(tokenizer, variant, turns)
+  except Exception:  # Who needs the template will be told.
+    return None
+  _, found, rest = text.rpartition(_PROBE)
+  special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+  special.discard(tokenizer.unk_token_id)
+  for i in tokenizer(rest, add_special_tokens=False).input_ids if found else ():
+    if i in special:
+      return i
+    if tokenizer.decode([i]).strip():
+      break  # Text: turns have no end of their own.
+  return None
+
+
+def _listed(tokenizer):
+  """The EOS ids of generation_config.json beside a tokenizer."""
+  file = Path(tokenizer.name_or_path) / 'generation_config.json'
+  return _listed_in(file, file.stat().st_mtime_ns if file.is_file() else None)
+
+
+@functools.lru_cache(maxsize=64)
+def _listed_in(file, changed):
+  if changed is None:
+    return ()
+  try:
+    ids = json.loads(file.read_text()).get('eos_token_id')
+  except (ValueError, AttributeError) as error:
+    raise UserError(f'{file}: not a JSON object ({error}); mend it') from error
+  ids = ids if isinstance(ids, list) else [ids]
+  return tuple(i for i in ids if isinstance(i, int) and i >= 0)

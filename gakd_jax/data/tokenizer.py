@@ -1,7 +1,8 @@
 """Tokenizers: loading, comparing, from rows to ids and back to answers.
 
 Prompt and response are tokenised apart, so that the ids of a training prompt
-are those that generation starts from.
+are those that generation starts from. Special tokens are what templates write:
+a text that looks like one (`</s>`, say) stays text, but for template `raw`.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import re
 
 from gakd_jax import UserError
 from gakd_jax.data import templates
+from gakd_jax.data.sources import BadRow
 
 # Where tokenizers with one vocabulary differ: case, accents, blanks, digits,
 # normal forms, joined scripts, special tokens.
@@ -23,6 +25,8 @@ _PROBES = (
   'def f(x):\n  return {"a": x**2}  # <b>&amp;</b>',
   '<s></s><|im_start|><|im_end|><|endoftext|><think></think>[INST]<unk>',
 )
+# Stands in a text where it is cut for the tokenizer; no character of Unicode.
+_CUT = '\U000ffffe'
 
 
 def load(path):
@@ -53,6 +57,11 @@ def pad_id(tokenizer):
     f'tokenizer {tokenizer.name_or_path}: it names neither a pad nor an EOS '
     'token; set "eos_token" in its tokenizer_config.json'
   )
+
+
+def size(tokenizer):
+  """How many ids there are, up to the largest; some may have no token."""
+  return 1 + max(tokenizer.get_vocab().values())
 
 
 def check_same(student, teacher, student_path, teacher_path):
@@ -98,27 +107,67 @@ def _difference(student, teacher):
   return None
 
 
-def encode(tokenizer, row, template):
-  """Returns (prompt ids, ids of the first reference and EOS) as lists.
+def encode(tokenizer, row, template, thinking='refuse'):
+  """Returns (prompt ids, ids of the first reference and its end) as lists.
 
-  A row without references has no response ids. Raises BadRow.
+  A row without references has no response ids. For `thinking` see
+  `check_thinking`. Raises BadRow.
   """
-  prompt = templates.prompt_text(template, row, tokenizer)
-  return encode_batch(tokenizer, [prompt], [row], template)[0]
+  (found,) = encode_batch(tokenizer, [row], template, thinking)
+  if isinstance(found, BadRow):
+    raise found
+  return found
 
 
-def encode_batch(tokenizer, prompts, rows, template):
-  """`encode` for many rows at once, given their prompt texts."""
-  eos = templates.eos_id(template, tokenizer)
-  prompt_ids = _ids(tokenizer, prompts, _adds_bos(template))
-  responses = [row.references[0] if row.references else '' for row in rows]
-  response_ids = _ids(tokenizer, responses, add_special_tokens=False)
-  return [
-    (prompt, [*response, eos] if row.references else [])
-    for prompt, response, row in zip(
-      prompt_ids, response_ids, rows, strict=True
+def encode_batch(tokenizer, rows, template, thinking='refuse'):
+  """`encode` of many rows at once; a bad one becomes its BadRow."""
+  end = templates.eos_id(template, tokenizer)
+  special = special_too = _special(tokenizer)
+  if thinking == 'keep':
+    special_too = _special(tokenizer, but={templates.THINK, templates.THOUGHT})
+
+  def texts_of(row):
+    prompt = _prompt(tokenizer, row, template, special)
+    if not row.references:
+      return prompt, ''
+    response = row.references[0]
+    _check_thinking(thinking, row, prompt, response)
+    return prompt, _as_text(response, special_too)
+
+  found = []
+  for row in rows:
+    try:
+      found.append(texts_of(row))
+    except BadRow as error:
+      found.append(error)
+  good = [x for x in found if not isinstance(x, BadRow)]
+  ids = zip(
+    _prompt_ids(tokenizer, [prompt for prompt, _ in good], template),
+    _ids(tokenizer, [response for _, response in good]),
+    strict=True,
+  )
+  for i, row in enumerate(rows):
+    if not isinstance(found[i], BadRow):
+      prompt, response = next(ids)
+      found[i] = prompt, [*response, end] if row.references else []
+  return found
+
+
+def _check_thinking(thinking, row, prompt, response):
+  """Refuses a response whose thoughts are not where its prompt has them."""
+  if thinking not in ('refuse', 'keep'):
+    raise UserError(
+      f"config.data.thinking={thinking!r}: use 'refuse' or 'keep'"
     )
-  ]
+  thinks = templates.THINK in response or templates.THOUGHT in response
+  prompt = prompt.rstrip()
+  problem = None
+  if prompt.endswith(templates.THOUGHT) and thinks:
+    problem = 'a response with thoughts, which the template has closed'
+  elif prompt.endswith(templates.THINK) and templates.THOUGHT not in response:
+    problem = 'a response without thoughts, which the template has opened'
+  if problem and thinking == 'refuse':
+    raise BadRow(row.where, problem)
 
 
 def fit_prompt(tokenizer, row, template, max_prompt_length):
@@ -130,9 +179,11 @@ def fit_prompt(tokenizer, row, template, max_prompt_length):
   UserError if the template alone is longer.
   """
 
+  special = _special(tokenizer)
+
   def ids_of(texts):
-    text = templates.prompt_text(template, _with_texts(row, texts), tokenizer)
-    return _ids(tokenizer, [text], _adds_bos(template))[0]
+    text = _prompt(tokenizer, _with_texts(row, texts), template, special)
+    return _prompt_ids(tokenizer, [text], template)[0]
 
   texts = _texts(row)
   ids = ids_of(texts)
@@ -177,31 +228,77 @@ def _with_texts(row, texts):
   return dataclasses.replace(row, input=texts[0], instruction=texts[1])
 
 
+def _special(tokenizer, but=frozenset()):
+  """A pattern of the tokens that a text must not turn into."""
+  ends = tokenizer.convert_ids_to_tokens(sorted(templates.stops(tokenizer)))
+  added = tokenizer.added_tokens_decoder.values()
+  tokens = {*tokenizer.all_special_tokens, *ends}
+  tokens |= {str(token) for token in added if token.special}
+  # A single character cannot be cut.
+  tokens = [token for token in tokens - but if len(token) > 1]
+  tokens = sorted(tokens, key=len, reverse=True)
+  return re.compile('|'.join(map(re.escape, tokens)) or '(?!)')
+
+
+def _as_text(text, special):
+  """A text cut inside of what looks like a special token.
+
+  Tokenizers that put a blank before every text put one there too.
+  """
+  return special.sub(lambda match: match[0][0] + _CUT + match[0][1:], text)
+
+
+def _prompt(tokenizer, row, template, special):
+  """The prompt of a row, in which what the user says is text."""
+  if template != 'raw':
+    texts = [_as_text(text, special) for text in _texts(row)]
+    row = _with_texts(row, texts)
+  return templates.prompt_text(template, row, tokenizer)
+
+
+def _prompt_ids(tokenizer, prompts, template):
+  start = templates.start(template, tokenizer)
+  return [start + ids for ids in _ids(tokenizer, prompts)]
+
+
 def decode(tokenizer, ids):
-  """The answer that ids spell: up to EOS, no special tokens, no thinking."""
+  """The answer that ids spell: up to its end, no special tokens, no thinking.
+
+  The prompt may have opened a block of thoughts, and an answer that was cut
+  while thinking has no answer.
+  """
   stops = templates.stops(tokenizer)
   ids = [int(i) for i in ids]
-  end = next((n for n, i in enumerate(ids) if i in stops), len(ids))
-  text = tokenizer.decode(
-    ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+  ids = ids[: next((n for n, i in enumerate(ids) if i in stops), len(ids))]
+  # As tokens, since special ones leave no text; then as text, since in other
+  # vocabularies they are several tokens.
+  think, thought = (
+    templates.token_id(tokenizer, token)
+    for token in (templates.THINK, templates.THOUGHT)
   )
-  # Thinking tokens are not "special". The prompt may have opened the block, and
-  # an answer that was cut while thinking has no answer.
+  if thought is not None and thought in ids:
+    ids = ids[ids.index(thought) + 1 :]
+  if think is not None and think in ids:
+    ids = ids[: ids.index(think)]
+  text = tokenizer.decode(
+    ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+  )
   text = re.sub(r'^.*?</think>', '', text, count=1, flags=re.DOTALL)
   return re.sub(r'<think>.*', '', text, flags=re.DOTALL).strip()
 
 
-def _adds_bos(template):
-  return template not in templates.CHAT_TEMPLATES
-
-
-def _ids(tokenizer, texts, add_special_tokens):
-  if not texts:
+def _ids(tokenizer, texts):
+  """The ids of texts; what is cut apart is read apart."""
+  parts = [text.split(_CUT) for text in texts]
+  if not parts:
     return []
   # One call for all texts: the tokenizer splits it over its Rust threads.
-  return tokenizer(
-    texts,
-    add_special_tokens=add_special_tokens,
-    return_attention_mask=False,
-    verbose=False,
-  ).input_ids
+  found = iter(
+    tokenizer(
+      [part for cut in parts for part in cut],
+      add_special_tokens=False,
+      return_attention_mask=False,
+      verbose=False,
+    ).input_ids
+  )
+  return [[i for _ in cut for i in next(found)] for cut in parts]

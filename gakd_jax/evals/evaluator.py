@@ -96,7 +96,7 @@ def _checked(name, line):
   return settings
 
 
-def make(config, default_data, template, tokenizers, on_bad_row='skip'):
+def make(config, default_data, prompters, on_bad_row='skip'):
   """{name: evaluator} of `config.evals`, in the order to run them.
 
   Each line's settings may have `kind` (default: the name), `data` (default:
@@ -107,15 +107,14 @@ def make(config, default_data, template, tokenizers, on_bad_row='skip'):
   Args:
     config: `config.evals`.
     default_data: `config.data.validation`.
-    template: `config.data.template`.
-    tokenizers: a function that gives those of all models to be measured. They
-      are measured on the same rows: those that the template can hold for each.
+    prompters: a function that gives the (template, tokenizer) of all models
+      to be measured, which is on the same rows: those that each can hold.
     on_bad_row: 'skip' counts the others, 'fail' raises the first.
   """
   lines = check(config)
 
   def refuse(row):
-    for tokenizer in tokenizers():
+    for template, tokenizer in prompters():
       templates.prompt_text(template, row, tokenizer)
 
   def rows_of(name, data, limit):

@@ -163,7 +163,7 @@ class Generation:
       eos_ids=templates.stop_ids(subject.template, subject.models.tokenizer),
       seed=seed,
       batch_size=self.batch_size,
-      valid_vocab=len(subject.models.tokenizer),
+      valid_vocab=tokenizer_lib.size(subject.models.tokenizer),
       done=set(answers),
     ):
       new = {

@@ -15,7 +15,6 @@ import json
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,10 +24,13 @@ from gakd_jax import UserError, keys, sharding
 from gakd_jax.models import (
   convert,
   families,
+  hub,
   lora,
   peft,
+  prompts,
   quantized,
   transformer,
+  weight_files,
 )
 from gakd_jax.models.transformer import Decoder, DecoderConfig
 
@@ -45,33 +47,32 @@ _COMPANIONS = (
   'generation_config.json',
   '*.model',
 )
+_CHAT_TEMPLATES = 'additional_chat_templates'  # a directory
 
 
-def resolve(path, files=None):
+# What is fetched from the hub, by what it is for.
+_CONFIG = ('*config.json',)
+_TOKENIZER = (*_CONFIG, *_COMPANIONS, 'additional_chat_templates/*')
+_MODEL = (*_TOKENIZER, '*.safetensors', '*.safetensors.index.json')
+# Of each tensor, `identity` reads so many pieces of so many bytes.
+_PIECES, _PIECE = 16, 4096
+
+
+def resolve(path, files=_MODEL):
   """The local directory of a path or hub id; hub ids are downloaded.
 
-  `files`: a pattern of those that are needed; None: all of them.
+  A hub id is `org/name` or `org/name@revision`; of a run's directory it is the
+  student that came out. `files`: a pattern or patterns
+  of those that are needed.
   """
   local = Path(path).expanduser()
   if local.is_dir():
-    return local
-  looks_like_hub = str(path).count('/') == 1 and not str(path).startswith('.')
-  if looks_like_hub and not local.parent.exists():
-    try:
-      return Path(
-        huggingface_hub.snapshot_download(str(path), allow_patterns=files)
-      )
-    except Exception as e:  # The hub's errors have no common base.
-      raise UserError(
-        f'model {path}: no such directory, and the hub could not provide it '
-        f'({type(e).__name__}); check the name or give a local path'
-      ) from e
-  raise UserError(
-    f'model {path}: no such directory; give a Hugging Face directory or hub id'
-  )
+    is_run = (local / 'best').is_dir() and not any(local.glob('*.safetensors'))
+    return local / 'best' if is_run else local
+  return hub.fetch(str(path), (files,) if isinstance(files, str) else files)
 
 
-def resolve_base(path, files=None):
+def resolve_base(path, files=_MODEL):
   """`resolve`, and of an adapter the directory of the model it belongs on."""
   path = resolve(path, files)
   return resolve(peft.base_path(path), files) if peft.is_adapter(path) else path
@@ -79,37 +80,71 @@ def resolve_base(path, files=None):
 
 def tokenizer_dir(path):
   """Where the tokenizer of a model or an adapter lies."""
-  path = resolve(path)
+  path = resolve(path, _TOKENIZER)
   has_its_own = any(path.glob('tokenizer*'))
-  return path if has_its_own else resolve_base(path)
+  return path if has_its_own else resolve_base(path, _TOKENIZER)
+
+
+def revision(path):
+  """The commit that a hub id stands for, or its directory; of others, None."""
+  origin = hub.origin(resolve(path, _CONFIG))
+  return origin and origin[1]
 
 
 def identity(path):
-  """A text that differs between models of other weights, read in no time.
+  """A text that differs between models of other weights, config or tokenizer.
 
-  Of each file of weights, its size and its ends; moved or copied, a model
-  stays what it is.
+  Of each tensor, its name, dtype and shape and 64 KB from all over it, so that
+  it takes no time; other files whole. Moved or copied, a model stays what it
+  is.
   """
   digest = hashlib.sha256()
   for part in dict.fromkeys((resolve(path), resolve_base(path))):
-    for file in sorted(
-      [*part.glob('*.safetensors'), *part.glob('*config.json')]
-    ):
-      digest.update(f'{file.name} {file.stat().st_size} '.encode())
-      with file.open('rb') as f:
-        digest.update(f.read(2**16))
-        f.seek(max(0, file.stat().st_size - 2**16))
-        digest.update(f.read())
+    files = {file for pattern in _MODEL for file in part.glob(pattern)}
+    for file in sorted(f for f in files if f.is_file()):
+      digest.update(f'{file.relative_to(part)}\n'.encode())
+      if file.suffix == '.safetensors':
+        for piece in _samples(file):
+          digest.update(piece)
+      elif file.name == peft.CONFIG:
+        # Where its base lies is no part of it.
+        rest = convert.read_json(file) | {'base_model_name_or_path': ''}
+        digest.update(json.dumps(rest, sort_keys=True).encode())
+      else:
+        digest.update(file.read_bytes())
   return digest.hexdigest()
+
+
+def _samples(file):
+  """What each tensor of a safetensors file is, and pieces of it, as bytes."""
+  with convert.open_safetensors(file):  # Readable, as far as it can tell.
+    pass
+  with file.open('rb', buffering=0) as f:
+    size = int.from_bytes(f.read(8), 'little')
+    header = json.loads(f.read(size))
+    header.pop('__metadata__', None)
+    for name, tensor in sorted(header.items()):
+      yield f'{name} {tensor["dtype"]} {tensor["shape"]}\n'.encode()
+      start, end = (8 + size + offset for offset in tensor['data_offsets'])
+      for at in range(start, end, max(_PIECE, -(-(end - start) // _PIECES))):
+        f.seek(at)
+        yield f.read(min(_PIECE, end - at))
 
 
 def read_config(path, **shape) -> DecoderConfig:
   """The `DecoderConfig` of a directory or hub id, whose weights stay there.
 
-  `shape` replaces some of its fields, such as `width` or `layers`.
+  `shape` replaces some of its fields, such as `width` or `layers`. Of weights
+  that are here no more is looked at than whether a tied head is one.
   """
-  file = resolve_base(path, '*config.json') / 'config.json'
+  path = resolve_base(path, '*config.json')
+  file = path / 'config.json'
   config = families.config_from_hf(convert.read_json(file), file)
+  if config.tied_head:
+    family = families.FAMILIES[config.family]
+    head = config.vocab_size, config.width
+    tied = not weight_files.has_own_head(path, family, head)
+    config = dataclasses.replace(config, tied_head=tied)
   layers = shape.get('layers', config.layers)
   # Of other layers, windows go on in the pattern of the first.
   windows = tuple(itertools.islice(itertools.cycle(config.windows), layers))
@@ -145,7 +180,8 @@ def load(path, dtype=None, mesh=None, report=None, quantize=None) -> Decoder:
   Args:
     path: has config.json and one or several safetensors files; or an adapter
       as PEFT writes it, which is put on the base model that it names.
-    dtype: of the weights, and so of the computation; None keeps the file's.
+    dtype: of the weights, and so of the computation; None keeps that of each
+      parameter, and computes in the widest of the projections.
     mesh: where to place them; None is one device.
     report: called with bytes as they are read.
     quantize: 'int8' or 'nf4' for projections in that (see `quantized`), each as
@@ -153,7 +189,7 @@ def load(path, dtype=None, mesh=None, report=None, quantize=None) -> Decoder:
 
   Raises:
     UserError: if the directory is not there, its architecture or a switch in
-      it is not supported, or tensors do not match (all of them listed).
+      it is not supported, or tensors do not match (some of them named).
   """
   base = resolve_base(path)
   config = read_config(base)
@@ -199,18 +235,24 @@ def _quantize(model, kind):
 def copy_companions(source, path):
   """Copies what a model needs beside weights and config.json: its tokenizer."""
   for file in Path(source).iterdir():
-    if any(fnmatch.fnmatch(file.name, p) for p in _COMPANIONS):
+    if file.name == _CHAT_TEMPLATES and file.is_dir():
+      shutil.copytree(file, Path(path) / file.name)
+    is_companion = any(fnmatch.fnmatch(file.name, p) for p in _COMPANIONS)
+    if is_companion and file.is_file():
       shutil.copyfile(file, Path(path) / file.name)
 
 
-def save(model, path, max_shard_bytes=5 * 10**9, report=None):
+def save(model, path, max_shard_bytes=5 * 10**9, report=None, describe=None):
   """Writes a directory that transformers loads unchanged.
 
-  Weights keep their dtype; tokenizer files of the model's source come along.
+  Weights keep their dtype, and config.json names that of the computation;
+  tokenizer files of the model's source come along.
   Of a model with adapters these alone are written, as PEFT does.
   The directory appears whole or not at all: an earlier one stays until the
-  new one is complete. Of several processes all must call this; the first one
-  writes, of each tensor what the others hold.
+  new one is complete; before that `describe(directory)` may add to it. All that
+  ends a turn by its tokenizer stands in generation_config.json. Of several
+  processes all must call this; the first one writes, of each tensor what the
+  others hold.
   """
   path = Path(path).resolve()
   is_model = path.is_dir() and any(path.glob('*.safetensors'))
@@ -231,12 +273,15 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None):
       shutil.rmtree(left_over, ignore_errors=True)
     new.mkdir(parents=True)
   if not adapters:
-    _save_whole(model, source, new, max_shard_bytes, report)
+    _save_whole(model, new, max_shard_bytes, report)
   elif first:
     peft.save(model, new)
   if first:
     if source:
       copy_companions(source, new)
+    prompts.say_ends(new)
+    if describe is not None:
+      describe(new)
     if path.exists():
       path.rename(old)
     new.rename(path)
@@ -244,15 +289,20 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None):
   multihost_utils.sync_global_devices(f'saved {path}')
 
 
-def _save_whole(model, source, path, max_shard_bytes, report):
-  config = model.config
+def _save_whole(model, path, max_shard_bytes, report):
   params = transformer.split(model)[1]
-  dtype = convert.flatten(params)['embedding'].dtype.name
-  hf = families.FAMILIES[config.family].to_hf(config)
-  if source and (source / 'config.json').exists():
-    # Fields that say nothing of the shape (token ids, say) are kept.
-    hf = convert.read_json(source / 'config.json') | hf
-  hf |= {'dtype': dtype, 'torch_dtype': dtype}
-  convert.save_params(params, config, path, max_shard_bytes, report)
+  convert.save_params(params, model.config, path, max_shard_bytes, report)
   if jax.process_index() == 0:
-    (path / 'config.json').write_text(json.dumps(hf, indent=2) + '\n')
+    write_config(model, path)
+
+
+def write_config(model, path):
+  """config.json of a model that is the whole of a directory's weights.
+
+  Its dtype is that of the computation, whatever single parameters have.
+  """
+  file = Path(model.source) / 'config.json'
+  source = convert.read_json(file) if model.source and file.exists() else {}
+  hf = families.config_to_hf(model.config, source)
+  hf |= dict.fromkeys(('dtype', 'torch_dtype'), model.dtype.name)
+  (Path(path) / 'config.json').write_text(json.dumps(hf, indent=2) + '\n')

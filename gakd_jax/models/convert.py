@@ -11,24 +11,21 @@ import json
 import math
 import mmap
 import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from jax.experimental import multihost_utils
 
-from gakd_jax import UserError, sharding
-from gakd_jax.models import families, quantized
+from gakd_jax import sharding
+from gakd_jax.models import families, quantized, weight_files
 from gakd_jax.models.tensor_names import Part
+from gakd_jax.models.weight_files import INDEX
+from gakd_jax.models.weight_files import open_safetensors as open_safetensors
+from gakd_jax.models.weight_files import read_json as read_json
 
-INDEX = 'model.safetensors.index.json'
-_DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
-_STORED = {name: stored for stored, name in _DTYPES.items()}
+_STORED = {name: stored for stored, name in weight_files.DTYPES.items()}
 _PIECES = 8  # of a tensor, to be read at once
-# Buffers that old checkpoints saved though they are computed.
-IGNORED = ('rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')
 
 
 def flatten(params):
@@ -93,62 +90,12 @@ def _stored(family, name, shape):
   ]
 
 
-def _weight_files(path):
-  if (path / INDEX).exists():
-    index = read_json(path / INDEX)
-    files = [path / f for f in sorted(set(index['weight_map'].values()))]
-  else:
-    files = sorted(path.glob('*.safetensors'))
-  if not files:
-    raise UserError(
-      f'{path}: no *.safetensors file; convert other formats with '
-      'transformers: save_pretrained(..., safe_serialization=True)'
-    )
-  for file in files:
-    if not file.exists():
-      raise UserError(f'{file}: missing, but named in {INDEX}')
-  return files
-
-
-def _check(expected, found, stored, optional, path):
-  """One error that lists all that is missing, extra, misshapen or quantized."""
-  problems = [f'{n} is missing' for n in expected if n not in found]
-  problems += [
-    f'{n} is not expected'
-    for n in found
-    if n not in expected and n not in optional and not n.endswith(IGNORED)
-  ]
-  problems += [
-    f'{n} has shape {list(found[n])}, expected {list(shape)}'
-    for n, shape in expected.items()
-    if n in found and found[n] != shape
-  ]
-  problems += [
-    f'{n} is stored as {stored[n]}, not as one of {", ".join(_DTYPES)}'
-    for n in expected
-    if n in stored and stored[n] not in _DTYPES
-  ]
-  if problems:
-    raise UserError(
-      f'{path}: tensors do not match config.json: ' + '; '.join(problems)
-    )
-
-
-def open_safetensors(file):
-  try:
-    return safetensors.safe_open(file, framework='numpy')
-  except (safetensors.SafetensorError, OSError) as e:
-    raise UserError(f'{file}: not a readable safetensors file ({e})') from e
-
-
-def _reader(files, shape, stored, dtype):
+def _reader(found, shape, stored, dtype):
   """A callback for `jax.make_array_from_callback`: index -> that part."""
 
   def read_into(out, where, index):
     # Mapped each time: what stays mapped stays in memory.
-    file, offset, stored_dtype = files[where.tensor]
-    x = np.memmap(file, stored_dtype, 'r', offset, where.shape)
-    x = x[where.index(index)]
+    x = found[where.tensor].mapped()[where.index(index)]
     _copy(out, x.T if where.transposed else x)
 
   def read(index):
@@ -209,30 +156,37 @@ def load_params(
     path: the directory.
     config: its `DecoderConfig`.
     abstract: the parameter tree with shapes as leaves.
-    dtype: of the result; None keeps what the file holds.
+    dtype: of the result; None keeps what the file holds, and where layers of
+      one parameter differ, the narrowest that holds them all.
     mesh: places parameters by `sharding.RULES`; None is one device.
     report: called with the bytes of each parameter read, for a progress bar.
     quantize: None or one of `quantized.KINDS`, for kernels: these become two
       parameters, on which `abstract` has no say.
 
   Raises:
-    UserError: naming all tensors that are missing, extra or of wrong shape.
+    UserError: naming tensors that are missing, extra or of wrong shape.
   """
   family = families.FAMILIES[config.family]
   shapes = {name: x.shape for name, x in flatten(abstract).items()}
   where = {name: _stored(family, name, s) for name, s in shapes.items()}
-  head = family.names['head_weight']
-  files, found, dtypes = _contents(path, family.prefix, head)
+  found = weight_files.contents(path, family)
+  if config.tied_head:
+    # Either name is that of both.
+    head = found.pop(family.names['head_weight'], None)
+    if head:
+      found.setdefault(family.names['embedding'], head)
   expected = {s.tensor: s.shape for parts in where.values() for s in parts}
-  # A tied model may carry its head all the same.
-  _check(expected, found, dtypes, {head}, path)
+  weight_files.check(expected, found, family, path)
   flat = {}
   # The largest first, while there is room for it twice.
   for name in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
     shape = shapes[name]
-    leaf_dtype = jnp.dtype(dtype or _DTYPES[dtypes[where[name][0].tensor]])
+    stored = {
+      weight_files.DTYPES[found[part.tensor].dtype] for part in where[name]
+    }
+    leaf_dtype = jnp.dtype(dtype or jnp.result_type(*stored))
     leaf = {name: jax.ShapeDtypeStruct(shape, leaf_dtype)}
-    read = _reader(files, shape, where[name], leaf_dtype)
+    read = _reader(found, shape, where[name], leaf_dtype)
     place = _places(leaf, mesh)[name]
     flat[name] = jax.make_array_from_callback(shape, place, read)
     if report:
@@ -258,33 +212,6 @@ def _quantized(name, kernel, mesh, kind):
   kernel, scale = quantized.quantize(kernel, kind)
   flat = {name: kernel, f'{name}_scale': scale}
   return jax.block_until_ready(jax.device_put(flat, _places(flat, mesh)))
-
-
-def _contents(path, prefix, head):
-  """{tensor: (file, offset in it, dtype)}, {tensor: shape}, {tensor: dtype}.
-
-  The last are the files' own names of dtypes. Models that were saved without
-  their head have names without `prefix`.
-  """
-  there = {}
-  for file in _weight_files(path):
-    with open_safetensors(file):  # A readable file, as far as it can tell.
-      pass
-    with file.open('rb') as f:
-      size = int.from_bytes(f.read(8), 'little')
-      header = json.loads(f.read(size))
-    header.pop('__metadata__', None)
-    for name, tensor in header.items():
-      there[name] = file, 8 + size + tensor['data_offsets'][0], tensor
-  bare = not any(name.startswith(prefix) for name in there)
-  files, found, dtypes = {}, {}, {}
-  for name, (file, offset, tensor) in sorted(there.items()):
-    full = prefix + name if bare and name != head else name
-    dtypes[full] = tensor['dtype']
-    found[full] = tuple(tensor['shape'])
-    dtype = jnp.dtype(_DTYPES.get(tensor['dtype'], 'uint8'))
-    files[full] = file, offset, dtype
-  return files, found, dtypes
 
 
 def save_params(params, config, path, max_shard_bytes=5 * 10**9, report=None):
@@ -315,7 +242,7 @@ def save_params(params, config, path, max_shard_bytes=5 * 10**9, report=None):
 
   weight_map, total = {}, 0
   for i, shard in enumerate(shards):
-    file = 'model.safetensors'
+    file = weight_files.WHOLE
     if len(shards) > 1:
       file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
     with open(path / file if first else os.devnull, 'wb') as f:
@@ -364,15 +291,3 @@ def _safetensors_header(shard):
   text = json.dumps(header).encode()
   text += b' ' * (-len(text) % 8)  # keeps the data aligned
   return len(text).to_bytes(8, 'little') + text
-
-
-def read_json(file):
-  """A parsed JSON file, or one line that says what is wrong with it."""
-  try:
-    return json.loads(Path(file).read_text())
-  except FileNotFoundError:
-    raise UserError(
-      f'{file}: not found; a model is a Hugging Face directory'
-    ) from None
-  except ValueError as e:
-    raise UserError(f'{file}: not valid JSON ({e})') from None

@@ -116,20 +116,33 @@ def init(config, rng, input):
   return transformer.split(Critic(config, nnx.Rngs(rng), input))[1]
 
 
-def weight(projection_VC, input, dtype):
+def weight(projection_VC, input, dtype, valid=None):
   """W as it is applied in `dtype`, in fp32 or better.
+
+  valid: ids from there on are no tokens, and not read; None: all are.
 
   Log-probabilities get it centred over V, once more after it was rounded: V
   rounding errors add up to a sum that is not zero, by which a shift of all
   logits would leak into the score.
   """
   w_VC = at_least_fp32(projection_VC)
-  if input != 'log_probs':
-    return _rounded(w_VC, dtype)
-  w_VC = _rounded(w_VC - jnp.mean(w_VC, axis=0, keepdims=True), dtype)
-  if jnp.dtype(dtype) != w_VC.dtype:
-    w_VC -= jnp.mean(w_VC, axis=0, keepdims=True)
-  return w_VC
+  is_token_V1 = _is_token(w_VC, valid)
+
+  def centred(w_VC):
+    return w_VC - jnp.mean(w_VC, axis=0, keepdims=True, where=is_token_V1)
+
+  if input == 'log_probs':
+    w_VC = centred(w_VC)
+  w_VC = _rounded(w_VC, dtype)
+  if input == 'log_probs' and jnp.dtype(dtype) != w_VC.dtype:
+    w_VC = centred(w_VC)
+  return w_VC if valid is None else jnp.where(is_token_V1, w_VC, 0)
+
+
+def _is_token(w_VC, valid):
+  return jnp.arange(len(w_VC))[:, None] < (
+    len(w_VC) if valid is None else valid
+  )
 
 
 def _rounded(x, dtype):
@@ -151,8 +164,9 @@ def project(outputs, w_VC):
   m_CD = sharding.tie(m_CD, (), ('fsdp',))
   if dtype != w_VC.dtype:
     # What rounding adds to the columns' means goes off again, in fp32.
-    added_C = jnp.mean(rounded_VC - w_VC, axis=0)
-    ones_V = jnp.ones(w_VC.shape[0], head_VD.dtype)
+    is_token_V1 = _is_token(w_VC, outputs.head.valid)
+    added_C = jnp.mean(rounded_VC - w_VC, axis=0, where=is_token_V1)
+    ones_V = is_token_V1[:, 0].astype(head_VD.dtype)
     sum_D = layers.einsum32('vd,v->d', head_VD, ones_V)
     m_CD -= added_C[:, None] * sum_D[None]
   return jnp.einsum('btd,cd->btc', h_BTD, m_CD.astype(dtype))

@@ -1,93 +1,39 @@
 """Model families: how a Hugging Face config reads here, and is written.
 
-A family is a value: a function from `config.json` to `DecoderConfig`, one
-back, and a table of its tensor names (`tensor_names.py`).
+A family is a value: the fields that are read of its `config.json`
+(`hf_config.py`), a function from these to `DecoderConfig`, one back, and a
+table of its tensor names (`tensor_names.py`).
 """
 
 import dataclasses
 from collections.abc import Callable
 
 from gakd_jax import UserError
-from gakd_jax.models import tensor_names
+from gakd_jax.models import hf_config, tensor_names
 from gakd_jax.models.transformer import DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  to_config: Callable[[dict], DecoderConfig]
+  fields: dict[str, hf_config.Field]
+  to_config: Callable[[dict], DecoderConfig]  # of `hf_config.read`
   to_hf: Callable[[DecoderConfig], dict]
   names: dict[str, str | tensor_names.Part]
   prefix: str = 'model.'  # of all tensors but the head; some files leave it out
   transposed: bool = True  # linear layers are [out, in]
 
 
-# The fields of llama3's rope scaling, in the order of `rope_tables`.
-_LLAMA3 = (
-  'factor',
-  'low_freq_factor',
-  'high_freq_factor',
-  'original_max_position_embeddings',
-)
-
-
-def _rope(hf):
-  """{rope_theta, rope_scaling}: transformers 5 has `rope_parameters`."""
-  rope = hf.get('rope_parameters') or hf.get('rope_scaling') or {}
-  kind = rope.get('rope_type', rope.get('type', 'default'))
-  if kind not in ('default', 'llama3'):
-    raise UserError(
-      f'config.json: rope type {kind!r} is not supported for '
-      f'{hf["model_type"]}; remove it or use a checkpoint without it'
-    )
-  scaling = tuple(rope[key] for key in _LLAMA3) if kind == 'llama3' else None
-  theta = rope.get('rope_theta', hf.get('rope_theta', 10000.0))
-  return {'rope_theta': float(theta), 'rope_scaling': scaling}
-
-
 def _rope_to_hf(c):
   """Both spellings: transformers 5 reads the last, everyone else the others."""
   rope = {'rope_type': 'default'}
   if c.rope_scaling:
-    fields = zip(_LLAMA3, c.rope_scaling, strict=True)
+    fields = zip(hf_config.LLAMA3, c.rope_scaling, strict=True)
     rope = {'rope_type': 'llama3'} | dict(fields)
   return {
     'rope_theta': c.rope_theta,
     'rope_scaling': rope if c.rope_scaling else None,
     'rope_parameters': rope | {'rope_theta': c.rope_theta},
   }
-
-
-def _refuse(hf, **expected):
-  """Refuses, by name, a switch that is not what the decoder computes."""
-  for key, value in expected.items():
-    if hf.get(key, value) != value:
-      raise UserError(
-        f'config.json: {key}={hf[key]!r} is not supported for '
-        f'{hf["model_type"]} (expected {value!r})'
-      )
-
-
-def _windows(hf, default):
-  """The window of each layer, 0 for none; () if no layer has one.
-
-  default: whether layer l has one if `layer_types` does not say.
-  """
-  size, layers = hf.get('sliding_window'), hf['num_hidden_layers']
-  if not size:
-    return ()
-  kinds = hf.get('layer_types') or [
-    'sliding_attention' if default(l) else 'full_attention'
-    for l in range(layers)
-  ]
-  unknown = set(kinds) - {'sliding_attention', 'full_attention'}
-  if unknown or len(kinds) != layers:
-    raise UserError(
-      f'config.json: layer_types={kinds!r} are not supported for '
-      f'{hf["model_type"]} (expected sliding_attention or full_attention for '
-      f'each of {layers} layers)'
-    )
-  windows = tuple(size if k == 'sliding_attention' else 0 for k in kinds)
-  return windows if any(windows) else ()
 
 
 def _layer_types(c):
@@ -97,23 +43,24 @@ def _layer_types(c):
 
 def _read(hf, family, **switches):
   """What all families but GPT-2 spell alike."""
-  heads = hf['num_attention_heads']
+  theta, scaling = hf['rope']
   return DecoderConfig(
     **{
       'vocab_size': hf['vocab_size'],
       'width': hf['hidden_size'],
       'layers': hf['num_hidden_layers'],
-      'heads': heads,
-      'kv_heads': hf.get('num_key_value_heads') or heads,
-      'head_dim': hf.get('head_dim') or hf['hidden_size'] // heads,
+      'heads': hf['num_attention_heads'],
+      'kv_heads': hf['num_key_value_heads'],
+      'head_dim': hf['head_dim'],
       'ff_width': hf['intermediate_size'],
-      'tied_head': hf.get('tie_word_embeddings', False),
-      'norm_eps': hf.get('rms_norm_eps', 1e-6),
-      'max_length': hf.get('max_position_embeddings', 32768),
+      'tied_head': hf['tie_word_embeddings'],
+      'norm_eps': hf['rms_norm_eps'],
+      'max_length': hf['max_position_embeddings'],
       'family': family,
       'qk_norm': False,
+      'rope_theta': theta,
+      'rope_scaling': scaling,
     }
-    | _rope(hf)
     | switches
   )
 
@@ -141,10 +88,8 @@ def _write(c, architecture, **fields):
 
 
 def _qwen_windows(hf):
-  if not hf.get('use_sliding_window', False):
-    return ()
-  first = hf.get('max_window_layers', 28)
-  return _windows(hf, lambda l: l >= first)
+  size = hf['sliding_window'] if hf['use_sliding_window'] else None
+  return hf_config.windows(hf, size, lambda l: l >= hf['max_window_layers'])
 
 
 def _qwen_windows_to_hf(c):
@@ -157,14 +102,7 @@ def _qwen_windows_to_hf(c):
 
 
 def _qwen3(hf):
-  _refuse(hf, attention_bias=False, hidden_act='silu')
-  return _read(
-    hf,
-    'qwen3',
-    head_dim=hf.get('head_dim', 128),
-    qk_norm=True,
-    windows=_qwen_windows(hf),
-  )
+  return _read(hf, 'qwen3', qk_norm=True, windows=_qwen_windows(hf))
 
 
 def _qwen3_to_hf(c):
@@ -172,92 +110,69 @@ def _qwen3_to_hf(c):
 
 
 def _qwen2(hf):
-  _refuse(hf, hidden_act='silu')
   return _read(hf, 'qwen2', qkv_bias=True, windows=_qwen_windows(hf))
 
 
 def _qwen2_to_hf(c):
   hf = _write(c, 'Qwen2', **_qwen_windows_to_hf(c))
-  del hf['head_dim']  # It has none: width / heads.
+  if c.head_dim * c.heads == c.width:
+    del hf['head_dim']  # A field that it does not have by itself.
   return hf
 
 
 def _llama(hf):
-  _refuse(
-    hf,
-    attention_bias=False,
-    mlp_bias=False,
-    hidden_act='silu',
-    pretraining_tp=1,
-  )
   return _read(hf, 'llama')
 
 
 def _llama_to_hf(c):
-  return _write(
-    c, 'Llama', attention_bias=False, mlp_bias=False, pretraining_tp=1
-  )
+  return _write(c, 'Llama', attention_bias=False, mlp_bias=False)
 
 
 def _mistral(hf):
-  _refuse(hf, hidden_act='silu')
-  return _read(hf, 'mistral', windows=_windows(hf, lambda l: True))
+  windows = hf_config.windows(hf, hf['sliding_window'], lambda l: True)
+  return _read(hf, 'mistral', windows=windows)
 
 
 def _mistral_to_hf(c):
   return _write(c, 'Mistral', sliding_window=max(c.windows, default=None))
 
 
-_GEMMA = {
-  'gelu': True,
-  'norm_from_one': True,
-  'scaled_embedding': True,
-}
+def _gelu(activation):
+  return {'gelu': True, 'gelu_exact': activation == 'gelu'}
 
 
-def _check_gemma(hf, activation):
-  hf = {activation: 'gelu_pytorch_tanh'} | hf
-  if hf[activation] == 'gelu':  # Written by mistake for the approximation.
-    hf[activation] = 'gelu_pytorch_tanh'
-  _refuse(
-    hf,
-    attention_bias=False,
-    use_bidirectional_attention=None,
-    **{activation: 'gelu_pytorch_tanh'},
-  )
+_GEMMA = {'norm_from_one': True, 'scaled_embedding': True}
 
 
 def _gemma(hf):
-  _check_gemma(hf, 'hidden_act')
-  return _read(
-    hf, 'gemma', tied_head=hf.get('tie_word_embeddings', True), **_GEMMA
-  )
+  return _read(hf, 'gemma', **_gelu(hf['hidden_act']), **_GEMMA)
 
 
 def _gemma_to_hf(c):
-  gelu = 'gelu_pytorch_tanh'
+  # Of its files, 'gelu' is the approximation.
+  gelu = 'gelu_python' if c.gelu_exact else 'gelu_pytorch_tanh'
   return _write(
     c, 'Gemma', hidden_act=gelu, hidden_activation=gelu, attention_bias=False
   )
 
 
 def _gemma2(hf):
-  _check_gemma(hf, 'hidden_activation')
+  size = hf['sliding_window']
   return _read(
     hf,
     'gemma2',
-    tied_head=hf.get('tie_word_embeddings', True),
     post_norms=True,
-    windows=_windows(hf, lambda l: l % 2 == 0),
-    attention_scale=hf.get('query_pre_attn_scalar', 256) ** -0.5,
-    attention_cap=hf.get('attn_logit_softcapping', 50.0),
-    head_cap=hf.get('final_logit_softcapping', 30.0),
+    windows=hf_config.windows(hf, size, lambda l: l % 2 == 0),
+    attention_scale=hf['query_pre_attn_scalar'] ** -0.5,
+    attention_cap=hf['attn_logit_softcapping'],
+    head_cap=hf['final_logit_softcapping'],
+    **_gelu(hf['hidden_activation']),
     **_GEMMA,
   )
 
 
 def _gemma2_to_hf(c):
-  gelu = 'gelu_pytorch_tanh'
+  gelu = 'gelu' if c.gelu_exact else 'gelu_pytorch_tanh'
   scalar = c.attention_scale**-2
   return _write(
     c,
@@ -268,19 +183,13 @@ def _gemma2_to_hf(c):
     query_pre_attn_scalar=round(scalar),
     attn_logit_softcapping=c.attention_cap,
     final_logit_softcapping=c.head_cap,
-    sliding_window=max(c.windows, default=None),
+    # transformers asks for a size even where no layer has a window.
+    sliding_window=max(c.windows, default=4096),
     layer_types=_layer_types(c),
   )
 
 
 def _gpt2(hf):
-  _refuse(
-    hf,
-    activation_function='gelu_new',
-    scale_attn_weights=True,
-    scale_attn_by_inverse_layer_idx=False,
-    add_cross_attention=False,
-  )
   heads, width = hf['n_head'], hf['n_embd']
   return DecoderConfig(
     vocab_size=hf['vocab_size'],
@@ -289,19 +198,19 @@ def _gpt2(hf):
     heads=heads,
     kv_heads=heads,
     head_dim=width // heads,
-    ff_width=hf.get('n_inner') or 4 * width,
-    tied_head=hf.get('tie_word_embeddings', True),
+    ff_width=hf['n_inner'] or 4 * width,
+    tied_head=hf['tie_word_embeddings'],
     rope_theta=0.0,
-    norm_eps=hf.get('layer_norm_epsilon', 1e-5),
+    norm_eps=hf['layer_norm_epsilon'],
     max_length=hf['n_positions'],
     family='gpt2',
     qk_norm=False,
     qkv_bias=True,
     bias=True,
     gated=False,
-    gelu=True,
     layer_norm=True,
     learned_positions=True,
+    **_gelu(hf['activation_function']),
   )
 
 
@@ -318,18 +227,23 @@ def _gpt2_to_hf(c):
     'n_ctx': c.max_length,
     'layer_norm_epsilon': c.norm_eps,
     'tie_word_embeddings': c.tied_head,
-    'activation_function': 'gelu_new',
+    'activation_function': 'gelu' if c.gelu_exact else 'gelu_new',
   }
 
 
 FAMILIES = {
-  'qwen3': Family(_qwen3, _qwen3_to_hf, tensor_names.QWEN3),
-  'qwen2': Family(_qwen2, _qwen2_to_hf, tensor_names.QWEN2),
-  'llama': Family(_llama, _llama_to_hf, tensor_names.LLAMA),
-  'mistral': Family(_mistral, _mistral_to_hf, tensor_names.LLAMA),
-  'gemma': Family(_gemma, _gemma_to_hf, tensor_names.LLAMA),
-  'gemma2': Family(_gemma2, _gemma2_to_hf, tensor_names.GEMMA2),
+  'qwen3': Family(hf_config.QWEN3, _qwen3, _qwen3_to_hf, tensor_names.QWEN3),
+  'qwen2': Family(hf_config.QWEN2, _qwen2, _qwen2_to_hf, tensor_names.QWEN2),
+  'llama': Family(hf_config.LLAMA, _llama, _llama_to_hf, tensor_names.LLAMA),
+  'mistral': Family(
+    hf_config.MISTRAL, _mistral, _mistral_to_hf, tensor_names.LLAMA
+  ),
+  'gemma': Family(hf_config.GEMMA, _gemma, _gemma_to_hf, tensor_names.LLAMA),
+  'gemma2': Family(
+    hf_config.GEMMA2, _gemma2, _gemma2_to_hf, tensor_names.GEMMA2
+  ),
   'gpt2': Family(
+    hf_config.GPT2,
     _gpt2,
     _gpt2_to_hf,
     tensor_names.GPT2,
@@ -337,17 +251,42 @@ FAMILIES = {
     transposed=False,
   ),
 }
+# What is not carried on from a model's source: `pretraining_tp` is of no
+# effect, and the others speak of its weights and its layers.
+_LEFT_BEHIND = ('pretraining_tp', 'quantization_config', 'layer_types')
 
 
 def config_from_hf(hf, where):
-  """`DecoderConfig` of a parsed config.json; refuses what is not supported."""
+  """`DecoderConfig` of a parsed config.json.
+
+  Raises:
+    UserError: for a field that cannot be, or is not computed here; one line,
+      which begins with `where`.
+  """
+  if not isinstance(hf, dict):
+    raise UserError(f'{where}: is not a JSON object')
   kind = hf.get('model_type')
-  if kind not in FAMILIES:
+  if not isinstance(kind, str) or kind not in FAMILIES:
     raise UserError(
       f'{where}: model_type {kind!r} is not supported; '
       f'supported are {", ".join(sorted(FAMILIES))}'
     )
+  family = FAMILIES[kind]
   try:
-    return FAMILIES[kind].to_config(hf)
-  except KeyError as e:
-    raise UserError(f'{where}: field {e.args[0]!r} is missing') from None
+    return family.to_config(hf_config.read(hf, family.fields))
+  except UserError as e:
+    raise UserError(f'{where}: {e}') from None
+
+
+def config_to_hf(config, source):
+  """config.json of a `DecoderConfig`.
+
+  `source`: a parsed one, of which fields stay that say nothing of shape or
+  weights, such as token ids.
+  """
+  family = FAMILIES[config.family]
+  ours = {f.alias for f in family.fields.values()} | set(family.fields)
+  kept = {
+    k: v for k, v in source.items() if k not in ours and k not in _LEFT_BEHIND
+  }
+  return kept | family.to_hf(config)

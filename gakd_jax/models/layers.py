@@ -13,7 +13,10 @@ from gakd_jax.models import quantized
 
 
 class Linear(nnx.Module):
-  """x W + b, with W of [in, out]; `quantize` makes W one of `quantized`."""
+  """x W + b, with W of [in, out]; `quantize` makes W one of `quantized`.
+
+  It computes in the dtype of x, as all modules here do.
+  """
 
   lora = None  # an adapter that `lora.attach` put here
 
@@ -27,10 +30,17 @@ class Linear(nnx.Module):
     if self.is_quantized:
       y = quantized.matmul(x, self.kernel[...], self.kernel_scale[...])
     else:
-      y = x @ self.kernel[...]
+      y = x @ self.kernel[...].astype(x.dtype)
     if hasattr(self, 'bias'):
       y += _align(self.bias[...], x.ndim)
-    return y if self.lora is None else y + self.lora(x, key)
+    if self.lora is not None:
+      y += self.lora(x, key)
+    return y.astype(x.dtype)
+
+  @property
+  def dtype(self):
+    """Of W, or of what it was before it was quantized."""
+    return (self.kernel_scale if self.is_quantized else self.kernel)[...].dtype
 
   @property
   def is_quantized(self):
@@ -60,7 +70,7 @@ class RMSNorm(nnx.Module):
     scale = _align(self.scale[...], x.ndim)
     if self.from_one:  # Gemma rounds after the product, the others before.
       return (normed * (1 + scale.astype(jnp.float32))).astype(x.dtype)
-    return normed.astype(x.dtype) * scale
+    return (normed.astype(x.dtype) * scale).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -76,9 +86,8 @@ class LayerNorm(nnx.Module):
     x32 -= jnp.mean(x32, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     normed = (x32 * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
-    return normed * _align(self.scale[...], x.ndim) + _align(
-      self.bias[...], x.ndim
-    )
+    scale, bias = (_align(p[...], x.ndim) for p in (self.scale, self.bias))
+    return (normed * scale + bias).astype(x.dtype)
 
 
 def _align(x_D, ndim):
@@ -167,9 +176,12 @@ class MLP(nnx.Module):
     self.down = Linear(c.ff_width, c.width, rngs, c.bias)
 
   def __call__(self, x_BTD, key=None):
-    # Of the GELUs, all families take the tanh approximation.
-    act = jax.nn.gelu if self.config.gelu else jax.nn.silu
     y_BTF = self.up(x_BTD, key)
     if self.config.gated:
-      return self.down(act(self.gate(x_BTD, key)) * y_BTF, key)
-    return self.down(act(y_BTF), key)
+      return self.down(self._act(self.gate(x_BTD, key)) * y_BTF, key)
+    return self.down(self._act(y_BTF), key)
+
+  def _act(self, x):
+    if self.config.gelu:
+      return jax.nn.gelu(x, approximate=not self.config.gelu_exact)
+    return jax.nn.silu(x)

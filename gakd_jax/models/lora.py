@@ -53,12 +53,13 @@ def make_config(settings):
 class LoRA(nnx.Module):
   """The adapter of one projection; of stacked layers, a leading L."""
 
-  def __init__(self, a, b, scale, dropout=0.0, index=0):
+  def __init__(self, a, b, scale, dropout=0.0, index=0, uneven=False):
     self.a = nnx.Param(a)
     self.b = nnx.Param(b)
     self.scale = scale  # alpha / rank
     self.dropout = dropout
     self.index = index  # tells the dropout of one projection from another's
+    self.uneven = uneven  # layers had ranks and scales of their own: see `peft`
 
   def __call__(self, x, key=None):
     if self.dropout and key is not None:
@@ -127,13 +128,16 @@ def resume(model, config, path):
   """Goes on with a model's adapters, under the dropout of `config`.
 
   Raises:
-    UserError: if their ranks, scales or places are not those of `config`.
+    UserError: if their ranks, scales or places are not those of `config`, or
+      differ by layer.
   """
   linears, found = projections(model), adapters(model)
   for name, linear in linears.items():
     wanted = bool(re.search(config.targets, name))
     if wanted != (name in found):
       problem = f'{name} has {"none" if wanted else "one"}'
+    elif wanted and linear.lora.uneven:
+      problem = f'{name} has other ranks or alphas in some layers, or none'
     elif wanted and linear.lora.a.shape[-1] != config.rank:
       problem = f'rank {linear.lora.a.shape[-1]}, not {config.rank}'
     elif wanted and linear.lora.scale != config.alpha / config.rank:

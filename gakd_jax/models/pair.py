@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.models import lora, transformer
 from gakd_jax.models.attention import choose_backend
 
@@ -24,6 +25,7 @@ from gakd_jax.models.attention import choose_backend
     'remat',
     'backends',
     'packed',
+    'vocabs',
   ],
   drop_fields=['tokenizers'],
 )
@@ -47,6 +49,8 @@ class Models:
   remat: bool = False  # of the student's blocks
   backends: tuple = ('xla', 'xla')  # of attention, of student and teacher
   packed: bool = True  # False: each row is one document, then padding
+  # How many ids have a token, of student and teacher; (): all that there are.
+  vocabs: tuple = ()
   tokenizers: tuple = ()  # of student and teacher
 
   @property
@@ -114,8 +118,10 @@ class Models:
     if self.teacher_definition is not None:
       heads.append(self.teacher().head)
     heads = [
-      head.replace(weight_VD=head.weight_VD.astype(self.dtype)).gathered()
-      for head in heads
+      head.replace(
+        weight_VD=head.weight_VD.astype(self.dtype), valid=valid
+      ).gathered()
+      for head, valid in zip(heads, self.vocabs or (None, None), strict=False)
     ]
     return *heads, *[None] * (2 - len(heads))
 
@@ -162,6 +168,7 @@ def make(
       for model in (student, teacher)
     ),
     tokenizers=tuple(tokenizers),
+    vocabs=tuple(map(tokenizer_lib.size, tokenizers)),
     **settings,
   )
   return models, params

@@ -2,7 +2,11 @@
 
 adapter_config.json names the base model and the projections, and
 adapter_model.safetensors has `<projection>.lora_A.weight` of [rank, in] and
-`lora_B.weight` of [out, rank] for each layer.
+`lora_B.weight` of [out, rank] for each layer. What the first says is computed
+as PEFT does, or refused (`peft_settings`).
+
+Layers are stacked here. Where they differ, a smaller rank is filled up with
+zeros, a layer without an adapter is all zeros, and a smaller scale is in B.
 
 GPT-2 keeps queries, keys and values in one projection. Three adapters of rank
 r are written as one of rank 3r, with the Bs as blocks: the same function. It
@@ -10,30 +14,45 @@ is read as three that share an A.
 """
 
 import json
-import re
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from gakd_jax import UserError
-from gakd_jax.models import convert, families, lora
+from gakd_jax.models import (
+  convert,
+  families,
+  hub,
+  lora,
+  peft_settings,
+  transformer,
+)
 from gakd_jax.models.tensor_names import Part
 
 CONFIG = 'adapter_config.json'
 WEIGHTS = 'adapter_model.safetensors'
 _PREFIX = 'base_model.model.'
-# What changes the function and is not computed here.
-_REFUSED = {
-  'use_dora': False,
-  'bias': 'none',
-  'modules_to_save': None,
-  'layers_to_transform': None,
-  'layer_replication': None,
-  'lora_bias': False,
-  'target_parameters': None,
+_DTYPES = {
+  'F64': 'float64',
+  'F32': 'float32',
+  'F16': 'float16',
+  'BF16': 'bfloat16',
+  'F8_E4M3': 'float8_e4m3fn',
+  'F8_E5M2': 'float8_e5m2',
 }
+
+
+class _Adapter(NamedTuple):
+  """Of one projection of one layer."""
+
+  a: np.ndarray  # [in, rank]
+  b: np.ndarray  # [rank, out]
+  scale: float
 
 
 def is_adapter(path):
@@ -42,71 +61,145 @@ def is_adapter(path):
 
 def base_path(path):
   """What an adapter's directory says that it belongs on."""
-  base = convert.read_json(Path(path) / CONFIG).get('base_model_name_or_path')
-  if not base:
-    raise UserError(
-      f'{Path(path) / CONFIG}: base_model_name_or_path is missing; name the '
-      'model that the adapter belongs on'
-    )
-  return base
+  return peft_settings.base(_settings(path), Path(path) / CONFIG)
 
 
 def load_into(model, path, place=None):
   """Puts the adapters of a directory on a model, in place, in fp32.
 
   Raises:
-    UserError: for tensors that the model has no place for, or an option of
-      PEFT that is not computed here.
+    UserError: for an option of PEFT that is not computed here, and for tensors
+      that are not those that the options and the model ask for.
   """
-  file = Path(path) / CONFIG
-  settings = convert.read_json(file)
-  for name, value in _REFUSED.items():
-    if (settings.get(name) or value) != value:
-      raise UserError(
-        f'{file}: {name}={settings[name]!r} is not supported (expected '
-        f'{value!r})'
-      )
+  settings = _settings(path)
   file = Path(path) / WEIGHTS
-  with convert.open_safetensors(file) as tensors:
-    found = {name: tensors.get_tensor(name) for name in sorted(tensors.keys())}
+  found = _tensors(file)
   names = families.FAMILIES[model.config.family].names
   used = set()
   for i, (name, linear) in enumerate(lora.projections(model).items()):
     where = _module(names[f'blocks/{name}/kernel'])
-    keys_a, keys_b = (
-      [
-        f'{_PREFIX}{where.tensor.format(l)}.lora_{side}.weight'
-        for l in range(model.config.layers)
-      ]
-      for side in 'AB'
-    )
-    if found.keys().isdisjoint(keys_a + keys_b):
-      continue
-    used.update(keys_a, keys_b)
-    if missing := used - found.keys():
-      raise UserError(f'{file}: no tensor {", ".join(sorted(missing))}')
-    a, b = (
-      np.stack([np.asarray(found[key], np.float32).T for key in keys])
-      for keys in (keys_a, keys_b)
-    )
     n_in, n_out = linear.kernel.shape[-2:]
-    if a.shape[1] != n_in or b.shape[2] != n_out * where.of:
-      raise UserError(
-        f'{file}: {keys_a[0]} and its B are for a projection of {a.shape[1]} '
-        f'to {b.shape[2]}, and the base has {n_in} to {n_out * where.of}'
-      )
+    shape = n_in, n_out * where.of
+    modules = [where.tensor.format(l) for l in range(model.config.layers)]
+    adapters = [
+      _adapter(found, settings, module, shape, file)
+      if peft_settings.is_target(settings, module, l)
+      else None
+      for l, module in enumerate(modules)
+    ]
+    if not any(adapters):
+      continue
+    pairs = zip(modules, adapters, strict=True)
+    used.update(*(_keys(module) for module, adapter in pairs if adapter))
+    a, b, scale, uneven = _stacked(adapters)
     b = b[..., where.index * n_out : (where.index + 1) * n_out]
     linear.lora = lora.LoRA(
       *jax.device_put((a, b), place),
-      _scale(settings, where.tensor, a.shape[-1]),
-      settings.get('lora_dropout', 0.0),
+      scale,
+      settings['lora_dropout'],
       i,
+      uneven,
     )
-  if extra := found.keys() - used or (not used and {'none at all'}):
+  extra = [n for n in found.keys() - used if not _is_copy(model, n, found[n])]
+  if extra or not used:
     raise UserError(
-      f'{file}: adapters of what the base does not have: '
-      f'{", ".join(sorted(extra))}'
+      f'{file}: neither the base nor target_modules has a place for '
+      f'{_listed(extra) or "any tensor of it"}'
     )
+
+
+def _settings(path):
+  """What is computed of an adapter's options, all of which are checked."""
+  file = Path(path) / CONFIG
+  settings = convert.read_json(file)
+  if not isinstance(settings, dict):
+    raise UserError(f'{file}: not a JSON object')
+  return peft_settings.check(settings, file)
+
+
+def _tensors(file):
+  """{name: array}; numpy alone, and so safetensors' reader, knows no fp8."""
+  if not file.exists():
+    raise UserError(
+      f'{file}: not found; with peft, write it from adapter_model.bin: '
+      'PeftModel.from_pretrained(base, adapter).save_pretrained(directory)'
+    )
+  try:
+    tensors = safetensors.deserialize(file.read_bytes())
+  except (safetensors.SafetensorError, OSError) as e:
+    raise UserError(f'{file}: not a readable safetensors file ({e})') from e
+  found = {}
+  for name, tensor in tensors:
+    if tensor['dtype'] not in _DTYPES:
+      raise UserError(
+        f'{file}: {name} is stored as {tensor["dtype"]}, not as one of '
+        f'{", ".join(_DTYPES)}'
+      )
+    x = np.frombuffer(tensor['data'], jnp.dtype(_DTYPES[tensor['dtype']]))
+    found[name] = x.reshape(tensor['shape'])
+  return found
+
+
+def _keys(module):
+  """The names of a module's A and B."""
+  return [f'{_PREFIX}{module}.lora_{side}.weight' for side in 'AB']
+
+
+def _adapter(found, settings, module, shape, file):
+  """The `_Adapter` that tensors hold for a module of shape [in, out]."""
+  rank, scale = peft_settings.rank_and_scale(settings, module)
+  n_in, n_out = shape
+  pair = []
+  for key, expected in zip(
+    _keys(module), ((rank, n_in), (n_out, rank)), strict=True
+  ):
+    if key not in found:
+      raise UserError(f'{file}: no tensor {key}, which {CONFIG} asks for')
+    if found[key].shape != expected:
+      raise UserError(
+        f'{file}: {key} has shape {list(found[key].shape)}, expected '
+        f'{list(expected)}: rank {rank} by {CONFIG}, {n_in} to {n_out} by the '
+        'base'
+      )
+    pair.append(found[key].astype(np.float32).T)
+  return _Adapter(*pair, scale)
+
+
+def _stacked(adapters):
+  """(A of [L, in, rank], B of [L, rank, out], scale, whether layers differ)."""
+  there = [adapter for adapter in adapters if adapter]
+  rank = max(adapter.a.shape[1] for adapter in there)
+  scale = max(adapter.scale for adapter in there)
+  a = np.zeros((len(adapters), len(there[0].a), rank), np.float32)
+  b = np.zeros((len(adapters), rank, there[0].b.shape[1]), np.float32)
+  for l, adapter in enumerate(adapters):
+    if adapter:
+      own = adapter.a.shape[1]
+      a[l, :, :own] = adapter.a
+      b[l, :own] = adapter.b * np.float32(adapter.scale / scale)
+  kinds = {adapter and (adapter.a.shape, adapter.scale) for adapter in adapters}
+  return a, b, scale, len(kinds) > 1
+
+
+def _is_copy(model, name, x):
+  """Whether a tensor is the base's own embedding, which PEFT writes, too."""
+  names = families.FAMILIES[model.config.family].names
+  params = convert.flatten(transformer.split(model)[1])
+  for ours in ('embedding', 'head_weight'):
+    if name == _PREFIX + names[ours]:
+      base = params.get(ours, params['embedding'])  # A tied head is that.
+      x = x.astype(base.dtype)
+      return x.shape == base.shape and bool(
+        jnp.array_equal(jax.device_put(x, base.sharding), base)
+      )
+  return False
+
+
+def _listed(names, most=4):
+  """The first of some names, and how many more there are."""
+  names = sorted(names)
+  more = f' and {len(names) - most} more' if len(names) > most else ''
+  return ', '.join(names[:most]) + more
 
 
 def save(model, path):
@@ -135,10 +228,13 @@ def save(model, path):
     ranks[tensor] = whole, first.scale * whole
   r, alpha = min(ranks.values())
   other = {_suffix(t): v for t, v in ranks.items() if v != (r, alpha)}
+  source = Path(model.source).absolute()
+  base, revision = hub.origin(source) or (str(source), None)
   settings = {
     'peft_type': 'LORA',
     'task_type': 'CAUSAL_LM',
-    'base_model_name_or_path': str(Path(model.source).absolute()),
+    'base_model_name_or_path': base,
+    'revision': revision,
     'target_modules': sorted(map(_suffix, ranks)),
     'r': r,
     'lora_alpha': alpha,
@@ -165,16 +261,3 @@ def _module(entry):
 def _suffix(tensor):
   """self_attn.q_proj: enough to tell it from all others."""
   return tensor.rpartition('.{}.')[2]
-
-
-def _scale(settings, tensor, rank):
-  name = tensor.format(0)
-
-  def of(pattern, default):
-    for key, value in (settings.get(pattern) or {}).items():
-      if re.match(rf'(.*\.)?({key})$', name):
-        return value
-    return default
-
-  alpha = of('alpha_pattern', settings.get('lora_alpha', 8))
-  return alpha / (rank**0.5 if settings.get('use_rslora') else rank)

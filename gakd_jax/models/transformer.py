@@ -48,6 +48,7 @@ class DecoderConfig:
   bias: bool = False  # of all projections (GPT-2)
   gated: bool = True  # feed-forward; not GPT-2's
   gelu: bool = False  # else SiLU (GPT-2, Gemma)
+  gelu_exact: bool = False  # else its tanh approximation
   layer_norm: bool = False  # else RMS norm (GPT-2)
   norm_from_one: bool = False  # norms store scale - 1 (Gemma)
   post_norms: bool = False  # after attention and feed-forward too (Gemma 2)
@@ -63,6 +64,9 @@ class DecoderConfig:
 
 
 _TABLES = ('embedding', 'position_embedding')
+# The logit of what is no token: its probability is 0, and, being finite, no
+# product with that is NaN.
+_NEVER = -1e30
 
 
 @struct.dataclass
@@ -70,12 +74,15 @@ class Head:
   """What turns hidden states into logits: z = h W', `soft_cap`ped by `cap`.
 
   weight_VD: [V, D], where `sharding.RULES` puts it.
+  valid: None, or how many ids have a token: those from there on pad the
+    embedding, and get no probability.
   gathered_RVD: None, or a whole copy of it on each of the R devices that split
     rows, made once a step for all that `objectives/head.py` does with it.
   """
 
   weight_VD: jax.Array
   cap: float | None = struct.field(pytree_node=False, default=None)
+  valid: int | None = struct.field(pytree_node=False, default=None)
   gathered_RVD: jax.Array | None = None
 
   @property
@@ -106,7 +113,10 @@ class Head:
 
   def capped(self, z_NV):
     """Logits, of what `linear` gives."""
-    return layers_lib.soft_cap(z_NV, self.cap) if self.cap else z_NV
+    z_NV = layers_lib.soft_cap(z_NV, self.cap) if self.cap else z_NV
+    if self.valid is None or self.valid >= z_NV.shape[-1]:
+      return z_NV
+    return jnp.where(jnp.arange(z_NV.shape[-1]) < self.valid, z_NV, _NEVER)
 
   def __call__(self, hidden_ND):
     """Logits in fp32, [N, D] -> [N, V]."""
@@ -126,9 +136,9 @@ class Decoder(nnx.Module):
   """A decoder-only language model.
 
   Its parameters are fp32 when made and keep whatever dtype they are given:
-  the dtype of the weights is the compute dtype, so mixed precision is a cast
-  of the parameter tree. Embeddings alone may be wider, see `apply`. `source` is
-  the directory that the model was loaded from, whose tokenizer travels with it.
+  the dtype of the projections is the compute dtype, so mixed precision is a
+  cast of the parameter tree. `source` is the directory that the model was
+  loaded from, whose tokenizer travels with it.
   """
 
   def __init__(self, config, rngs, source=''):
@@ -153,8 +163,11 @@ class Decoder(nnx.Module):
 
   @property
   def dtype(self):
-    """Of the computation."""
-    return self.final_norm.scale[...].dtype
+    """Of the computation: the widest of the projections' dtypes."""
+    linears = (m for _, m in nnx.iter_modules(self.blocks))
+    return jnp.result_type(
+      *{m.dtype for m in linears if isinstance(m, layers_lib.Linear)}
+    )
 
   @property
   def head(self):

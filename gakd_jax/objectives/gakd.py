@@ -184,7 +184,10 @@ class GAKD(base.Objective):
       own.critic, student, teacher, batch
     )
     w_VC = critic_lib.weight(
-      own.critic['projection'], self.reads, student.hidden_BTD.dtype
+      own.critic['projection'],
+      self.reads,
+      student.hidden_BTD.dtype,
+      student.head.valid,
     )
     gram_CC = w_VC.T @ w_VC
 
@@ -261,7 +264,9 @@ class GAKD(base.Objective):
     """
     segments_BT = self._segments(batch)
     dtype = student.hidden_BTD.dtype
-    w_VC = critic_lib.weight(critic['projection'], self.reads, dtype)
+    w_VC = critic_lib.weight(
+      critic['projection'], self.reads, dtype, student.head.valid
+    )
     model = nnx.merge(
       critic_lib.definition(critic_lib.config_of(self.critic, w_VC.shape[0])),
       jax.tree.map(lambda x: x.astype(dtype), critic),

@@ -432,33 +432,50 @@ def test_a_set_that_was_saved_to_disk(tmp_path):
     sources.load(splits)
 
 
-def test_hub_id_loads_its_split(monkeypatch):
+@pytest.mark.parametrize(
+  ('spec', 'config', 'revision', 'split'),
+  [
+    ('org/some-data', None, None, 'train'),
+    ('org/some-data:test', None, None, 'test'),
+    ('org/some-data/main', 'main', None, 'train'),
+    ('org/some-data/3.0.0:test', '3.0.0', None, 'test'),
+    ('org/some-data@v1.1:test', None, 'v1.1', 'test'),
+    ('org/some-data/main@refs/pr/1:dev', 'main', 'refs/pr/1', 'dev'),
+  ],
+)
+def test_hub_id_loads_what_it_names(monkeypatch, spec, config, revision, split):
   datasets = pytest.importorskip('datasets')
   asked = []
 
-  def load_dataset(name, split):
-    asked.append((name, split))
+  def load_dataset(path, name=None, *, split, revision=None):
+    asked.append((path, name, revision, split))
     return datasets.Dataset.from_list([PAIR, {**PAIR, 'input': None}])
 
   monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
-  rows, _ = sources.load('org/some-data')
+  rows, _ = sources.load(spec)
   assert [row.input for row in rows] == ['1 2', '']
-  assert rows[1].where == 'org/some-data[1]'
-  sources.load('org/some-data:test')
-  assert asked == [('org/some-data', 'train'), ('org/some-data', 'test')]
+  assert rows[1].where == f'{spec}[1]'
+  assert asked == [('org/some-data', config, revision, split)]
 
 
-def test_hub_failure_is_one_line(monkeypatch):
+def test_hub_failure_is_one_line(monkeypatch, tmp_path):
   datasets = pytest.importorskip('datasets')
 
-  def load_dataset(name, split):
-    raise ConnectionError('offline\nand more')
+  def load_dataset(*args, **kwargs):
+    raise ValueError('Config name is missing.\nPick one: a, b\nand more')
 
   monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+  monkeypatch.chdir(tmp_path)
   with pytest.raises(UserError) as error:
     sources.load('org/name')
-  assert 'ConnectionError: offline)' in str(error.value)
-  assert '\n' not in str(error.value)
+  message = str(error.value)
+  assert 'ValueError: Config name is missing. Pick one: a, b)' in message
+  assert 'org/name[/config]' in message
+  assert '\n' not in message
+  # Beside a directory that is there, a misspelt one is not asked the hub for.
+  (tmp_path / 'data' / 'rows').mkdir(parents=True)
+  with pytest.raises(UserError, match='no such file or directory'):
+    sources.load('data/rows/tets')
 
 
 def test_synthetic():

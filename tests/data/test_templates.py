@@ -1,4 +1,7 @@
+import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +38,41 @@ def qwen3(shared_dir):
 @pytest.fixture(scope='module')
 def gpt2(shared_dir):
   return tokenizer.load(shared_dir / 'tokenizers/gpt2')
+
+
+@pytest.fixture
+def bytes_tokenizer(tmp_path):
+  """`bytes_tokenizer(chat_template, eos, bos=None)`: a tokenizer of bytes."""
+  import tokenizers
+  import transformers
+
+  def make(chat_template, eos, bos=None):
+    model = tokenizers.models.BPE(
+      vocab={
+        c: i
+        for i, c in enumerate(
+          sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        )
+      },
+      merges=[],
+    )
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+      add_prefix_space=False
+    )
+    made.decoder = tokenizers.decoders.ByteLevel()
+    found = re.findall(r'<[\w|/]+>', f'{chat_template}{eos}{bos}')
+    made.add_special_tokens([t for t in dict.fromkeys(found) if '|{{' not in t])
+    path = tmp_path / f'{len(list(tmp_path.iterdir()))}'
+    transformers.PreTrainedTokenizerFast(
+      tokenizer_object=made,
+      eos_token=eos,
+      bos_token=bos,
+      chat_template=chat_template,
+    ).save_pretrained(path)
+    return tokenizer.load(path)
+
+  return make
 
 
 def test_gakd(tiny):
@@ -103,7 +141,7 @@ def test_eos(tiny, gpt2):
   assert templates.eos_id('gakd', other) == end
   assert templates.eos_id('alpaca', other) == pad
   # gpt2's unknown token is its EOS: it must not pass for an <|im_end|>.
-  assert templates.turn_end_id(gpt2) is None
+  assert templates.token_id(gpt2, '<|im_end|>') is None
   assert templates.eos_id('gakd', gpt2) == 50256
   other.eos_token = None
   with pytest.raises(UserError, match='names no EOS token'):
@@ -136,14 +174,174 @@ def test_no_chat_template(gpt2):
       templates.prompt_text(name, SHORT, gpt2)
 
 
-def test_an_answer_ends_at_any_token_that_ends_one():
-  class Tokenizer:
-    eos_token_id, unk_token_id = 2, 0
+CHATML = (
+  "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+  '<|im_end|>\n{% endfor %}'
+  '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
+)
+GEMMA = (
+  '{{ bos_token }}{% for m in messages %}<start_of_turn>'
+  "{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+  "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+  '{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}'
+)
+LLAMA3 = (
+  '{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n'
+  '{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}'
+  '<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}'
+)
+LLAMA2 = (
+  "{% for m in messages %}{% if m.role == 'user' %}"
+  '{{ bos_token }}[INST] {{ m.content }} [/INST]{% else %}'
+  ' {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}'
+)
+PHI = (
+  '{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n'
+  '{% endfor %}{% if add_generation_prompt %}<|assistant|>\n'
+  '{% else %}{{ eos_token }}{% endif %}'
+)
+PLAIN = (
+  '{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}'
+  '{% if add_generation_prompt %}assistant: {% endif %}'
+)
 
-    def convert_tokens_to_ids(self, token):
-      return {'<|im_end|>': 7, '<end_of_turn>': 5}.get(token, 0)
 
-  assert templates.stop_ids('chat', Tokenizer()) == (2, 5, 7)
-  assert templates.stop_ids('qwen3', Tokenizer()) == (2, 5, 7)
-  Tokenizer.convert_tokens_to_ids = lambda self, token: 0
-  assert templates.stop_ids('raw', Tokenizer()) == (2,)
+@pytest.mark.parametrize(
+  ('template', 'eos', 'end'),
+  [
+    (CHATML, '<|endoftext|>', '<|im_end|>'),  # a base model
+    (CHATML, '<|im_end|>', '<|im_end|>'),
+    (GEMMA, '<eos>', '<end_of_turn>'),
+    (LLAMA3, '<|end_of_text|>', '<|eot_id|>'),
+    (LLAMA2, '</s>', '</s>'),
+    (PHI, '<|endoftext|>', '<|end|>'),
+    (PLAIN, '</s>', '</s>'),  # ends in text: in the tokenizer's EOS then
+    ("{{ raise_exception('no') }}", '</s>', '</s>'),
+  ],
+)
+def test_a_turn_ends_as_the_template_ends_it(
+  bytes_tokenizer, template, eos, end
+):
+  found = bytes_tokenizer(template, eos, '<s>')
+  end, eos = found.convert_tokens_to_ids([end, eos])
+  for name in ('chat', 'qwen3'):
+    assert templates.eos_id(name, found) == end
+    assert templates.stop_ids(name, found) == tuple(sorted({end, eos}))
+  # Another template trains the EOS; an answer ends at either.
+  assert templates.eos_id('alpaca', found) == eos
+  assert set(templates.stop_ids('alpaca', found)) == {end, eos}
+  _, response = tokenizer.encode(found, SHORT, 'alpaca')
+  assert response[-1] == eos
+
+
+def test_generation_config_says_what_else_ends_a_turn(bytes_tokenizer):
+  found = bytes_tokenizer(None, '</s>', '<|eot_id|>')
+  eot, eos = found.convert_tokens_to_ids(['<|eot_id|>', '</s>'])
+  assert templates.stop_ids('raw', found) == (eos,)
+  file = Path(found.name_or_path) / 'generation_config.json'
+  file.write_text(json.dumps({'eos_token_id': [eos, eot]}))
+  assert set(templates.stop_ids('raw', found)) == {eos, eot}
+  assert tokenizer.decode(found, found('a<|eot_id|>b').input_ids) == 'a'
+  file.write_text(json.dumps({'eos_token_id': eot, 'bos_token_id': 0}))
+  assert set(templates.stop_ids('raw', found)) == {eos, eot}
+  file.write_text(json.dumps({'eos_token_id': None}))
+  assert templates.stop_ids('raw', found) == (eos,)
+  file.write_text('[broken')
+  with pytest.raises(UserError, match=r'generation_config.json: not a JSON'):
+    templates.stop_ids('raw', found)
+
+
+def test_several_templates_with_names(bytes_tokenizer):
+  found = bytes_tokenizer(None, '</s>')
+  found.chat_template = {'rag': CHATML, 'tools': LLAMA2}
+  with pytest.raises(UserError, match='no default chat template but rag, too'):
+    templates.prompt_text('chat', SHORT, found)
+  text = templates.prompt_text('chat:rag', SHORT, found)
+  assert text == (
+    '<|im_start|>user\nName a bird.<|im_end|>\n<|im_start|>assistant\n'
+  )
+  with pytest.raises(UserError, match='no of-tomorrow chat template'):
+    templates.prompt_text('chat:of-tomorrow', SHORT, found)
+  found.chat_template = CHATML
+  with pytest.raises(UserError, match="one chat template, and none 'rag'"):
+    templates.prompt_text('chat:rag', SHORT, found)
+  with pytest.raises(UserError, match="unknown template 'alpaca:rag'"):
+    templates.prompt_text('alpaca:rag', SHORT, found)
+
+
+@pytest.mark.parametrize(
+  ('template', 'reason'),
+  [
+    ('{{ messages[9].content }}', 'the chat template says: '),
+    ('{{ 1 + "x" }}', 'the chat template says: unsupported operand'),
+    ('{% for %}', 'the chat template says: '),
+    ('{% for m in messages %}{{ m.text }}{% endfor %}', 'leaves out what the'),
+    ('Hello.', 'leaves out what the system says'),
+  ],
+)
+def test_whatever_a_template_does_is_one_line(tiny, template, reason):
+  odd = tokenizer.load(tiny.name_or_path)
+  odd.chat_template = template
+  with pytest.raises(BadRow, match=rf'file.jsonl:3: .*{reason}') as error:
+    templates.prompt_text('chat', dataclasses.replace(TURNS), odd)
+  assert '\n' not in str(error.value)
+
+
+def test_a_template_that_drops_the_system_turn_is_noticed(tiny):
+  odd = tokenizer.load(tiny.name_or_path)
+  odd.chat_template = (
+    "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+  )
+  assert templates.prompt_text('chat', SHORT, odd) == 'Name a bird.'
+  with pytest.raises(BadRow, match='leaves out what the system says'):
+    templates.prompt_text('chat', TURNS, odd)
+
+
+def test_prompts_do_not_depend_on_the_day(tiny):
+  dated = tokenizer.load(tiny.name_or_path)
+  dated.chat_template = "{{ strftime_now('%d %b %Y') }} " + CHATML
+  text = templates.prompt_text('chat', SHORT, dated)
+  assert text.startswith('26 Jul 2024 <|im_start|>')
+
+
+@pytest.mark.parametrize('opened', ['<think>', '<think>\n'])
+def test_an_open_block_of_thoughts_is_closed(tiny, opened):
+  thinker = tokenizer.load(tiny.name_or_path)
+  opens = json.dumps(opened)
+  thinker.chat_template = (
+    CHATML + '{% if add_generation_prompt %}{{ ' + opens + ' }}{% endif %}'
+  )
+  text = templates.prompt_text('qwen3', SHORT, thinker)
+  assert text.endswith('assistant\n<think>\n\n</think>\n\n')
+  assert templates.prompt_text('chat', SHORT, thinker).endswith(opened)
+
+
+@pytest.mark.parametrize('name', list(templates.TEMPLATES))
+@pytest.mark.parametrize('template', [CHATML, GEMMA, CHATML + '<think>\n'])
+def test_a_chat_template_that_asks_as_another_does(
+  bytes_tokenizer, name, template
+):
+  found = bytes_tokenizer(template, '<|im_end|>', '<bos>')
+  prompt = templates.prompt_text(name, SHORT, found)
+  prompt = found.decode(templates.start(name, found)) + prompt
+  other = tokenizer.load(found.name_or_path)
+  other.chat_template = templates.as_jinja(name, found)
+  assert templates.prompt_text('chat', SHORT, other) == prompt
+  # Its turns end as those that were trained.
+  assert templates.eos_id('chat', other) == templates.eos_id(name, found)
+  if name in ('alpaca', 'gakd', 'raw'):
+    with pytest.raises(BadRow, match='this model answers one user turn'):
+      templates.prompt_text('chat', TURNS, other)
+
+
+@pytest.mark.parametrize('name', ['mistral', 'tinyllama', 'gpt2', 'qwen3'])
+@pytest.mark.parametrize('template', ['alpaca', 'gakd', 'raw'])
+def test_real_tokenizers_ask_alike(shared_dir, name, template):
+  found = tokenizer.load(shared_dir / 'tokenizers' / name)
+  ids, _ = tokenizer.encode(found, SHORT, template)
+  found.chat_template = templates.as_jinja(template, found)
+  again, _ = tokenizer.encode(found, SHORT, 'chat')
+  # Before a text, mistral's puts a blank of its own, but not after a <s>.
+  assert found.decode(again).replace('> ', '>') == found.decode(ids).replace(
+    '> ', '>'
+  )

@@ -116,11 +116,16 @@ def test_a_prompt_alone_has_no_response(tiny):
 
 def test_batch_encodes_as_one_by_one(tiny):
   rows = [ROW, Row('Hi'), Row('\u00e9', references=('\U0001f600 ok',))]
-  prompts = [templates.prompt_text('alpaca', row, tiny) for row in rows]
-  assert tokenizer_lib.encode_batch(tiny, prompts, rows, 'alpaca') == [
+  assert tokenizer_lib.encode_batch(tiny, rows, 'alpaca') == [
     tokenizer_lib.encode(tiny, row, 'alpaca') for row in rows
   ]
-  assert tokenizer_lib.encode_batch(tiny, [], [], 'alpaca') == []
+  assert tokenizer_lib.encode_batch(tiny, [], 'alpaca') == []
+  turns = ({'role': 'user', 'content': 'x'},) * 2
+  rows[1] = Row('x', messages=turns, references=('y',))
+  first, bad, last = tokenizer_lib.encode_batch(tiny, rows, 'alpaca')
+  assert isinstance(bad, BadRow)
+  assert first == tokenizer_lib.encode(tiny, rows[0], 'alpaca')
+  assert last == tokenizer_lib.encode(tiny, rows[2], 'alpaca')
 
 
 def test_bos_stands_before_plain_prompts_only(real):
@@ -304,3 +309,150 @@ def test_decode_stops_at_both_ends(tiny, real):
     '<think>\n\nHm\n</think>\n\nCrow<|im_end|><|endoftext|>'
   ).input_ids
   assert tokenizer_lib.decode(qwen3, ids) == 'Crow'
+
+
+ENDS = ('<|im_end|>', '<|im_start|>', '<|endoftext|>')
+
+
+@pytest.mark.parametrize('template', ['chat', 'alpaca', 'gakd', 'qwen3'])
+def test_what_looks_like_a_special_token_is_text(tiny, template):
+  said = f'a {"".join(ENDS)} b'
+  special = set(tiny.convert_tokens_to_ids(ENDS))
+  row = Row(said, '', (said,))
+  prompt, response = tokenizer_lib.encode(tiny, row, template)
+  assert tiny.decode(response) == f'{said}<|im_end|>'
+  assert not special & set(response[:-1])
+  assert tiny.decode(prompt) == templates.prompt_text(template, row, tiny)
+  plain, _ = tokenizer_lib.encode(tiny, Row('a b'), template)
+  count = {i: plain.count(i) for i in special}
+  assert {i: prompt.count(i) for i in special} == count
+  assert tokenizer_lib.fit_prompt(tiny, row, template, 500) == prompt
+  turns = tuple(
+    {'role': role, 'content': said} for role in ('user', 'assistant', 'user')
+  )
+  if template == 'chat':
+    prompt, _ = tokenizer_lib.encode(tiny, Row('x', messages=turns), 'chat')
+    assert prompt.count(tiny.eos_token_id) == 3
+    assert tiny.decode(prompt).count(said) == 3
+
+
+def test_a_raw_prompt_is_taken_as_it_is(tiny):
+  row = Row('<|im_start|>user\nHi<|im_end|>\n', references=('<|im_end|>',))
+  prompt, response = tokenizer_lib.encode(tiny, row, 'raw')
+  assert prompt == tiny(row.instruction, add_special_tokens=False).input_ids
+  assert prompt.count(tiny.eos_token_id) == 1
+  assert response.count(tiny.eos_token_id) == 1
+
+
+def test_other_texts_are_tokenised_as_the_chat_template_would(real):
+  tokenizer = real('qwen3')
+  row = Row('Is 2 < 3 in\n\nHTML </b> <|x|>?', references=('Yes, <b>\n',))
+  prompt, response = tokenizer_lib.encode(tokenizer, row, 'chat')
+  assert prompt == tokenizer.apply_chat_template(
+    [{'role': 'user', 'content': row.instruction}],
+    add_generation_prompt=True,
+    return_dict=False,
+  )
+  assert response[:-1] == tokenizer(row.references[0]).input_ids
+
+
+def post_processed(path, tokenizer_dir, template):
+  """A tokenizer that puts special tokens around what it reads."""
+
+  def change(content):
+    content['post_processor'] = {
+      'type': 'TemplateProcessing',
+      'single': [
+        {'Sequence': {'id': 'A', 'type_id': 0}}
+        if part == 'A'
+        else {'SpecialToken': {'id': part, 'type_id': 0}}
+        for part in template
+      ],
+      'pair': [],
+      'special_tokens': {
+        t: {'id': t, 'ids': [i], 'tokens': [t]}
+        for t, i in (('<|endoftext|>', 0), ('<|im_end|>', 2))
+      },
+    }
+
+  return changed(tokenizer_dir, path, change)
+
+
+@pytest.mark.parametrize(
+  ('template', 'start'),
+  [
+    (['A'], []),
+    (['<|endoftext|>', 'A'], [0]),
+    (['A', '<|im_end|>'], []),
+    (['<|endoftext|>', 'A', '<|im_end|>'], [0]),
+  ],
+)
+def test_nothing_comes_after_a_prompt(
+  tmp_path, tiny, tiny_tokenizer_dir, template, start
+):
+  found = post_processed(tmp_path / 'x', tiny_tokenizer_dir, template)
+  assert len(found('a').input_ids) == len(template)
+  text = tiny('Name a bird.\nNot a duck.').input_ids
+  assert tokenizer_lib.encode(found, ROW, 'raw')[0] == start + text
+  assert tokenizer_lib.fit_prompt(found, ROW, 'raw', 99) == start + text
+  chat = tokenizer_lib.encode(found, ROW, 'chat')[0]
+  assert chat == tokenizer_lib.encode(tiny, ROW, 'chat')[0]
+
+
+def test_thoughts_that_are_special_tokens_are_cut(tmp_path, tiny_tokenizer_dir):
+  tokenizer = tokenizer_lib.load(tiny_tokenizer_dir)
+  tokenizer.add_special_tokens(
+    {'additional_special_tokens': ['<think>', '</think>']}
+  )
+  for text, answer in (
+    ('<think>hm</think>blue', 'blue'),
+    ('hm</think>blue', 'blue'),  # The prompt opened the block.
+    ('<think>hm', ''),
+    ('blue<think>hm</think>red', 'red'),
+    ('hm</think>blue<think>hm', 'blue'),
+  ):
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer_lib.decode(tokenizer, ids) == answer
+
+
+def test_thoughts_are_where_the_template_has_them(tiny):
+  thought = Row('x', references=('<think>hm</think>blue',), where='f.jsonl:2')
+  plain = Row('x', references=('blue',), where='f.jsonl:3')
+  with pytest.raises(BadRow, match=r'f.jsonl:2: .*thoughts, which .* closed'):
+    tokenizer_lib.encode(tiny, thought, 'gakd')
+  _, response = tokenizer_lib.encode(tiny, thought, 'gakd', thinking='keep')
+  assert tiny.decode(response[:-1]) == thought.references[0]
+  assert tokenizer_lib.encode(tiny, plain, 'gakd')
+  # A template that says nothing of thoughts takes both.
+  assert tokenizer_lib.encode(tiny, thought, 'chat')
+  tiny.chat_template += '{% if add_generation_prompt %}<think>\n{% endif %}'
+  with pytest.raises(BadRow, match=r'f.jsonl:3: .*without thoughts, which'):
+    tokenizer_lib.encode(tiny, plain, 'chat')
+  assert tokenizer_lib.encode(tiny, plain, 'chat', thinking='keep')
+  assert tokenizer_lib.encode(tiny, thought, 'chat')
+  assert tokenizer_lib.encode(tiny, plain, 'qwen3')  # It closes the block.
+  with pytest.raises(UserError, match="thinking='no': use 'refuse' or 'keep'"):
+    tokenizer_lib.encode(tiny, plain, 'qwen3', thinking='no')
+
+
+def test_thoughts_that_are_kept_keep_their_tokens(tiny):
+  tiny.add_special_tokens(
+    {'additional_special_tokens': ['<think>', '</think>']}
+  )
+  tags = tiny.convert_tokens_to_ids(['<think>', '</think>'])
+  row = Row('x', references=('<think>hm</think>blue',))
+  _, response = tokenizer_lib.encode(tiny, row, 'gakd', thinking='keep')
+  assert [i for i in response if i in tags] == tags
+  _, response = tokenizer_lib.encode(tiny, row, 'chat')  # as text
+  assert not set(tags) & set(response)
+
+
+def test_ids_are_counted_by_the_largest(tiny, tmp_path, tiny_tokenizer_dir):
+  def leave_a_hole(content):
+    vocab = content['model']['vocab']
+    vocab[max(vocab, key=vocab.get)] = 400
+    content['model']['merges'] = []
+
+  assert tokenizer_lib.size(tiny) == len(tiny) == 300
+  found = changed(tiny_tokenizer_dir, tmp_path / 'x', leave_a_hole)
+  assert (len(found), tokenizer_lib.size(found)) == (300, 401)

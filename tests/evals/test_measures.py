@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jinja2
 import numpy as np
 import pytest
 
@@ -306,21 +305,23 @@ def test_comet_is_asked_with_source_answer_and_first_reference(
 )
 def test_wrong_settings_are_one_line(evals, message):
   with pytest.raises(UserError, match=message):
-    evaluator.make(evals, 'synthetic:test:3', 'raw', tuple)
+    evaluator.make(evals, 'synthetic:test:3', tuple)
 
 
-class Refusing:
-  """A tokenizer whose template refuses rows that hold a word."""
+@pytest.fixture
+def refusing(tiny_tokenizer_dir):
+  """-> (template, tokenizer) of models, each of which refuses a letter."""
 
-  chat_template = 'x'
+  def of(letter):
+    tokenizer = tokenizer_lib.load(tiny_tokenizer_dir)
+    tokenizer.chat_template = (
+      f"{{% if '{letter}' in messages[0].content %}}"
+      f"{{{{ raise_exception('no {letter}') }}}}{{% endif %}}"
+      '{{ messages[0].content }}'
+    )
+    return 'chat', tokenizer
 
-  def __init__(self, word):
-    self._word = word
-
-  def apply_chat_template(self, turns, **options):
-    if any(self._word in turn['content'] for turn in turns):
-      raise jinja2.TemplateError(f'no {self._word}')
-    return ''
+  return lambda letters: [of(letter) for letter in letters]
 
 
 LINES = {
@@ -341,9 +342,10 @@ def mixed(tmp_path):
   return str(path)
 
 
-def test_rows_that_a_template_refuses_are_left_out_for_all(mixed, capsys):
-  tokenizers = [Refusing('u'), Refusing('x')]
-  made = evaluator.make(LINES, mixed, 'chat', lambda: tokenizers)
+def test_rows_that_a_template_refuses_are_left_out_for_all(
+  mixed, refusing, capsys
+):
+  made = evaluator.make(LINES, mixed, lambda: refusing('ux'))
   said = capsys.readouterr().out.splitlines()
   for name, asked in (('generation', 'vyz'), ('loss', 'vyz'), ('choice', 'vy')):
     assert [row.instruction[0] for row in made[name].rows] == [*asked]
@@ -353,9 +355,9 @@ def test_rows_that_a_template_refuses_are_left_out_for_all(mixed, capsys):
       assert line.startswith(f'{name}: 1 rows skipped: ')
 
 
-def test_a_row_that_a_template_refuses_stops_if_it_is_to(mixed):
+def test_a_row_that_a_template_refuses_stops_if_it_is_to(mixed, refusing):
   def make(word, lines=LINES):
-    evaluator.make(lines, mixed, 'chat', lambda: [Refusing(word)], 'fail')
+    evaluator.make(lines, mixed, lambda: refusing(word), 'fail')
 
   with pytest.raises(UserError, match=r'mixed.jsonl:2: empty response; fix'):
     make('u')
@@ -368,9 +370,9 @@ def test_a_row_that_a_template_refuses_stops_if_it_is_to(mixed):
   make('z', {'choice': LINES['choice']})  # Its first two rows are good.
 
 
-def test_no_row_that_a_template_can_hold(mixed):
+def test_no_row_that_a_template_can_hold(mixed, refusing):
   with pytest.raises(UserError, match=r'config\.evals\.loss: no row of .* is'):
-    evaluator.make({'loss': {}}, mixed, 'chat', lambda: [Refusing('A')])
+    evaluator.make({'loss': {}}, mixed, lambda: refusing('A'))
 
 
 def test_how_many_rows_are_left_out_is_a_result(parts):
@@ -390,7 +392,7 @@ def test_how_many_rows_are_left_out_is_a_result(parts):
 
 def test_what_reads_answers_comes_last():
   evals = {'a': {'kind': 'fidelity', 'of': 'b'}, 'b': {'kind': 'generation'}}
-  made = evaluator.make(evals, 'synthetic:test:3', 'raw', tuple)
+  made = evaluator.make(evals, 'synthetic:test:3', tuple)
   assert list(made) == ['b', 'a']
   assert made['a'].of is made['b']
   assert evals['a'] == {'kind': 'fidelity', 'of': 'b'}

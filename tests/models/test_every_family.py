@@ -220,7 +220,6 @@ def test_a_part_of_a_tensor_can_be_sharded(tmp_path):
   [
     ('llama_untied', {'attention_bias': True}, 'attention_bias=True'),
     ('llama_untied', {'mlp_bias': True}, 'mlp_bias=True'),
-    ('llama_untied', {'pretraining_tp': 2}, 'pretraining_tp=2'),
     ('qwen2_tied', {'hidden_act': 'gelu'}, "hidden_act='gelu'"),
     ('mistral_window', {'hidden_act': 'relu'}, "hidden_act='relu'"),
     ('gemma', {'hidden_act': 'silu'}, "hidden_act='silu'"),

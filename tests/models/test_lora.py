@@ -189,23 +189,11 @@ def _edit(path, file, change):
   (path / file).write_text(json.dumps(settings | change))
 
 
-@pytest.mark.parametrize(
-  ('change', 'word'),
-  [
-    ({'use_dora': True}, 'use_dora=True'),
-    ({'bias': 'all'}, "bias='all'"),
-    ({'modules_to_save': ['lm_head']}, 'modules_to_save'),
-    ({'base_model_name_or_path': None}, 'base_model_name_or_path is missing'),
-    ({'base_model_name_or_path': 'no/such/base'}, 'no/such/base'),
-  ],
-)
-def test_options_that_are_not_computed_are_refused(
-  change, word, qwen, tmp_path
-):
+def test_a_base_that_is_not_there_is_named(qwen, tmp_path):
   path = tmp_path / 'adapter'
   models.save(with_adapters(qwen), path)
-  _edit(path, peft.CONFIG, change)
-  with pytest.raises(UserError, match=word):
+  _edit(path, peft.CONFIG, {'base_model_name_or_path': 'no/such/base'})
+  with pytest.raises(UserError, match='no/such/base'):
     models.load(path)
 
 

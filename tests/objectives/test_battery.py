@@ -1,5 +1,6 @@
 """What holds for every objective; a new one is a line in `OBJECTIVES`."""
 
+import dataclasses
 import functools
 
 import jax
@@ -91,7 +92,7 @@ def _with_opinion(x):
 
 
 @functools.cache
-def _loss(name, dtype='float32', chunk=5):
+def _loss(name, dtype='float32', chunk=5, tokens=V):
   """loss(student, teacher, batch) -> scalar, metrics; not compiled."""
   objective = objectives.make(**OBJECTIVES[name][0], head_chunk=chunk)
   shape = DecoderConfig(V, 0, 0, 0, 0, 0, 0, False, 0, 0, 0)
@@ -106,6 +107,7 @@ def _loss(name, dtype='float32', chunk=5):
       shape,
       {'teacher': teacher},
       jnp.dtype(dtype),
+      vocabs=(tokens, tokens),
     )
     outputs = models.outputs(student, batch)
     total, metrics = 0, {}
@@ -166,6 +168,29 @@ def test_a_student_like_its_teacher_has_the_known_loss(name):
 def test_padding_does_not_matter(name):
   got = _compiled(name)(_params(0), _params(1), _batch(ids_seed=1))
   _assert_close(got, _usual(name), atol=0)
+
+
+@ALL
+def test_rows_beyond_the_tokenizer_do_not_matter(name):
+  """Nor are they ever likely; as if the head had no such rows."""
+  n = V - 3
+  f = _compiled(name, tokens=n)
+  student, teacher, batch = _params(0), _params(1), _batch()
+  below = dataclasses.replace(batch.student, ids_BT=batch.student.ids_BT % n)
+  batch = dataclasses.replace(batch, student=below, teacher=below)
+  got = f(student, teacher, batch)
+  (_, metrics), gradient = got
+  np.testing.assert_array_equal(gradient['head_weight'][n:], 0)
+  cut = student | {'head_weight': student['head_weight'][:n]}
+  np.testing.assert_allclose(
+    metrics['ce'], _cross_entropy(cut, batch), rtol=1e-5
+  )
+  # So that what must not count would be seen.
+  large = [
+    x | {'head_weight': x['head_weight'].at[n:].multiply(16)}
+    for x in (student, teacher)
+  ]
+  _assert_close(f(*large, batch), got, atol=0)
 
 
 @ALL

@@ -1,0 +1,105 @@
+"""What best/ says of itself: where it comes from, how it was trained to talk.
+
+gakd_jax.json has it for programs and README.md, a model card, for people. The
+chat template and the ends of turns are those of the training: see
+`models.prompts`.
+"""
+
+import json
+from pathlib import Path
+
+from gakd_jax import UserError, __version__, models, report, rundir
+from gakd_jax.models import peft, prompts
+
+RECORD = 'gakd_jax.json'
+
+
+def describe(directory, config, *, step, metric=None):
+  """Writes all that into a new model's directory.
+
+  Args:
+    directory: has weights, config.json and tokenizer.
+    config: of the run.
+    step: optimizer steps that were taken.
+    metric: None, or (name, value) of what this step is the best by.
+  """
+  directory = Path(directory)
+  c = config
+  prompts.say_template(directory, c.data.template)
+  prompts.say_ends(directory)
+  data = c.data.train
+  about = {
+    'gakd_jax': __version__,
+    'commit': rundir.commit(),
+    'base': str(c.student.path),
+    'base_revision': models.revision(c.student.path),
+    'teacher': c.teacher.path and str(c.teacher.path),
+    'teacher_revision': c.teacher.path and models.revision(c.teacher.path),
+    'objective': c.objective.name,
+    'rollout': c.rollout.writer,
+    'data': data if data is None or isinstance(data, str) else [*data],
+    'template': c.data.template,
+    'seed': c.seed,
+    'step': step,
+    'metric': metric and metric[0],
+    'value': metric and metric[1],
+  }
+  (directory / RECORD).write_text(report.to_json(about, indent=2) + '\n')
+  (directory / 'README.md').write_text(_card(about, peft.is_adapter(directory)))
+
+
+def template_of(path, asked=None, default='qwen3'):
+  """The name of the template for a model: that it was trained with.
+
+  Unless another is `asked` for, which is said. `default`: where nothing is
+  known of the model.
+  """
+  file = models.resolve(path, RECORD) / RECORD
+  trained = None
+  if file.exists():
+    try:
+      trained = json.loads(file.read_text())['template']
+    except (ValueError, KeyError, TypeError) as error:
+      raise UserError(f'{file}: not a record of gakd_jax ({error})') from error
+  if trained and asked and trained != asked:
+    print(
+      f'{path} was trained with template {trained!r}, and is asked with '
+      f'{asked!r}',
+      flush=True,
+    )
+  return asked or trained or default
+
+
+def _card(about, is_adapter):
+  """README.md, as the hub reads it."""
+  ids = [
+    about[name]
+    for name in ('base', 'teacher')
+    if about[name] and not Path(about[name]).is_absolute()
+  ]
+  facts = [
+    f'| {name.replace("_", " ")} | {value} |'
+    for name, value in about.items()
+    if value is not None
+  ]
+  base = about['base'] if about['base'] in ids else None
+  return '\n'.join(
+    [
+      '---',
+      *([f'base_model: {base}'] if base else []),
+      f'library_name: {"peft" if is_adapter else "transformers"}',
+      'pipeline_tag: text-generation',
+      'tags: [distillation, gakd_jax]',
+      '---',
+      '',
+      '# A student of gakd_jax',
+      '',
+      'Its chat template writes prompts as it was trained on them, and',
+      'generation_config.json has all tokens that end its turns.',
+      '',
+      '| | |',
+      '|---|---|',
+      *facts,
+      '',
+    ]
+  )

@@ -1,0 +1,53 @@
+"""Models on the Hugging Face hub: `org/name`, or `org/name@revision`."""
+
+import re
+from pathlib import Path
+
+import huggingface_hub
+
+from gakd_jax import UserError
+
+_ID = re.compile(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?')
+# What lies deeper is of other formats, and so is what Mistral calls this.
+_IGNORED = ('*/*.json', '*/*.model', '*/*.safetensors', 'consolidated*')
+
+
+def fetch(name, files):
+  """The directory that holds those files of a hub id that match patterns.
+
+  What is there already is not fetched again; with HF_HUB_OFFLINE=1, nothing is.
+
+  Raises:
+    UserError: if there is no such directory or id.
+  """
+  found = _ID.fullmatch(name)
+  # Of an owner that is a directory here, another directory is what is missing.
+  if not found or name.startswith('.') or Path(name.split('/')[0]).exists():
+    raise UserError(
+      f'model {name}: no such directory; give a Hugging Face directory or hub '
+      'id (org/name, or org/name@revision)'
+    )
+  repo, revision = found.groups()
+  try:
+    return Path(
+      huggingface_hub.snapshot_download(
+        repo,
+        revision=revision,
+        allow_patterns=list(files),
+        ignore_patterns=list(_IGNORED),
+      )
+    )
+  except Exception as e:  # The hub's errors have no common base.
+    raise UserError(
+      f'model {name}: no such directory, and the hub could not provide it '
+      f'({type(e).__name__}); check the name or give a local path'
+    ) from e
+
+
+def origin(path):
+  """(hub id, commit) of a directory that `fetch` gave; of others, None."""
+  *_, repo, snapshots, commit = ('', '', '', *Path(path).absolute().parts)
+  kind, _, name = repo.partition('--')
+  if kind != 'models' or snapshots != 'snapshots':
+    return None
+  return name.replace('--', '/', 1), commit

@@ -1,0 +1,199 @@
+"""The files of a model's weights: which they are, and what lies where.
+
+Also what is wrong with them, in one line.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from gakd_jax import UserError
+
+WHOLE = 'model.safetensors'
+INDEX = 'model.safetensors.index.json'
+DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
+# Buffers that old checkpoints saved though they are computed.
+_IGNORED = ('rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')
+# Of GPTQ and AWQ, compressed-tensors and fp8, and bitsandbytes.
+_OF_QUANTIZED = (
+  *('.qweight', '.qzeros', '.scales', '.g_idx'),
+  *('_scale', '_scale_inv', '_packed'),
+  *('.absmax', '.quant_map', '.SCB', '__nf4', '__fp4'),
+)
+_QUANTIZED = ('I8', 'U8', 'F8_E4M3', 'F8_E5M2')
+
+
+def read_json(file):
+  """A parsed JSON file, or one line that says what is wrong with it."""
+  try:
+    return json.loads(Path(file).read_text())
+  except FileNotFoundError:
+    raise UserError(
+      f'{file}: not found; a model is a Hugging Face directory'
+    ) from None
+  except OSError as e:
+    raise UserError(f'{file}: not readable ({e.strerror})') from None
+  except ValueError as e:
+    raise UserError(f'{file}: not valid JSON ({e})') from None
+
+
+def open_safetensors(file):
+  try:
+    return safetensors.safe_open(file, framework='numpy')
+  except (safetensors.SafetensorError, OSError) as e:
+    raise UserError(f'{file}: not a readable safetensors file ({e})') from e
+
+
+def _weight_files(path):
+  """Those that transformers reads: model.safetensors, else all of the index."""
+  index = read_json(path / INDEX) if (path / INDEX).exists() else None
+  if (path / WHOLE).exists():
+    return [path / WHOLE]
+  if index is not None:
+    return _indexed(path, index)
+  if others := sorted(f.name for f in path.glob('*.safetensors')):
+    raise UserError(
+      f'{path}: has neither {WHOLE} nor {INDEX}, which names the files of '
+      f'weights; {_some(others)} alone is not known to be all of them'
+    )
+  raise UserError(
+    f'{path}: no *.safetensors file; convert other formats with '
+    'transformers: save_pretrained(..., safe_serialization=True)'
+  )
+
+
+def _indexed(path, index):
+  """The files that a directory's index names."""
+  weight_map = index.get('weight_map') if isinstance(index, dict) else None
+  names = weight_map.values() if isinstance(weight_map, dict) else ()
+  if not names or not all(isinstance(name, str) for name in names):
+    raise UserError(
+      f'{path / INDEX}: weight_map must be an object that names a file for '
+      'each tensor'
+    )
+  for name in sorted(set(names)):
+    if name.startswith('/') or '..' in Path(name).parts:
+      raise UserError(f'{path / INDEX}: {name!r} is not in its directory')
+    if not (path / name).is_file():
+      raise UserError(f'{path / name}: missing, but named in {INDEX}')
+  return [path / name for name in sorted(set(names))]
+
+
+class Tensor(NamedTuple):
+  """Where a tensor lies in a file."""
+
+  file: Path
+  offset: int  # in bytes
+  dtype: str  # as the file names it
+  shape: tuple
+
+  def mapped(self):
+    """The tensor, on disk. Mapped each time: what stays so stays in memory."""
+    dtype = jnp.dtype(DTYPES[self.dtype])
+    return np.memmap(self.file, dtype, 'r', self.offset, self.shape)
+
+
+def contents(path, family):
+  """{name: `Tensor`} of a directory's weights.
+
+  Models that were saved without their head have names without the prefix.
+  """
+  there = {}
+  for file in _weight_files(path):
+    with open_safetensors(file):  # A readable file, as far as it can tell.
+      pass
+    with file.open('rb') as f:
+      size = int.from_bytes(f.read(8), 'little')
+      header = json.loads(f.read(size))
+    header.pop('__metadata__', None)
+    for name, x in header.items():
+      offset = 8 + size + x['data_offsets'][0]
+      there[name] = Tensor(file, offset, x['dtype'], tuple(x['shape']))
+  last = family.names['final_norm/scale'].removeprefix(family.prefix)
+  head = family.names['head_weight']
+  prefix = family.prefix if last in there else ''
+  return {
+    name if name == head else prefix + name: there[name]
+    for name in sorted(there)
+  }
+
+
+def has_own_head(path, family, shape):
+  """Whether a directory's head is not its embedding; both are of `shape`.
+
+  transformers ties no weights that differ, whatever config.json says. False
+  where there are no weights.
+  """
+  if not any((path / name).exists() for name in (WHOLE, INDEX)):
+    return False
+  found = contents(path, family)
+  both = [found.get(family.names[n]) for n in ('head_weight', 'embedding')]
+  if None in both:
+    return False
+  a, b = both
+  if {a.shape, b.shape} != {shape} or not {a.dtype, b.dtype} <= DTYPES.keys():
+    return True  # `check` says what is wrong.
+  a, b = a.mapped(), b.mapped()
+  rows = max(1, 2**22 // shape[1])
+  return any(
+    np.any(a[i : i + rows] != b[i : i + rows]) for i in range(0, len(a), rows)
+  )
+
+
+def _some(problems, of=3):
+  """The first of them, and how many more there are."""
+  more = [f'and {len(problems) - of} more'] if len(problems) > of else []
+  return ', '.join([*problems[:of], *more])
+
+
+def check(expected, found, family, path):
+  """One error: what is missing, extra, misshapen or quantized, some of each."""
+  both = [(n, found[n], s) for n, s in expected.items() if n in found]
+  kinds = (
+    [f'{n} is missing' for n in expected if n not in found],
+    [
+      f'{n} is not expected'
+      for n in found
+      if n not in expected and not n.endswith(_IGNORED)
+    ],
+    [
+      f'{n} has shape {list(x.shape)}, expected {list(shape)}'
+      for n, x, shape in both
+      if x.shape != shape
+    ],
+    [
+      f'{n} is stored as {x.dtype}, not as one of {", ".join(DTYPES)}'
+      for n, x, _ in both
+      if x.dtype not in DTYPES
+    ],
+  )
+  problems = '; '.join(_some(kind) for kind in kinds if kind)
+  if problems:
+    hint = _hint(found, family)
+    raise UserError(
+      f'{path}: tensors do not match config.json: {problems}{hint}'
+    )
+
+
+def _hint(found, family):
+  """What tensors are likely to be that do not match."""
+  for n, x in found.items():
+    if n.endswith(_OF_QUANTIZED) or x.dtype in _QUANTIZED:
+      return (
+        f'; {n} ({x.dtype}) is of quantized weights, which are not read: take '
+        'the model that they were made from, or dequantize them with '
+        'transformers'
+      )
+  embedding = family.names['embedding'].removeprefix(family.prefix)
+  for n in found:
+    prefix = n.removesuffix(embedding)
+    if prefix not in (n, family.prefix) and prefix.endswith('.'):
+      return (
+        f'; names begin with {prefix!r} instead of {family.prefix!r}: rename '
+        'the tensors, or save the inner model alone'
+      )
+  return ''
