@@ -31,10 +31,8 @@ def describe(directory, config, *, step, metric=None):
   about = {
     'gakd_jax': __version__,
     'commit': rundir.commit(),
-    'base': str(c.student.path),
-    'base_revision': models.revision(c.student.path),
-    'teacher': c.teacher.path and str(c.teacher.path),
-    'teacher_revision': c.teacher.path and models.revision(c.teacher.path),
+    **_origin('base', c.student.path),
+    **_origin('teacher', c.teacher.path),
     'objective': c.objective.name,
     'rollout': c.rollout.writer,
     'data': data if data is None or isinstance(data, str) else [*data],
@@ -46,6 +44,13 @@ def describe(directory, config, *, step, metric=None):
   }
   (directory / RECORD).write_text(report.to_json(about, indent=2) + '\n')
   (directory / 'README.md').write_text(_card(about, peft.is_adapter(directory)))
+
+
+def _origin(name, path):
+  if not path:
+    return {}
+  revision = models.revision(path)
+  return {name: str(path), f'{name}_revision': revision}
 
 
 def template_of(path, asked=None, default='qwen3'):
@@ -72,21 +77,16 @@ def template_of(path, asked=None, default='qwen3'):
 
 def _card(about, is_adapter):
   """README.md, as the hub reads it."""
-  ids = [
-    about[name]
-    for name in ('base', 'teacher')
-    if about[name] and not Path(about[name]).is_absolute()
-  ]
   facts = [
     f'| {name.replace("_", " ")} | {value} |'
     for name, value in about.items()
     if value is not None
   ]
-  base = about['base'] if about['base'] in ids else None
+  is_of_hub = about['base_revision'] is not None
   return '\n'.join(
     [
       '---',
-      *([f'base_model: {base}'] if base else []),
+      *([f'base_model: {about["base"]}'] if is_of_hub else []),
       f'library_name: {"peft" if is_adapter else "transformers"}',
       'pipeline_tag: text-generation',
       'tags: [distillation, gakd_jax]',

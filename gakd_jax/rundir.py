@@ -135,6 +135,13 @@ def record(config, workdir):
   report.write_atomically(path, json.dumps(content, indent=2) + '\n')
 
 
+def note(workdir, **facts):
+  """Adds to config.json what is known once a run has begun."""
+  path = Path(workdir) / 'config.json'
+  content = json.loads(path.read_text())
+  report.write_atomically(path, json.dumps(content | facts, indent=2) + '\n')
+
+
 def flatten(config, prefix=''):
   """Nested dicts -> {'train.batch_size': 32}."""
   flat = {}

@@ -72,6 +72,7 @@ def run(config, workdir, root=None):
   mesh = sharding.make_mesh(**config.mesh)
   with jax.set_mesh(mesh):
     current = build.build(config, workdir, mesh)
+    rundir.note(workdir, models=_origins(config))
     evaluates_only = config.train.steps == 0
     results = (_evaluate_only if evaluates_only else _train)(current)
   rundir.finish(workdir, results)
@@ -81,6 +82,18 @@ def run(config, workdir, root=None):
     answers=config.report.answers,
   )
   return results
+
+
+def _origins(config):
+  """{'student': ...}: the paths of a run's models, and commits of the hub."""
+  return {
+    name: {'path': str(path), 'revision': models.revision(path)}
+    for name, path in (
+      ('student', config.student.path),
+      ('teacher', config.teacher.path),
+    )
+    if path
+  }
 
 
 def _evaluate_only(run):

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import re
 import socket
 import tempfile
 from pathlib import Path
@@ -116,6 +117,41 @@ def tiny_tokenizer_dir(tmp_path_factory):
     chat_template=CHAT_TEMPLATE,
   ).save_pretrained(path)
   return path
+
+
+@pytest.fixture
+def bytes_tokenizer(tmp_path):
+  """`bytes_tokenizer(chat_template, eos, bos=None)`: a tokenizer of bytes."""
+  import tokenizers
+  import transformers
+
+  def make(chat_template, eos, bos=None):
+    model = tokenizers.models.BPE(
+      vocab={
+        c: i
+        for i, c in enumerate(
+          sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+        )
+      },
+      merges=[],
+    )
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+      add_prefix_space=False
+    )
+    made.decoder = tokenizers.decoders.ByteLevel()
+    found = re.findall(r'<[\w|/]+>', f'{chat_template}{eos}{bos}')
+    made.add_special_tokens([t for t in dict.fromkeys(found) if '|{{' not in t])
+    path = tmp_path / f'{len(list(tmp_path.iterdir()))}'
+    transformers.PreTrainedTokenizerFast(
+      tokenizer_object=made,
+      eos_token=eos,
+      bos_token=bos,
+      chat_template=chat_template,
+    ).save_pretrained(path)
+    return transformers.AutoTokenizer.from_pretrained(path)
+
+  return make
 
 
 @pytest.fixture(scope='session')

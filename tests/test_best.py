@@ -35,7 +35,8 @@ def trained(tiny_model_dir, tmp_path):
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch):
-  monkeypatch.setattr(models, 'revision', lambda path: f'commit of {path}')
+  commits = {'org/base': 'abc123'}
+  monkeypatch.setattr(models, 'revision', commits.get)
 
 
 def test_best_says_where_it_comes_from(trained):
@@ -45,7 +46,8 @@ def test_best_says_where_it_comes_from(trained):
     about.items()
     >= {
       'base': 'org/base',
-      'base_revision': 'commit of org/base',
+      'base_revision': 'abc123',
+      'teacher_revision': None,
       'teacher': '/models/large',
       'objective': 'sft',
       'data': ['a.jsonl', 'b.jsonl'],

@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -38,41 +37,6 @@ def qwen3(shared_dir):
 @pytest.fixture(scope='module')
 def gpt2(shared_dir):
   return tokenizer.load(shared_dir / 'tokenizers/gpt2')
-
-
-@pytest.fixture
-def bytes_tokenizer(tmp_path):
-  """`bytes_tokenizer(chat_template, eos, bos=None)`: a tokenizer of bytes."""
-  import tokenizers
-  import transformers
-
-  def make(chat_template, eos, bos=None):
-    model = tokenizers.models.BPE(
-      vocab={
-        c: i
-        for i, c in enumerate(
-          sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-        )
-      },
-      merges=[],
-    )
-    made = tokenizers.Tokenizer(model)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-      add_prefix_space=False
-    )
-    made.decoder = tokenizers.decoders.ByteLevel()
-    found = re.findall(r'<[\w|/]+>', f'{chat_template}{eos}{bos}')
-    made.add_special_tokens([t for t in dict.fromkeys(found) if '|{{' not in t])
-    path = tmp_path / f'{len(list(tmp_path.iterdir()))}'
-    transformers.PreTrainedTokenizerFast(
-      tokenizer_object=made,
-      eos_token=eos,
-      bos_token=bos,
-      chat_template=chat_template,
-    ).save_pretrained(path)
-    return tokenizer.load(path)
-
-  return make
 
 
 def test_gakd(tiny):
