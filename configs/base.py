@@ -1,7 +1,8 @@
 """Every setting and its default. An experiment overrides a few of these.
 
 `--config.a.b=value` on the command line overrides them again; a key that is
-not here is refused, before any weight is loaded.
+not here is refused, before any weight is loaded. Of an objective, a writer and
+an evaluator, settings and their defaults are in the class that a config names.
 """
 
 import re
@@ -130,6 +131,10 @@ def get_config():
   c.report.answers = 6  # prompts in report.html without JavaScript; 0: none
   c.report.rollouts = 4  # prompts whose rollouts it shows over training
   c.lock()
+  # These hold what is not the default; whatever else their constructors take
+  # may be set, in a config or on the command line.
+  for part in (c.rollout, c.objective, c.evals):
+    part.unlock()
   return c
 
 

@@ -8,7 +8,7 @@ chat template and the ends of turns are those of the training: see
 import json
 from pathlib import Path
 
-from gakd_jax import UserError, __version__, models, rundir
+from gakd_jax import UserError, __version__, models, report, rundir
 from gakd_jax.models import peft, prompts
 
 RECORD = 'gakd_jax.json'
@@ -42,7 +42,7 @@ def describe(directory, config, *, step, metric=None):
     'metric': metric and metric[0],
     'value': metric and metric[1],
   }
-  (directory / RECORD).write_text(json.dumps(about, indent=2) + '\n')
+  (directory / RECORD).write_text(report.to_json(about, indent=2) + '\n')
   (directory / 'README.md').write_text(_card(about, peft.is_adapter(directory)))
 
 

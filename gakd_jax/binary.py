@@ -2,14 +2,33 @@
 
 import errno
 import os
+import pathlib
 import re
 import sys
+import traceback
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
 from gakd_jax import Interrupted, UserError
+
+
+def config_flag(help_string, **settings):
+  """`--config=FILE`, and `--config.a.b=value` for all that it may hold.
+
+  An objective, a writer and each evaluator of a config hold what is not the
+  default, and may be given any other setting: it is checked when they are
+  made, before any weight is loaded. All else is locked by configs/base.py.
+  """
+  return config_flags.DEFINE_config_file(
+    'config',
+    None,
+    help_string,
+    lock_config=False,
+    accept_new_attributes=True,
+    **settings,
+  )
 
 
 def default_workdir():
@@ -40,10 +59,17 @@ def one_line(error):
   if near:
     return f'config has no key {near[2]!r}; did you mean {near[1]!r}?'
   unknown = re.search(r'Key "(\w+)" does not exist', text)
-  if isinstance(error.__context__, KeyError):  # under a key of config.evals
+  if isinstance(error, KeyError) and _is_of_flags(error):
     unknown = unknown or re.fullmatch(r"\W*'(\w+)'\W*", text)
   if unknown:
     return f'config has no key {unknown[1]!r}; see configs/base.py'
+  whole = re.search(r'Override (\S+) can not be applied because field', text)
+  if whole:
+    part, _, key = whole[1].rpartition('.')
+    return (
+      f'config.{part} is None and has no {key!r}; give it whole, as in '
+      f'--config.{part}="{{{key!r}: ...}}"'
+    )
   if 'Failed loading config file' in text:
     return f'--config: {text.splitlines()[-1].strip()}'
   full = getattr(error, 'errno', None) == errno.ENOSPC
@@ -53,6 +79,12 @@ def one_line(error):
       'which continues from the last complete checkpoint'
     )
   return None
+
+
+def _is_of_flags(error):
+  """Whether the parser of --config.a.b found no b, and not somebody's dict."""
+  frames = traceback.extract_tb(error.__traceback__)
+  return 'ml_collections' in pathlib.Path(frames[-1].filename).parts
 
 
 def guarded(main, argv):

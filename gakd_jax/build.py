@@ -71,6 +71,14 @@ class Training:
   init: Callable  # () -> the state at step 0
 
 
+def check_settings(config):
+  """Refuses settings that there are not, of a config or of its stages."""
+  for c in (config, *(stage for _, stage in config.stages)):
+    objectives.make(**c.objective)
+    rollout.make(**c.rollout)
+    evaluator_lib.check(c.evals)
+
+
 def build(config, workdir, mesh):
   """The `Run` of a config; the student's weights are read by its `start`."""
   objective, writer = _checked(config, mesh)
@@ -86,7 +94,12 @@ def build(config, workdir, mesh):
     choose_backend(config.attention, shape, config.train.precision)
   if len(paths) == 2 and objective.one_tokenizer:
     tokenizer_lib.check_same(*tokenizers, *paths)
-  evaluators = evaluator_lib.make(config.evals, config.data.validation)
+  evaluators = evaluator_lib.make(
+    config.evals,
+    config.data.validation,
+    lambda: [(config.data.template, tokenizers[0])],
+    config.data.on_bad_row,
+  )
 
   best = config.checkpoint.best_metric
   if best is not None and best.partition('/')[0] not in evaluators:

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from gakd_jax import (
   UserError,
   best,
   binary,
+  build,
   models,
   partial,
   report,
@@ -41,7 +41,7 @@ from gakd_jax.evals import evaluator as evaluator_lib
 from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.models import pair
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'What is measured.')
+_CONFIG = binary.config_flag('What is measured.')
 _MODEL = flags.DEFINE_list('model', None, 'Directories, runs or hub ids.')
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where it all goes; default: runs/<name of the config>.'
@@ -63,15 +63,28 @@ def run(config, paths, workdir):
   teacher = config.teacher.path
   named = _named([teacher, *paths] if teacher else paths)
   # What can be wrong comes up before any weight is loaded.
-  evaluators = evaluator_lib.make(config.evals, config.data.validation)
+
+  @functools.cache
+  def prompters():
+    """{model: (template, tokenizer)}."""
+    for path in named.values():
+      models.read_config(path)
+    return {
+      name: (
+        best.template_of(path, config.data.template),
+        tokenizer_lib.load(models.tokenizer_dir(path)),
+      )
+      for name, path in named.items()
+    }
+
+  evaluators = evaluator_lib.make(
+    config.evals,
+    config.data.validation,
+    lambda: prompters().values(),
+    config.data.on_bad_row,
+  )
   if not evaluators:
     raise UserError('config.evals is empty: there is nothing to measure')
-  for path in named.values():
-    models.read_config(path)
-  asked = {
-    name: best.template_of(path, config.data.template)
-    for name, path in named.items()
-  }
   rundir.record(config, workdir)
   mesh = sharding.make_mesh(**config.mesh)
   runs = {name: workdir / name for name in named}
@@ -90,11 +103,11 @@ def run(config, paths, workdir):
   with jax.set_mesh(mesh):
     for name, path in named.items():
       results[name] = _measure(
-        config, evaluators, path, runs[name], asked[name], teacher, mesh
+        config, evaluators, path, runs[name], prompters()[name], teacher, mesh
       )
   comparisons = compare(evaluators, runs)
   if jax.process_index() == 0:
-    text = json.dumps(comparisons, indent=2) + '\n'
+    text = report.to_json(comparisons, indent=2) + '\n'
     report.write_atomically(workdir / 'comparisons.json', text)
     summary.write(
       workdir / 'report.html',
@@ -150,11 +163,12 @@ def _data_of(evaluators):
   )
 
 
-def _measure(config, evaluators, path, workdir, template, teacher, mesh):
+def _measure(config, evaluators, path, workdir, prompter, teacher, mesh):
   """The results of one model; those that are there are taken.
 
-  `teacher` is its path, where its results go, what loads it, and whether
-  students are measured by it; or None.
+  `prompter` is the model's (template, tokenizer). `teacher` is its path, where
+  its results go, what loads it, and whether students are measured by it; or
+  None.
   """
   identity, data = models.identity(path), _data_of(evaluators)
   record = workdir / 'model.json'
@@ -166,23 +180,23 @@ def _measure(config, evaluators, path, workdir, template, teacher, mesh):
     )
   if known and known['data'] != data:
     raise UserError(
-      f'{workdir} has the answers to other test rows: the data has changed; '
-      'use another --workdir'
+      f'{workdir} has the answers to other test rows: the data has changed, '
+      'or which of its rows the template of each model can hold; use another '
+      '--workdir'
     )
   if rundir.is_finished(workdir):
     print(f'{workdir.name}: has been measured', flush=True)
     return rundir.read_results(workdir)
   if jax.process_index() == 0:
     about = {'path': str(path), 'identity': identity, 'data': data}
-    about |= {'template': template}
+    about |= {'template': prompter[0]}
     report.write_atomically(record, json.dumps(about, indent=2) + '\n')
   subject, params = _subject(
-    config, path, workdir, template, teacher, mesh, identity
+    config, path, workdir, prompter, teacher, mesh, identity
   )
   results = {}
-  for name, evaluator in evaluators.items():
-    values = evaluator.run(subject, params, 0)
-    results |= {f'{name}/{key}': value for key, value in values.items()}
+  for evaluator in evaluators.values():
+    results |= evaluator_lib.measure(evaluator, subject, params, 0)
   if jax.process_index() == 0:
     rundir.finish(workdir, results)
     for file in (workdir / 'answers').glob('*.partial'):
@@ -190,9 +204,9 @@ def _measure(config, evaluators, path, workdir, template, teacher, mesh):
   return results
 
 
-def _subject(config, path, workdir, template, teacher, mesh, identity):
+def _subject(config, path, workdir, prompter, teacher, mesh, identity):
   """A model as evaluators see it, and its parameters."""
-  tokenizer = tokenizer_lib.load(models.tokenizer_dir(path))
+  template, tokenizer = prompter
   dtype = config.train.precision
   t_path, t_workdir, load_teacher, reads = teacher or (None, None, None, False)
   is_teacher = workdir == t_workdir
@@ -272,6 +286,7 @@ def _main(argv):
     raise UserError(f'unknown argument {argv[1]!r}; flags look like --name=x')
   if _CONFIG.value is None:
     raise UserError('--config is missing; try configs/eval_instruct.py')
+  build.check_settings(_CONFIG.value)
   if not _MODEL.value:
     raise UserError('--model is missing: name one or several directories')
   binary.use_compilation_cache()

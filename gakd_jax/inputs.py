@@ -96,9 +96,11 @@ def teacher_answers(run):
   if not path.exists():
     if c.data.train is None:
       raise UserError('config.data.train is not set: name a file of prompts')
-    rows, _ = sources.load(
+    rows, bad = sources.load(
       c.data.train, on_bad_row=c.data.on_bad_row, need_response=False
     )
+    for reason, n in sorted(bad.items()):
+      print(f'data: {n} skipped: {reason}', flush=True)
     answering.write(
       run.writer,
       decoding.unstack(run.models.teacher()),

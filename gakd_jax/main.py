@@ -10,11 +10,10 @@ import sys
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
-from gakd_jax import UserError, binary, plan, train
+from gakd_jax import UserError, binary, build, plan, train
 
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
+_CONFIG = binary.config_flag('The experiment.')
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where it all goes; default: runs/<name of the config>.'
 )
@@ -42,6 +41,7 @@ def _main(argv):
     raise UserError('--config is missing; try --config=configs/quickstart.py')
   binary.use_compilation_cache()
   config = _CONFIG.value
+  build.check_settings(config)
   if _PLAN.value:
     if _PLAN_DEVICES.value is not None:
       # In time: the backend has not started.

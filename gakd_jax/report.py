@@ -128,13 +128,28 @@ def _metrics_path(workdir):
   return pathlib.Path(workdir) / 'metrics.jsonl'
 
 
+def to_json(value, **options):
+  """`json.dumps` with null for what is not finite, and texts as they are.
+
+  NaN and infinity are no JSON: a strict reader refuses all that holds one.
+  """
+  return json.dumps(
+    _finite(value), ensure_ascii=False, allow_nan=False, **options
+  )
+
+
+def _finite(value):
+  if isinstance(value, dict):
+    return {key: _finite(x) for key, x in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(x) for x in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
+
+
 def _to_line(row):
-  # NaN and infinity are no JSON: a strict reader refuses the whole line.
-  row = {
-    k: v if isinstance(v, list) or math.isfinite(v) else None
-    for k, v in row.items()
-  }
-  return json.dumps(row, allow_nan=False) + '\n'
+  return to_json(row) + '\n'
 
 
 class Progress:

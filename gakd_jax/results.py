@@ -193,7 +193,7 @@ def _cell(runs, key):
   if len(cells) < 2:
     return cells[0] if cells else None
   means = [cell.mean for cell in cells]
-  return Cell(statistics.fmean(means), statistics.stdev(means))
+  return _mean(means)
 
 
 def _average(runs, metric, sets):
@@ -209,7 +209,13 @@ def _average(runs, metric, sets):
   ]
   if len(means) < 2:
     return Cell(means[0]) if means else None
-  return Cell(statistics.fmean(means), statistics.stdev(means))
+  return _mean(means)
+
+
+def _mean(values):
+  mean = statistics.fmean(values)
+  # `stdev` computes with fractions, and no fraction is NaN.
+  return Cell(mean, statistics.stdev(values) if math.isfinite(mean) else mean)
 
 
 def _format(cells):

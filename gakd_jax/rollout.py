@@ -15,7 +15,6 @@ flows through it: the step gets ids.
 """
 
 import dataclasses
-import difflib
 from typing import NamedTuple
 
 import jax
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gakd_jax import UserError, sampling, sharding, speculative, writing
+from gakd_jax import settings as settings_lib
 from gakd_jax.answering import MOST_SAMPLES
 from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
@@ -340,17 +340,9 @@ def make(writer, **settings):
     raise UserError(
       f'config.rollout: no writer {writer!r}; known are {", ".join(WRITERS)}'
     )
-  fields = {f.name for f in dataclasses.fields(WRITERS[writer])}
-  known = sorted(fields - {'ends'})
-  wrong = sorted(set(settings) - set(known))
-  if wrong:
-    near = difflib.get_close_matches(wrong[0], known, 1)
-    hint = f'did you mean {near[0]!r}? ' if near else ''
-    raise UserError(
-      f'config.rollout: writer {writer!r} has no setting {wrong[0]!r}; {hint}'
-      f'known are {", ".join(known) or "none"}'
-    )
-  return WRITERS[writer](**settings)
+  known = settings_lib.types_of(WRITERS[writer], 'ends')
+  where = f'config.rollout: writer {writer!r}'
+  return WRITERS[writer](**settings_lib.checked(where, settings, known))
 
 
 def _check_ranges(settings, where, **ranges):

@@ -7,7 +7,6 @@ steps of the student that wrote), `index`, `instruction`, `input`, `pieces`
 
 import collections
 import itertools
-import json
 
 import jax
 import numpy as np
@@ -100,7 +99,7 @@ class RolloutLog:
     )
 
   def _replace(self, lines):
-    text = ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in lines)
+    text = ''.join(report.to_json(x) + '\n' for x in lines)
     report.write_atomically(self._path, text)
 
 

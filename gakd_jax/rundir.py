@@ -7,6 +7,7 @@ writes, results.json once it has finished, report.html.
 
 import importlib.metadata
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -90,12 +91,17 @@ def is_finished(workdir):
 def finish(workdir, results):
   """Records a run's final numbers; with them, it is finished."""
   report.write_atomically(
-    Path(workdir) / 'results.json', json.dumps(results, indent=2) + '\n'
+    Path(workdir) / 'results.json', report.to_json(results, indent=2) + '\n'
   )
 
 
 def read_results(workdir):
-  return json.loads((Path(workdir) / 'results.json').read_text())
+  """{'<set>/<metric>': value}; what is not finite is NaN."""
+  results = json.loads((Path(workdir) / 'results.json').read_text('utf-8'))
+  return {
+    key: value if value is not None and math.isfinite(value) else math.nan
+    for key, value in results.items()
+  }
 
 
 def read_rollouts(workdir):
@@ -114,9 +120,10 @@ def record(config, workdir):
     UserError: naming the keys that differ from the run that `workdir` has.
   """
   path = Path(workdir) / 'config.json'
-  ours = json.loads(config.to_json_best_effort())
+  # An infinite setting is no JSON; its name is.
+  ours = json.loads(config.to_json_best_effort(), parse_constant=str)
   if path.exists():
-    theirs = json.loads(path.read_text())['config']
+    theirs = json.loads(path.read_text(), parse_constant=str)['config']
     changed = _differences(theirs, ours)
     if changed:
       raise UserError(

@@ -31,6 +31,7 @@ from gakd_jax import (
   summary,
 )
 from gakd_jax import checkpoint as checkpoint_lib
+from gakd_jax.evals import evaluator as evaluator_lib
 
 
 def run_stages(config, workdir):
@@ -289,8 +290,8 @@ def _evaluate(run, params, now, names):
   for name, evaluator in run.evaluators.items():
     if name not in names:
       continue
-    values = evaluator.run(run.subject_of(evaluator), params, now)
-    results |= {f'{name}/{key}': value for key, value in values.items()}
+    subject = run.subject_of(evaluator)
+    results |= evaluator_lib.measure(evaluator, subject, params, now)
   return results
 
 

@@ -1,6 +1,9 @@
 """Every config, shrunk, trains; and what is wrong is said in one line."""
 
+import functools
 import importlib.util
+import json
+import operator
 import re
 import shutil
 import subprocess
@@ -8,10 +11,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 
 from configs import base, on_policy, skd, tiny_teacher
-from gakd_jax import UserError, binary, objectives, rollout, train
-from gakd_jax.evals import tasks
+from gakd_jax import (
+  UserError,
+  binary,
+  build,
+  objectives,
+  rollout,
+  rundir,
+  settings,
+  train,
+)
+from gakd_jax.evals import evaluator, tasks
 
 FOLDER = Path(base.__file__).parent
 EXPERIMENTS = sorted(
@@ -20,6 +33,13 @@ EXPERIMENTS = sorted(
   if path.stem not in ('__init__', 'base', 'dolly')
   and not path.stem.startswith('eval_')
 )
+
+ALL_FILES = [
+  path
+  for folder in ('configs', 'docs')
+  for path in (FOLDER.parent / folder).glob('*.py')
+  if path.stem != '__init__'
+]
 
 # Of GAKD's kinds, one is trained by default.
 LONG = re.compile(
@@ -210,6 +230,141 @@ def test_wrong_arguments_of_skd_are_named(argument, message):
     skd.get_config(argument)
 
 
+def parsed(*arguments):
+  """The config that a binary gets."""
+  values = flags.FlagValues()
+  argv = ['main', *arguments]
+  config = binary.config_flag('', flag_values=values, sys_argv=argv)
+  values(argv)
+  return config.value
+
+
+def kinds(config):
+  """{path of each part: {setting: type}}, of all that it may be given."""
+  found = {
+    'objective': settings.types_of(
+      type(objectives.make(config.objective.name)), 'critic', 'head_chunk'
+    ),
+    'rollout': settings.types_of(
+      rollout.WRITERS[config.rollout.writer], 'ends'
+    ),
+  }
+  for name, line in config.evals.items():
+    kind = settings.types_of(evaluator._KINDS[line.get('kind', name)], 'name')
+    more = {'every': int}
+    if kind.pop('rows', None):
+      more |= {'data': str, 'limit': int | None}
+    kind.pop('left_out', None)
+    found[f'evals.{name}'] = kind | more | ({'of': str} if 'of' in kind else {})
+  return found
+
+
+# A flag's text, and the value that it is.
+TEXTS = {
+  int: ('3', 3),
+  int | None: ('3', 3),
+  float: ('2', 2.0),
+  bool: ('true', True),
+  str: ('word.jsonl', 'word.jsonl'),
+  str | None: ('word', 'word'),
+  tuple[int, ...]: ('7', (7,)),
+  tuple[str, ...]: ('Q:', ('Q:',)),
+}
+
+
+# ml_collections loads files as Python used to.
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
+@pytest.mark.parametrize(
+  'file', sorted(x.relative_to(FOLDER.parent) for x in ALL_FILES), ids=str
+)
+def test_a_flag_sets_any_setting_of_any_part(file):
+  parts = kinds(parsed(f'--config={file}'))
+  assert {'objective', 'rollout'} < parts.keys()
+  texts = {
+    f'{part}.{key}': TEXTS[kind]
+    for part, known in parts.items()
+    for key, kind in known.items()
+  }
+  config = parsed(
+    f'--config={file}',
+    *(f'--config.{key}={text}' for key, (text, _) in texts.items()),
+  )
+  for part, known in parts.items():
+    line = functools.reduce(operator.getitem, part.split('.'), config)
+    # What a part holds beside its settings: name, writer, kind.
+    own = {key: str for key in line if key not in known}
+    found = settings.checked(part, line, known | own)
+    for key in known:
+      _, value = texts[f'{part}.{key}']
+      assert found[key] == value
+      assert type(found[key]) is type(value)
+
+
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
+def test_another_method_and_writer_take_their_own_settings():
+  config = parsed(
+    '--config=configs/sft_0p6b.py',
+    *('--config.objective.temperature=2', '--config.objective.name=kld'),
+    *('--config.rollout.writer=speculative', '--config.rollout.gamma=3'),
+  )
+  build.check_settings(config)
+  assert objectives.make(**config.objective).temperature == 2.0
+  assert rollout.make(**config.rollout).gamma == 3
+
+
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
+@pytest.mark.parametrize(
+  ('file', 'flag', 'message'),
+  [
+    ('rkl_0p6b', 'train.stpes=1', "no key 'stpes'; did you mean 'steps'"),
+    ('rkl_0p6b', 'evals.dolly.limit=3', "config has no key 'dolly'"),
+    ('rkl_0p6b', 'evals.generaton.limit=3', "did you mean 'generation'"),
+    ('rkl_0p6b', 'student.lora.rnak=4', "config has no key 'rnak'"),
+    ('sft_0p6b', 'student.lora.rank=4', 'config.student.lora is None and has'),
+  ],
+)
+def test_wrong_keys_are_one_line(file, flag, message):
+  with pytest.raises((KeyError, AttributeError, ValueError)) as error:
+    parsed(f'--config=configs/{file}.py', f'--config.{flag}')
+  assert message in binary.one_line(error.value)
+
+
+def test_a_bug_is_no_user_error():
+  with pytest.raises(KeyError) as error:
+    {}['a']
+  assert binary.one_line(error.value) is None
+
+
+@pytest.mark.parametrize(
+  ('key', 'value', 'message'),
+  [
+    ('objective.kd', 'much', "gakd: kd='much': expected number"),
+    ('objective.warmup_steps', 1.5, 'warmup_steps=1.5: expected whole number'),
+    ('objective.reference', 1, 'reference=1: expected True or False'),
+    ('objective.input', 3, 'input=3: expected text'),
+    ('objective.temperature', 2.0, "gakd has no setting 'temperature'"),
+    ('rollout.share', True, 'share=True: expected number'),
+    ('rollout.prefix', 'x', "prefix='x': expected whole number"),
+    ('rollout.gama', 3, "no setting 'gama'; did you mean 'gamma'"),
+    ('evals.loss.batchsize', 3, "loss has no setting 'batchsize'; did you"),
+  ],
+)
+@pytest.mark.parametrize('stage', [False, True])
+def test_wrong_settings_of_parts_are_one_line(key, value, message, stage):
+  config = base.get_config()
+  config.objective = {'name': 'gakd', 'warmup_steps': None}
+  config.rollout = {'writer': 'speculative', 'prefix': None}
+  build.check_settings(config)
+  with config.ignore_type():
+    config.update_from_flattened_dict({key: value})
+  if stage:
+    outer = base.get_config()
+    outer.stages = (('a', config),)
+    config = outer
+  with pytest.raises(UserError, match=re.escape(message)):
+    build.check_settings(config)
+
+
 @pytest.mark.parametrize('name', EXPERIMENTS)
 def test_every_docstring_has_its_command(name):
   doc = importlib.import_module(f'configs.{name}').__doc__
@@ -248,6 +403,20 @@ def test_wrong_flags_are_one_line(flags, expected):
   assert len(lines) == 1, done.stderr
   assert lines[0].startswith('error: ')
   assert expected in lines[0]
+
+
+def test_what_a_run_leaves_is_json(tmp_path):
+  config = base.get_config()
+  config.optimizer.clip_norm = float('inf')
+  rundir.record(config, tmp_path)
+  rundir.record(config, tmp_path)  # It is the same config.
+  rundir.finish(tmp_path, {'loss/ce': float('nan'), 'x/y': 1.0})
+  for file in ('config.json', 'results.json'):
+    json.loads((tmp_path / file).read_text(), parse_constant=pytest.fail)
+  found = rundir.read_results(tmp_path)
+  assert found == {'loss/ce': pytest.approx(float('nan'), nan_ok=True)} | {
+    'x/y': 1.0
+  }
 
 
 @pytest.fixture

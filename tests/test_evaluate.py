@@ -412,7 +412,7 @@ def test_errors_of_the_user_are_one_line(tmp_path):
     ),
     (
       ['--config=configs/eval_math.py', '--config.evals.gsm8k.lmit=3'],
-      "error: config has no key 'lmit'",
+      "error: config.evals.gsm8k: generation has no setting 'lmit'; did you",
     ),
   ):
     done = binary(*arguments)

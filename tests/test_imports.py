@@ -34,6 +34,7 @@ LEVELS = (
     'page',
     'report',
     'binary',
+    'settings',
     'partial',
   ),
 )

@@ -22,11 +22,23 @@ def test_rows_come_back_as_they_were(tmp_path, capsys):
         {'role': 'assistant', 'content': 'Ho'},
       ]
     },
+    {
+      'instruction': 'Say.',
+      'output': ['a', 'b'],
+      'system': 'Be brief.',
+      'history': [['Hi', 'Ho']],
+      'answer': 'a',
+    },
     {'instruction': '', 'output': 'x'},
+    {'instruction': 'x', 'output': 'y', 'answer': '\ud800'},
+    {'instruction': 'x', 'output': 'y', 'images': ['a.png']},
   ]
   source.write_text(json.dumps(records))
   assert prepare_data.main([str(source), str(made)]) == 0
-  assert '4 rows, 1 skipped: empty prompt' in capsys.readouterr().out
+  assert (
+    '5 rows, 1 skipped: empty prompt, 1 skipped: has images, which no template '
+    'shows, 1 skipped: not UTF-8\n'
+  ) in capsys.readouterr().out
 
   def of(path):
     return [
@@ -52,6 +64,9 @@ def test_translations_of_two_texts(tmp_path, capsys):
   capsys.readouterr()
   assert prepare_data.main(arguments) == 2
   assert '--languages: name two' in capsys.readouterr().err
+  other.write_bytes(b'caf\xe9\n')
+  assert prepare_data.main([*arguments, '--languages=Nepali,English']) == 2
+  assert 'a.en: not UTF-8' in capsys.readouterr().err
   other.write_text('one\n')
   assert prepare_data.main([*arguments, '--languages=Nepali,English']) == 2
   assert 'a.ne has 4 lines and' in capsys.readouterr().err

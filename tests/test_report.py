@@ -44,6 +44,12 @@ def test_histograms_are_lists_of_counts(tmp_path):
   assert report.read_metrics(tmp_path)[0] == row
 
 
+def test_null_stands_for_what_is_not_finite_however_deep():
+  deep = {'é': [1, (math.nan, {'x': math.inf}), 0.5, None, True]}
+  text = report.to_json(deep)
+  assert text == '{"é": [1, [null, {"x": null}], 0.5, null, true]}'
+
+
 def test_what_is_not_finite_is_strict_json(tmp_path):
   metrics = report.Metrics(tmp_path, tensorboard=False)
   metrics.write(1, {'a': math.nan, 'b': -math.inf, 'c': 1})

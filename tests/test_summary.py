@@ -49,6 +49,28 @@ def test_bars_are_of_numbers(tmp_path):
   assert 'nan%' not in page
 
 
+def test_what_is_not_finite_has_a_page(tmp_path):
+  """Whether it was written as null or, by earlier versions, as Infinity."""
+  runs = {
+    f'a-seed{i}': _run(tmp_path / str(i), {'sums/accuracy': x, 'loss/ce': x})
+    for i, x in enumerate((1.0, float('inf'), None))
+  }
+  line = {'instruction': 'p', 'answer': '9' * 400, 'gold': float('-inf')}
+  line |= {'extracted': float('inf'), 'scores': {'accuracy': None}}
+  (tmp_path / '0' / 'answers').mkdir()
+  (tmp_path / '0' / 'answers' / 'sums-0.jsonl').write_text(
+    json.dumps(line) + '\n'
+  )
+  summary.write(tmp_path / 'report.html', runs)
+  page = (tmp_path / 'report.html').read_text()
+  (data,) = re.findall('<script[^>]*json[^>]*>(.*?)</script>', page, re.DOTALL)
+  (row,) = json.loads(data, parse_constant=pytest.fail)['sets'][0]['rows']
+  (answer,) = row['answers']['0'].values()
+  assert answer['scores'] == {}
+  assert answer['extracted'] is row['gold'] is None
+  assert '| nan ± nan |' in summary.markdown(runs)
+
+
 def test_seeds_share_a_row_and_a_look(tmp_path):
   metrics = [{'train/loss': 1.0}, {'train/loss': 0.5}]
   runs = {

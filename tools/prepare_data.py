@@ -28,24 +28,20 @@ from gakd_jax.data import sources
 
 def to_record(row):
   """A `Row` as the dict that `sources.load` reads as that row again."""
-  if row.messages is not None:
-    answer = {'role': 'assistant', 'content': row.references[0]}
-    return {'messages': [*row.messages, answer]}
   references = list(row.references)
   output = references if len(references) > 1 else references[0]
-  record = {
-    'instruction': row.instruction,
-    'input': row.input,
-    'output': output,
-  }
-  return record | ({'answer': row.answer} if row.answer else {})
+  answer = {'answer': row.answer} if row.answer else {}
+  if row.messages is None:
+    prompt = {'instruction': row.instruction, 'input': row.input}
+    return prompt | {'output': output} | answer
+  if len(references) > 1 or answer:
+    return {'messages': [*row.messages], 'output': output} | answer
+  return {'messages': [*row.messages, {'role': 'assistant', 'content': output}]}
 
 
 def translations(source, target, languages):
   """The rows of two files of text whose lines belong together."""
-  one, other = (
-    Path(file).read_text('utf-8').split('\n') for file in (source, target)
-  )
+  one, other = map(_lines, (source, target))
   if len(one) != len(other):
     raise UserError(
       f'{source} has {len(one)} lines and {target} {len(other)}: these are not '
@@ -57,6 +53,13 @@ def translations(source, target, languages):
     for i, (text, translation) in enumerate(zip(one, other, strict=True))
     if text.strip() and translation.strip()
   ]
+
+
+def _lines(file):
+  try:
+    return Path(file).read_text('utf-8').split('\n')
+  except UnicodeDecodeError as error:
+    raise UserError(f'{file}: not UTF-8 ({error}); convert it') from error
 
 
 def _prepare(args):

@@ -1,18 +1,15 @@
 """Rows of text from files, the Hugging Face hub or the synthetic task.
 
 A spec names where rows come from: a JSON Lines file, a JSON array (either may
-end in .gz), a Parquet file, a directory of such files, a data set of the hub
-as `org/name[/config][@revision][:split]` (split `train`, if none is named), or
-`synthetic:<split>:<n>[:<seed>]`. A row holds `messages`, or
-`instruction, input, output` (the last two may be called `context, response`),
-or `question, answer`, or `prompt, response`, or `query, response`, or
-`dialogue, summary` (`summary1` and so on are several references); the first of
-these that is there counts, since some data sets also store a rendered `prompt`.
-`output` and `response` may be a list of references.
+end in .gz), a Parquet or Arrow file, a directory of such files, a directory
+that `datasets` saved to disk, a data set of the hub as
+`org/name[/config][@revision][:split]` (split `train`, if none is named), or
+`synthetic:<split>:<n>[:<seed>]`. Of a directory of several splits (a snapshot
+of the hub, say) these are the rows of `train` as well. What a row may hold is
+in `rows`.
 """
 
 import collections
-import dataclasses
 import gzip
 import json
 import pathlib
@@ -20,49 +17,24 @@ import re
 import zlib
 
 from gakd_jax import UserError
+from gakd_jax.data import rows as rows_lib
+from gakd_jax.data.rows import BadRow as BadRow
+from gakd_jax.data.rows import Row as Row
 
-SUFFIXES = ('.jsonl', '.json', '.jsonl.gz', '.json.gz', '.parquet')
-# A prompt, and what its response may be called, in order of priority.
-_FIELDS = {
-  'instruction': ('output', 'response'),
-  'question': ('answer',),
-  'prompt': ('response',),
-  'query': ('response',),
+SUFFIXES = ('.jsonl', '.json', '.jsonl.gz', '.json.gz', '.parquet', '.arrow')
+# Beside the data of a directory; none of it is a row.
+_METADATA = ('dataset_info.json', 'dataset_infos.json', 'dataset_dict.json')
+_METADATA += ('state.json',)
+# The words by which `datasets` finds the split of a file in its path.
+_SPLIT_WORDS = {
+  **dict.fromkeys(('train', 'training'), 'train'),
+  **dict.fromkeys(('validation', 'valid', 'val', 'dev'), 'validation'),
+  **dict.fromkeys(('test', 'testing', 'eval', 'evaluation'), 'test'),
 }
 # Name, configuration, revision and split of a data set on the hub.
 _HUB_ID = re.compile(
   r'([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?(?::([\w.-]+))?'
 )
-
-
-class BadRow(UserError):
-  """One unusable row: `reason` is what it is counted under."""
-
-  def __init__(self, where, reason):
-    super().__init__(
-      f"{where}: {reason}; fix the row, or skip such rows: on_bad_row='skip'"
-    )
-    self.reason = reason
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """A prompt and its references.
-
-  `references`: train on the first, score against all; empty if there is only a
-  prompt. `messages`: the turns before the answer (role and content), for rows
-  with a system message or several turns, else None. `where`: 'file:line', or
-  'file[index]' where a file has no lines. `answer`: the short answer of a row
-  with an `answer` beside its `output`, which shows how one comes to it (math
-  and multiple choice of LLM-Adapters); it alone tells right from wrong.
-  """
-
-  instruction: str
-  input: str = ''
-  references: tuple[str, ...] = ()
-  messages: tuple[dict, ...] | None = None
-  where: str = ''
-  answer: str = ''
 
 
 def load(spec, *, on_bad_row='skip', need_response=True):
@@ -88,7 +60,7 @@ def _load_one(spec, on_bad_row, need_response):
   rows, bad = [], collections.Counter()
   for where, record in _records(spec):
     try:
-      rows.append(_row(where, record, need_response))
+      rows.append(rows_lib.read(where, record, need_response))
     except BadRow as error:
       if on_bad_row == 'fail':
         raise
@@ -97,7 +69,7 @@ def _load_one(spec, on_bad_row, need_response):
     reasons = ', '.join(f'{n} {reason}' for reason, n in bad.most_common())
     raise UserError(
       f'{spec}: no usable row ({reasons or "it is empty"}); '
-      f'see the row schemas in gakd_jax/data/sources.py'
+      f'see the row schemas in gakd_jax/data/rows.py'
     )
   return rows, bad
 
@@ -109,10 +81,7 @@ def _records(spec):
   if spec.startswith('synthetic:'):
     yield from _synthetic(spec)
   elif path.is_dir():
-    files = [p for p in sorted(path.iterdir()) if _is_data(p)]
-    if not files:
-      raise UserError(f'{spec}: no data file here; expected {_expected()}')
-    for file in files:
+    for file in _files(path):
       yield from _file(file)
   elif path.exists():
     if not _is_data(path):
@@ -135,11 +104,73 @@ def _expected():
   return ', '.join(SUFFIXES)
 
 
+def _files(path):
+  """The data files of a directory, of one split."""
+  if (path / 'dataset_dict.json').exists():  # DatasetDict.save_to_disk
+    splits = [p.parent.name for p in sorted(path.glob('*/state.json'))]
+    if 'train' not in splits and len(splits) != 1:
+      raise UserError(
+        f'{path}: has the splits {", ".join(splits) or "of nothing"}, and none '
+        f'is train; name one, as in {path}/{(splits or ["test"])[0]}'
+      )
+    path /= 'train' if 'train' in splits else splits[0]
+  if (path / 'state.json').exists():  # Dataset.save_to_disk
+    try:
+      # What earlier versions left beside these is not of the set.
+      state = json.loads((path / 'state.json').read_text('utf-8'))
+      return [path / x['filename'] for x in state['_data_files']]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise UserError(
+        f'{path}/state.json: not what save_to_disk writes ({error!r}); save it '
+        'again'
+      ) from error
+  files = [p for p in sorted(path.iterdir()) if _is_listed(p)]
+  if not files:
+    files = [
+      p
+      for p in sorted(path.rglob('*'))
+      if _is_listed(p) and not re.search(r'/\.', f'/{p.relative_to(path)}')
+    ]
+  if not files:
+    raise UserError(f'{path}: no data file here; expected {_expected()}')
+  return _of_one_split(path, files)
+
+
+def _of_one_split(path, files):
+  """Training files where there are others; raises UserError to ask."""
+  by_split, homes = {}, {}
+  for file in files:
+    parts = file.relative_to(path).parts
+    words = re.findall('[a-z]+', '/'.join(parts).lower())
+    splits = [_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS]
+    by_split.setdefault(splits[-1] if splits else None, []).append(file)
+    home = [p for p in parts[:-1] if p.lower() not in _SPLIT_WORDS]
+    homes.setdefault('/'.join(home), []).append(file)
+  if len(homes) > 1:
+    raise UserError(
+      f'{path}: has data in {", ".join(sorted(homes))}; name one of these'
+    )
+  if len(by_split) == 1 or by_split.keys() == {'train', None}:
+    return files
+  if None in by_split or 'train' not in by_split:
+    some = ', '.join(str(x[0].relative_to(path)) for x in by_split.values())
+    raise UserError(
+      f'{path}: has files of several splits ({some}), and what to take is not '
+      'clear; name the files'
+    )
+  return by_split['train']
+
+
+def _is_listed(path):
+  """Whether a file of a directory has rows."""
+  return _is_data(path) and path.name not in _METADATA and path.is_file()
+
+
 def _file(path):
   """Yields (where, record) of one file."""
   try:
-    if path.suffix == '.parquet':
-      yield from _parquet(path)
+    if path.suffix in ('.parquet', '.arrow'):
+      yield from _table(path)
     else:
       opened = gzip.open if path.suffix == '.gz' else open
       with opened(path, 'rb') as file:
@@ -183,12 +214,17 @@ def _array(path, content):
   yield from _indexed(path, records)
 
 
-def _parquet(path):
-  import pyarrow  # Slow to import, and most data is not Parquet.
+def _table(path):
+  import pyarrow  # Slow to import, and most data is JSON.
   import pyarrow.parquet
 
   try:
-    records = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    if path.suffix == '.parquet':
+      table = pyarrow.parquet.ParquetFile(path).read()
+    else:  # A stream, as `datasets` writes it.
+      with pyarrow.OSFile(str(path)) as file:
+        table = pyarrow.ipc.open_stream(file).read_all()
+    records = table.to_pylist()
   except pyarrow.ArrowException as error:
     raise OSError(str(error).splitlines()[0]) from error
   yield from _indexed(path, records)
@@ -228,98 +264,3 @@ def _synthetic(spec):
 
 def _indexed(source, records):
   return ((f'{source}[{i}]', record) for i, record in enumerate(records))
-
-
-def _row(where, record, need_response):
-  """The Row that a record holds; raises BadRow."""
-  if isinstance(record, BadRow):
-    raise record
-  if not isinstance(record, dict):
-    raise BadRow(where, 'not an object')
-  # Parquet and the hub write an absent field as None.
-  record = {key: value for key, value in record.items() if value is not None}
-  if 'messages' in record:
-    row = _conversation(where, record['messages'])
-  elif 'dialogue' in record:
-    row = _pair(where, _dialogue(record), need_response)
-  else:
-    row = _pair(where, record, need_response)
-  if need_response and not row.references:
-    raise BadRow(where, 'empty response')
-  turns = [message['content'] for message in row.messages or ()]
-  try:
-    # JSON can hold half a surrogate pair ("\ud800"); no tokenizer takes it.
-    ''.join([row.instruction, row.input, *row.references, *turns]).encode()
-  except UnicodeEncodeError as error:
-    raise BadRow(where, 'not UTF-8') from error
-  return row
-
-
-def _pair(where, record, need_response):
-  prompt_key = next((key for key in _FIELDS if key in record), None)
-  if prompt_key is None:
-    raise BadRow(where, 'missing instruction, question, prompt or query')
-  names = _FIELDS[prompt_key]
-  response_key = next((name for name in names if name in record), names[0])
-  if need_response and response_key not in record:
-    raise BadRow(where, f'missing {response_key}')
-  prompt = record[prompt_key]
-  # Only instruction rows have an input; elsewhere `input` means something else.
-  extra_key = 'input' if 'input' in record else 'context'
-  extra = record.get(extra_key, '') if prompt_key == 'instruction' else ''
-  answer = str(record.get('answer', '')) if response_key == 'output' else ''
-  response = record.get(response_key, [])
-  if response == '':
-    response = answer
-  references = response if isinstance(response, list) else [response]
-  fields = {prompt_key: [prompt], extra_key: [extra], response_key: references}
-  for key, values in fields.items():
-    if not all(isinstance(value, str) for value in values):
-      raise BadRow(where, f'{key} is not text')
-  if not (prompt.strip() or extra.strip()):
-    raise BadRow(where, 'empty prompt')
-  return Row(
-    instruction=prompt,
-    input=extra if extra.strip() else '',
-    references=tuple(text for text in references if text.strip()),
-    where=where,
-    answer=answer,
-  )
-
-
-def _dialogue(record):
-  """A DialogSum record as an instruction."""
-  return {
-    'instruction': 'Summarize the following dialogue.',
-    'input': record['dialogue'],
-    'output': [
-      text
-      for key, text in sorted(record.items())
-      if re.fullmatch(r'summary\d*', key)
-    ],
-  }
-
-
-def _conversation(where, messages):
-  if not isinstance(messages, list) or not messages:
-    raise BadRow(where, 'messages is not a list')
-  for message in messages:
-    if (
-      not isinstance(message, dict)
-      or message.get('role') not in ('system', 'user', 'assistant')
-      or not isinstance(message.get('content'), str)
-    ):
-      raise BadRow(where, 'messages need a role and text as content')
-  turns = [{'role': m['role'], 'content': m['content']} for m in messages]
-  answer = turns.pop()['content'] if turns[-1]['role'] == 'assistant' else ''
-  if not turns or turns[-1]['role'] != 'user':
-    raise BadRow(where, 'messages without a last user turn')
-  question = turns[-1]['content']
-  if not question.strip():
-    raise BadRow(where, 'empty prompt')
-  return Row(
-    instruction=question,
-    references=(answer,) if answer.strip() else (),
-    messages=tuple(turns) if len(turns) > 1 else None,
-    where=where,
-  )

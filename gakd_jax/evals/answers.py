@@ -27,7 +27,7 @@ def write(workdir, name, seed, lines):
   """Writes the file; on several processes, all may read it afterwards."""
   path = path_of(workdir, name, seed)
   if jax.process_index() == 0:
-    text = ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in lines)
+    text = ''.join(report.to_json(x) + '\n' for x in lines)
     report.write_atomically(path, text)
   multihost_utils.sync_global_devices(f'wrote {path}')
 

@@ -36,14 +36,15 @@ class Generation:
   rows: tuple
   task: str = 'instruct'  # what makes an answer good, see `tasks`
   max_new_tokens: int = 256
-  stop: tuple = ()  # strings before which an answer ends
+  stop: tuple[str, ...] = ()  # strings before which an answer ends
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
   no_repeat_ngram: int = 6
-  seeds: tuple = (10, 20, 30, 40, 50)
+  seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
   batch_size: int = 32
   first_reference: bool = False  # scored against it alone, not the best of all
+  left_out: int = 0
 
   def __post_init__(self):
     if isinstance(self.stop, str) or not all(
@@ -206,7 +207,8 @@ class Generation:
     return {
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
-      if field.name not in ('name', 'rows', 'task', 'seeds', 'first_reference')
+      if field.name
+      not in ('name', 'rows', 'left_out', 'task', 'seeds', 'first_reference')
     }
 
   def _summary(self, lines, buckets):
@@ -232,4 +234,6 @@ def _record_speed(workdir, name, speed):
   if jax.process_index() == 0:
     file = workdir / 'speed.json'
     known = json.loads(file.read_text()) if file.exists() else {}
-    report.write_atomically(file, json.dumps(known | {name: speed}, indent=2))
+    report.write_atomically(
+      file, report.to_json(known | {name: speed}, indent=2)
+    )

@@ -1,7 +1,7 @@
 """Held-out loss: cross-entropy, and how far the student is from its teacher.
 
 Means over the response tokens of the first reference of every row whose prompt
-is not too long: `ce`
+is not too long (`left_out` counts the others, if there are any): `ce`
 (nats), `ece`, and with a teacher `forward_kl`, `reverse_kl`, `jsd` (nats, the
 last with beta 0.5) and `agreement`, the share of tokens on which both have the
 same most likely next token.
@@ -35,6 +35,7 @@ class Loss:
   name: str
   rows: tuple
   batch_size: int = 16
+  left_out: int = 0
 
   def run(self, subject, params, tag):
     del tag
@@ -43,7 +44,7 @@ class Loss:
 
 def measure(subject, params, rows, batch_size):
   """{metric: mean over response tokens}; see above."""
-  examples, _ = pipeline.encode_rows(
+  examples, bad = pipeline.encode_rows(
     rows,
     subject.models.tokenizer,
     template=subject.template,
@@ -70,7 +71,8 @@ def measure(subject, params, rows, batch_size):
   tokens = totals.pop('tokens')
   off = totals.pop('overconfidence')
   means = {name: float(total / tokens) for name, total in totals.items()}
-  return means | {'ece': float(np.sum(np.abs(off)) / tokens)}
+  means['ece'] = float(np.sum(np.abs(off)) / tokens)
+  return means | ({'left_out': bad.total()} if bad else {})
 
 
 @functools.partial(jax.jit, static_argnames='head_chunk')

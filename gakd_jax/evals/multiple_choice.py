@@ -7,6 +7,7 @@ log-probability of its tokens: longer options are not worse for being long
 
 import dataclasses
 import functools
+import math
 import statistics
 from typing import ClassVar
 
@@ -33,6 +34,7 @@ class MultipleChoice:
   # answers, "the correct answer is answer1".
   candidates: str = 'text'
   batch_size: int = 32
+  left_out: int = 0
 
   def __post_init__(self):
     if self.candidates not in ('text', 'label'):
@@ -51,11 +53,13 @@ class MultipleChoice:
       texts = self._options(row)
       by_label = {label: next(score_of) for label in texts}
       answer = max(by_label, key=by_label.get)
+      if any(map(math.isnan, by_label.values())):
+        answer = None  # The model says nothing: it is wrong.
       gold = tasks.gold('choice', row)
       lines.append(
         answers.prompt(i, row, tag)
         | {
-          'answer': texts[answer],
+          'answer': texts.get(answer, ''),
           'extracted': answer,
           'gold': gold,
           'log_probs': by_label,

@@ -1,9 +1,7 @@
 """Distillation methods. To add one: a file here, and its line in `make`."""
 
-import dataclasses
-import difflib
-
 from gakd_jax import UserError
+from gakd_jax import settings as settings_lib
 from gakd_jax.objectives import distillm2, gakd, kld, sft
 
 
@@ -23,16 +21,8 @@ def make(name, *, critic=None, head_chunk=512, **settings):
     raise UserError(
       f'config.objective: no method {name!r}; known are {", ".join(methods)}'
     )
-  fields = {f.name for f in dataclasses.fields(methods[name])}
-  known = sorted(fields - {'head_chunk', 'critic'})
-  for key in settings:
-    if key not in known:
-      near = difflib.get_close_matches(key, known, 1)
-      hint = f'did you mean {near[0]!r}? ' if near else ''
-      raise UserError(
-        f'config.objective: {name} has no setting {key!r}; {hint}'
-        f'known are {", ".join(known) or "none"}'
-      )
-  if critic and 'critic' in fields:
+  known = settings_lib.types_of(methods[name], 'head_chunk', 'critic')
+  settings = settings_lib.checked(f'config.objective: {name}', settings, known)
+  if critic and 'critic' in settings_lib.types_of(methods[name]):
     settings['critic'] = critic
   return methods[name](head_chunk=head_chunk, **settings)

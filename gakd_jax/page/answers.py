@@ -9,6 +9,8 @@ import json
 import math
 from pathlib import Path
 
+from gakd_jax import report
+
 # As JSON in the page. Beyond it, only the first rows of each set are kept.
 LIMIT_BYTES = 20_000_000
 
@@ -77,8 +79,11 @@ def _add(found, model, seed, path):
     scores = row.get('scores', {k: row[k] for k in ('rouge_l',) if k in row})
     answer = {
       'text': row['answer'],
-      # NaN is no JSON: a browser would refuse all of it.
-      'scores': {k: round(v, 2) for k, v in scores.items() if math.isfinite(v)},
+      'scores': {
+        k: round(v, 2)
+        for k, v in scores.items()
+        if v is not None and math.isfinite(v)
+      },
     }
     optional = ('tokens', 'extracted', 'cut_at')
     answer |= {k: row[k] for k in optional if k in row}
@@ -101,9 +106,7 @@ def _cut(sets, limit):
 
 def to_script(data):
   """JSON that may stand between <script> tags, whatever it says."""
-  text = json.dumps(
-    data, ensure_ascii=False, allow_nan=False, separators=(',', ':')
-  )
+  text = report.to_json(data, separators=(',', ':'))
   for character in '<>&\u2028\u2029':
     text = text.replace(character, f'\\u{ord(character):04x}')
   return text

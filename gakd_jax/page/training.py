@@ -21,11 +21,12 @@ _SECTIONS = {
   'critic': re.compile('train/(critic/|generator|hidden_grad)'),
   'rollouts': re.compile('train/(rollout/|entropy$)'),
 }
-# tokens_per_second says it; deviations and lengths are of the final results.
+# tokens_per_second says it; deviations and lengths are of the final results;
+# rows that are left out stay the same.
 # by_teacher is 1 - accepted, written is what the config says, and places in a
 # block are a figure of `rollouts`.
 _NO_CURVE = re.compile(
-  r'train/(tokens|seconds)$|.*_std$|.*_\d+(-\d+|\+)$'
+  r'train/(tokens|seconds)$|.*/left_out(_[a-z]+)?$|.*_std$|.*_\d+(-\d+|\+)$'
   r'|train/rollout/(written|by_teacher|accepted_\d+)$'
 )
 

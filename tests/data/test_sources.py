@@ -64,6 +64,39 @@ def load_one(tmp_path, record, **options):
       ('Summarize the following dialogue.', 'A: Hi', ('a', 'b')),
     ),
     (
+      {'question': 'q', 'context': 'c', 'answer': 'a', 'options': []},
+      ('q', 'c', ('a',)),
+    ),
+    # As LlamaFactory and ms-swift have rows without.
+    (
+      {**PAIR, 'system': ' ', 'history': [], 'tools': '[]', 'images': None},
+      ('Add.', '1 2', ('3',)),
+    ),
+    (
+      {
+        'conversations': [
+          {'from': 'human', 'value': 'Hi'},
+          {'from': 'gpt', 'value': 'Ho'},
+        ],
+      },
+      ('Hi', '', ('Ho',)),
+    ),
+    (
+      {
+        'messages': [
+          {
+            'role': 'user',
+            'content': [
+              {'type': 'text', 'text': 'H'},
+              {'type': 'text', 'text': 'i'},
+            ],
+          },
+          {'role': 'assistant', 'content': [{'type': 'text', 'text': 'Ho'}]},
+        ],
+      },
+      ('Hi', '', ('Ho',)),
+    ),
+    (
       {'dialogue': 'A: Hi', 'summary': 'a', 'topic': 't'},
       ('Summarize the following dialogue.', 'A: Hi', ('a',)),
     ),
@@ -102,6 +135,51 @@ def test_messages_with_turns_keep_all_but_the_answer(tmp_path):
   assert (prompt.messages, prompt.references) == (tuple(turns), ())
 
 
+SYSTEM = {'role': 'system', 'content': 'In French.'}
+HISTORY = [
+  {'role': 'user', 'content': 'Hello'},
+  {'role': 'assistant', 'content': 'Bonjour'},
+]
+QUESTION = {'role': 'user', 'content': 'Add.\n1 2'}
+
+
+@pytest.mark.parametrize(
+  ('record', 'turns'),
+  [
+    ({**PAIR, 'system': 'In French.'}, [SYSTEM, QUESTION]),
+    ({**PAIR, 'history': [['Hello', 'Bonjour']]}, [*HISTORY, QUESTION]),
+    (
+      {
+        'system_prompt': 'In French.',
+        'query': 'Add.\n1 2',
+        'response': '3',
+        'history': [['Hello', 'Bonjour']],
+      },
+      [SYSTEM, *HISTORY, QUESTION],
+    ),
+    (
+      {
+        'system': 'In French.',
+        'conversations': [
+          {'from': 'human', 'value': 'Add.\n1 2'},
+          {'from': 'gpt', 'value': '3'},
+        ],
+      },
+      [SYSTEM, QUESTION],
+    ),
+    (
+      {'messages': [SYSTEM, QUESTION], 'system': 'In French.', 'output': '3'},
+      [SYSTEM, QUESTION],
+    ),
+  ],
+)
+def test_what_stands_before_the_prompt_is_part_of_it(tmp_path, record, turns):
+  row = load_one(tmp_path, record)
+  assert row.messages == tuple(turns)
+  assert (row.instruction, row.input) == ('Add.\n1 2', '')
+  assert row.references == ('3',)
+
+
 BAD = {
   'not JSON': b'{"instruction": ',
   'not UTF-8': b'{"instruction": "caf\xe9", "output": "x"}',
@@ -115,6 +193,35 @@ BAD = {
   'input is not text': b'{"instruction": "x", "input": {}, "output": "y"}',
   'messages is not a list': b'{"messages": "x"}',
   'messages need a role and text as content': b'{"messages": [{"role": "x"}]}',
+  'has tools, which no template shows': (
+    b'{"instruction": "x", "output": "y", "tools": [{"name": "add"}]}'
+  ),
+  'has images, which no template shows': (
+    b'{"query": "x", "response": "y", "images": ["a.png"]}'
+  ),
+  'has choices, which no template shows': (
+    b'{"question": "x", "answer": "y", "choices": ["y", "z"]}'
+  ),
+  'has tool_calls, which no template shows': (
+    b'{"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}'
+  ),
+  'has history, which no template shows': (
+    b'{"messages": [{"role": "user", "content": "x"}], "history": [["a", "b"]]}'
+  ),
+  'a turn of role observation': (
+    b'{"conversations": [{"from": "observation", "value": "x"}]}'
+  ),
+  'a part of a content is not text': (
+    b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}'
+  ),
+  'conversations is not a list': b'{"conversations": "x"}',
+  'system beside the one of messages': (
+    b'{"messages": [{"role": "system", "content": "x"}], "system": "y"}'
+  ),
+  'system is not text': b'{"instruction": "x", "output": "y", "system": 3}',
+  'history is no list of [user, assistant]': (
+    b'{"instruction": "x", "output": "y", "history": [["a", null]]}'
+  ),
   'messages without a last user turn': (
     b'{"messages": [{"role": "assistant", "content": "x"}]}'
   ),
@@ -123,12 +230,17 @@ BAD = {
 
 def test_bad_rows_are_counted_by_reason(tmp_path):
   good = json.dumps(PAIR).encode()
-  surrogate = b'{"instruction": "x", "output": "\\ud800"}'
+  half = [  # of a surrogate pair
+    b'{"instruction": "x", "output": "\\ud800"}',
+    b'{"instruction": "x", "output": "y", "answer": "\\ud800"}',
+    b'{"instruction": "x", "output": "y", "id": ["\\udfff"]}',
+    b'{"messages": [{"role": "\\ud800", "content": "x"}]}',
+  ]
   path = tmp_path / 'mixed.jsonl'
-  path.write_bytes(b'\n'.join([good, *BAD.values(), b'', surrogate, good]))
+  path.write_bytes(b'\n'.join([good, *BAD.values(), b'', *half, good]))
   rows, bad = sources.load(path)
-  assert bad == {**dict.fromkeys(BAD, 1), 'not UTF-8': 2}
-  last = len(BAD) + 4
+  assert bad == {**dict.fromkeys(BAD, 1), 'not UTF-8': 1 + len(half)}
+  last = len(BAD) + len(half) + 3
   assert [row.where for row in rows] == [f'{path}:1', f'{path}:{last}']
 
 
@@ -167,6 +279,16 @@ def test_a_line_separator_inside_text_is_not_a_line(tmp_path):
   assert (rows[0].instruction, bad) == ('a\u2028b\u0085c', {})
 
 
+def write_arrow(path, table):
+  import pyarrow
+
+  with (
+    pyarrow.OSFile(str(path), 'wb') as file,
+    pyarrow.ipc.new_stream(file, table.schema) as stream,
+  ):
+    stream.write_table(table)
+
+
 def test_all_kinds_of_files_give_the_same_rows(tmp_path):
   import pyarrow
   import pyarrow.parquet
@@ -179,9 +301,9 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path):
   (tmp_path / 'c.json').write_text(lines)
   (tmp_path / 'd.jsonl.gz').write_bytes(gzip.compress(lines.encode()))
   (tmp_path / 'e.json.gz').write_bytes(gzip.compress(array.encode()))
-  pyarrow.parquet.write_table(
-    pyarrow.Table.from_pylist(records), tmp_path / 'f.parquet'
-  )
+  table = pyarrow.Table.from_pylist(records)
+  pyarrow.parquet.write_table(table, tmp_path / 'f.parquet')
+  write_arrow(tmp_path / 'g.arrow', table)
   (tmp_path / 'README.md').write_text('not data')
   (tmp_path / '.hidden.json').write_text('not data')
 
@@ -189,14 +311,14 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path):
     return [(r.instruction, r.input, r.references) for r in rows]
 
   expected = [('Add.', '1 2', (n, 'or this')) for n in 'abc']
-  files = sorted(tmp_path.glob('[a-f].*'))
-  assert len(files) == 6
+  files = sorted(tmp_path.glob('[a-g].*'))
+  assert len(files) == 7
   for file in files:
     rows, bad = sources.load(file, on_bad_row='fail')
     assert (texts(rows), bad) == (expected, {}), file
-  assert rows[2].where == f'{tmp_path}/f.parquet[2]'
+  assert rows[2].where == f'{tmp_path}/g.arrow[2]'
   rows, bad = sources.load(tmp_path)
-  assert (texts(rows), bad) == (expected * 6, {})
+  assert (texts(rows), bad) == (expected * 7, {})
   assert texts(sources.load([files[0], files[1]])[0]) == expected * 2
 
 
@@ -211,6 +333,7 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path):
     ('bad.jsonl.gz', b'not gzip', 'cannot read it'),
     ('cut.jsonl.gz', gzip.compress(b'x' * 999, mtime=0)[:-9], 'cannot read it'),
     ('bad.parquet', b'not Parquet', 'cannot read it'),
+    ('bad.arrow', b'not Arrow', 'cannot read it'),
     ('bad.csv', b'a,b', 'unknown kind of file'),
   ],
 )
@@ -233,6 +356,80 @@ def test_unusable_specs_fail(tmp_path):
     sources.load([])
   with pytest.raises(UserError, match="use 'skip' or 'fail'"):
     sources.load(tmp_path, on_bad_row='drop')
+
+
+METADATA = (
+  *('dataset_info.json', 'dataset_infos.json', 'README.md', '.x/a.jsonl'),
+)
+
+
+@pytest.mark.parametrize(
+  ('names', 'kept'),
+  [
+    (['train.jsonl', 'test.jsonl'], ['train.jsonl']),
+    (['my_train.jsonl', 'my-dev.json', 'eval.jsonl'], ['my_train.jsonl']),
+    (
+      [f'data/{x}-0000{i}-of-00002.jsonl' for x in 'ab' for i in (0, 1)],
+      [f'data/{x}-0000{i}-of-00002.jsonl' for x in 'ab' for i in (0, 1)],
+    ),
+    (
+      ['data/train-0-of-2.jsonl', 'data/train-1-of-2.jsonl', 'data/val-0.json'],
+      ['data/train-0-of-2.jsonl', 'data/train-1-of-2.jsonl'],
+    ),
+    (['train/0.jsonl', 'validation/0.jsonl'], ['train/0.jsonl']),
+    # Nothing to tell apart.
+    (['test.jsonl'], ['test.jsonl']),
+    (['a.jsonl', 'train.jsonl'], ['a.jsonl', 'train.jsonl']),
+    (['latest.jsonl', 'contrain.jsonl'], ['contrain.jsonl', 'latest.jsonl']),
+    # What to take is the user's to say.
+    (['dev.jsonl', 'test.jsonl'], 'several splits (dev.jsonl, test.jsonl)'),
+    (['a.jsonl', 'test.jsonl'], 'several splits (a.jsonl, test.jsonl)'),
+    (['main/train-0.json', 'other/train-0.json'], 'in main, other; name one'),
+  ],
+)
+def test_a_directory_gives_what_is_trained_on(tmp_path, names, kept):
+  for name in (*names, *METADATA):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    write(tmp_path / name, {'instruction': name, 'output': 'x'})
+  if isinstance(kept, str):
+    with pytest.raises(UserError) as error:
+      sources.load(tmp_path)
+    assert kept in str(error.value)
+  else:
+    rows, bad = sources.load(tmp_path)
+    assert ([row.instruction for row in rows], bad) == (kept, {})
+
+
+def saved(path, *records):
+  """What `Dataset.save_to_disk` writes, and what an earlier one left."""
+  import pyarrow
+
+  path.mkdir(parents=True)
+  names = [f'data-{i}.arrow' for i in range(len(records))]
+  for name, record in zip([*names, 'old.arrow'], [*records, PAIR], strict=True):
+    write_arrow(path / name, pyarrow.Table.from_pylist([record]))
+  listed = [{'filename': name} for name in names]
+  (path / 'state.json').write_text(json.dumps({'_data_files': listed}))
+  (path / 'dataset_info.json').write_text('{}')
+
+
+def test_a_set_that_was_saved_to_disk(tmp_path):
+  records = [{'instruction': x, 'output': 'y'} for x in 'ab']
+  saved(tmp_path / 'one', *records)
+  rows, bad = sources.load(tmp_path / 'one')
+  assert ([row.instruction for row in rows], bad) == (['a', 'b'], {})
+  splits = tmp_path / 'splits'
+  saved(splits / 'test', records[1])
+  saved(splits / 'dev', records[1])
+  (splits / 'dataset_dict.json').write_text('{"splits": ["test", "dev"]}')
+  with pytest.raises(UserError, match=f'none is train; name .* {splits}/dev$'):
+    sources.load(splits)
+  saved(splits / 'train', records[0])
+  assert [row.instruction for row in sources.load(splits)[0]] == ['a']
+  assert [row.instruction for row in sources.load(splits / 'test')[0]] == ['b']
+  (splits / 'train' / 'state.json').write_text('{}')
+  with pytest.raises(UserError, match=r'state\.json: not what save_to_disk'):
+    sources.load(splits)
 
 
 @pytest.mark.parametrize(

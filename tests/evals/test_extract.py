@@ -27,6 +27,34 @@ from gakd_jax.evals import extract, tasks
     ('about 2.5.', 2.5),
     ('50%', 50),
     ('+7', 7),
+    ('It weighs 1,000kg.', 1000),
+    ('the 1,000th, and 12,345.5m', 12345.5),
+    ('1,00,000 rupees', 100000),  # as in India
+    ('1{,}000', 1000),
+    ('1\\,000', 1000),
+    ('1\u00a0000 and 2\u202f500', 2500),
+    ('1,0000', 0),  # no thousands
+    ('1,234 and 3,45', 45),
+    ('1.000.000', None),  # a million, a section, a date?
+    ('2, on 1.2.2026', 2),
+    ('The change is \u22125 degrees.', -5),
+    ('It falls to \u20133.5', -3.5),
+    ('8\u22124 or 8\u20134', 4),
+    ('pages 3\u20135', 5),
+    ('-$4', -4),
+    ('-\\$4.50', -4.5),
+    ('\u20ac-4', -4),
+    ('8-$4', 4),
+    ('Rs.500', 500),
+    ('US$20', 20),
+    ('\uff11\uff0c\uff12\uff10\uff10', 1200),  # full width
+    ('\u7b54\u6848\u662f42', 42),  # no blank before it
+    ('wait...5', 5),
+    ('3/4', 4),  # nothing is computed
+    ('9' * 308, float('9' * 308)),
+    ('4 + 5 = ' + '9' * 310, None),
+    ('It is 4.\n\nQuestion: And 3 + 4?\nIt is 7.', 4),
+    ('Thinking.\nQuestion: what is 3 + 4?\nIt is 7.', 7),
     ('none', None),
     ('', None),
   ],
@@ -43,6 +71,18 @@ def test_number(text, number):
     ('#### 3\nNo: #### -5', -5),
     ('So it is 12', 12),  # nothing marked
     ('so it is 12 ####', None),
+    ('#### 1,000kg', 1000),
+    ('#### \u22123', -3),
+    ('#### -$3', -3),
+    ('####\n\n42', 42),
+    ('#### $\\boxed{42}$', 42),
+    ('#### 42\n\nQuestion: How many?\n#### 7', 42),
+    ('#### 42\nQ: How many?\n#### 7', 42),
+    ('#### 42\n\nTom has 7 apples.\n#### 7', 42),
+    ('#### Answer: 42\n\nQuestion: How many?\nIt is #### 7', 42),
+    ('#### 42\n### Instruction:\nAdd.\n### Response:\n#### 7', 42),
+    ('#### Step 1\nAdd 2.\n\n#### Step 2\nAdd 3.\n\n#### 5', 5),
+    ('#### ' + '9' * 310, None),
   ],
 )
 def test_gsm8k(text, number):
@@ -67,6 +107,14 @@ def test_gsm8k(text, number):
     ('The answer is: A train, or (C)', 'C'),
     ('ABCDE', None),
     ('the answer is (A), no, the answer is (B)', 'B'),
+    ('The answer is C because 5 > 4.', 'C'),
+    ('The answer is A because 5 > 4.', 'A'),
+    ('The correct answer is option E as shown.', 'E'),
+    ('The answer is Choice D of these', 'D'),
+    ('C is correct', 'C'),
+    ('ANSWER: B then', 'B'),
+    ('\u7b54\u6848\uff1a\uff08\uff23\uff09', 'C'),  # full width
+    ('The answer is B.\n\nQuestion: And?\nThe answer is C.', 'B'),
     ('', None),
   ],
 )

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +170,23 @@ def test_the_option_with_the_highest_mean_log_probability(
   assert result == {'accuracy': pytest.approx(100 * right / 3)}
 
 
+def test_a_model_that_says_nan_is_wrong(parts, tmp_path, monkeypatch):
+  subject, params, *_ = parts
+  subject = dataclasses.replace(subject, workdir=tmp_path)
+  choices = multiple_choice.MultipleChoice('set', CHOICES)
+  monkeypatch.setattr(
+    multiple_choice.MultipleChoice,
+    '_scores',
+    lambda *_: [-1.0, float('nan'), float('-inf')] * 3,
+  )
+  assert choices.run(subject, params, 0) == {'accuracy': 0}
+  text = (tmp_path / 'answers' / 'set-0.jsonl').read_text()
+  for line in text.splitlines():
+    found = json.loads(line, parse_constant=pytest.fail)
+    assert found['extracted'] is None
+    assert [*found['log_probs'].values()] == [-1.0, None, None]
+
+
 def test_unknown_candidates():
   with pytest.raises(UserError, match="candidates='letters'"):
     multiple_choice.MultipleChoice('set', CHOICES, 'letters')
@@ -275,6 +293,10 @@ def test_comet_is_asked_with_source_answer_and_first_reference(
     ({'loss': {}, 'fidelity': {'of': 'loss'}}, "of='loss' is no evaluator"),
     ({'x': {'kind': 'lost'}}, "no evaluator 'lost'"),
     ({'generation': {'task': 'maths'}}, "no task 'maths'"),
+    ({'loss': {'batch_size': 'all'}}, "batch_size='all': expected whole num"),
+    ({'loss': {'limit': 0}}, 'loss: limit=0; expected 1 or more'),
+    ({'loss': {'every': 1.5}}, 'every=1.5: expected whole number'),
+    ({'generation': {'seeds': ('a',)}}, 'seeds=.*: expected whole number'),
     (
       {'generation': {}, 'fidelity': {'of': 'generation', 'limit': 3}},
       "no setting 'limit'",
@@ -283,12 +305,94 @@ def test_comet_is_asked_with_source_answer_and_first_reference(
 )
 def test_wrong_settings_are_one_line(evals, message):
   with pytest.raises(UserError, match=message):
-    evaluator.make(evals, 'synthetic:test:3')
+    evaluator.make(evals, 'synthetic:test:3', tuple)
+
+
+@pytest.fixture
+def refusing(tiny_tokenizer_dir):
+  """-> (template, tokenizer) of models, each of which refuses a letter."""
+
+  def of(letter):
+    tokenizer = tokenizer_lib.load(tiny_tokenizer_dir)
+    tokenizer.chat_template = (
+      f"{{% if '{letter}' in messages[0].content %}}"
+      f"{{{{ raise_exception('no {letter}') }}}}{{% endif %}}"
+      '{{ messages[0].content }}'
+    )
+    return 'chat', tokenizer
+
+  return lambda letters: [of(letter) for letter in letters]
+
+
+LINES = {
+  'generation': {},
+  'loss': {},
+  'choice': {'kind': 'multiple_choice', 'limit': 2},
+}
+
+
+@pytest.fixture
+def mixed(tmp_path):
+  """A file of six rows, two of which templates may refuse, and one is bad."""
+  path = tmp_path / 'mixed.jsonl'
+  ask = '{}\n\nAnswer format: a/b'
+  rows = [{'instruction': ask.format(x), 'output': 'a'} for x in 'uvxyz']
+  rows.insert(1, {'instruction': 'v', 'output': ''})
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return str(path)
+
+
+def test_rows_that_a_template_refuses_are_left_out_for_all(
+  mixed, refusing, capsys
+):
+  made = evaluator.make(LINES, mixed, lambda: refusing('ux'))
+  said = capsys.readouterr().out.splitlines()
+  for name, asked in (('generation', 'vyz'), ('loss', 'vyz'), ('choice', 'vy')):
+    assert [row.instruction[0] for row in made[name].rows] == [*asked]
+    assert made[name].left_out == 3
+    for reason in ('chat template says: no u', 'no x', 'empty response'):
+      (line,) = [x for x in said if x.startswith(name) and x.endswith(reason)]
+      assert line.startswith(f'{name}: 1 rows skipped: ')
+
+
+def test_a_row_that_a_template_refuses_stops_if_it_is_to(mixed, refusing):
+  def make(word, lines=LINES):
+    evaluator.make(lines, mixed, lambda: refusing(word), 'fail')
+
+  with pytest.raises(UserError, match=r'mixed.jsonl:2: empty response; fix'):
+    make('u')
+  rows = Path(mixed).read_text().splitlines()
+  Path(mixed).write_text('\n'.join([rows[0], *rows[2:]]))
+  with pytest.raises(UserError, match=r'mixed.jsonl:3: the chat template says'):
+    make('x')
+  with pytest.raises(UserError, match='chat template says'):
+    make('z')
+  make('z', {'choice': LINES['choice']})  # Its first two rows are good.
+
+
+def test_no_row_that_a_template_can_hold(mixed, refusing):
+  with pytest.raises(UserError, match=r'config\.evals\.loss: no row of .* is'):
+    evaluator.make({'loss': {}}, mixed, lambda: refusing('A'))
+
+
+def test_how_many_rows_are_left_out_is_a_result(parts):
+  subject, params, *_ = parts
+  long = sources.Row('a ' * 60, references=('b',), where='f')
+  made = loss.Loss('held_out', (*ROWS, long))
+  found = evaluator.measure(made, subject, params, 0)
+  assert found['held_out/left_out'] == 1
+  more = dataclasses.replace(made, left_out=2)
+  assert evaluator.measure(more, subject, params, 0) == found | {
+    'held_out/left_out': 3
+  }
+  all_of_it = loss.Loss('held_out', ROWS)
+  found.pop('held_out/left_out')
+  assert evaluator.measure(all_of_it, subject, params, 0) == found
 
 
 def test_what_reads_answers_comes_last():
   evals = {'a': {'kind': 'fidelity', 'of': 'b'}, 'b': {'kind': 'generation'}}
-  made = evaluator.make(evals, 'synthetic:test:3')
+  made = evaluator.make(evals, 'synthetic:test:3', tuple)
   assert list(made) == ['b', 'a']
   assert made['a'].of is made['b']
   assert evals['a'] == {'kind': 'fidelity', 'of': 'b'}

@@ -1,0 +1,244 @@
+"""Rows: what a record of a data file asks, and how it may be answered.
+
+A record holds `messages` (or ShareGPT's `conversations`), or `instruction,
+input, output` (the last two may be called `context, response`), or `question,
+context, answer`, or `prompt, response`, or `query, response`, or `dialogue,
+summary` (`summary1` and so on are several references); the first of these that
+is there counts, since some data sets also store a rendered `prompt`. `output`
+and `response` may be a list of references. `system` (or `system_prompt`) and
+`history`, pairs of [user, assistant], go before the prompt. What else a prompt
+would need, and no template here can show, makes a bad row.
+"""
+
+import dataclasses
+import json
+import re
+
+from gakd_jax import UserError
+
+# A prompt, and what its response may be called, in order of priority.
+_FIELDS = {
+  'instruction': ('output', 'response'),
+  'question': ('answer',),
+  'prompt': ('response',),
+  'query': ('response',),
+}
+_ROLES = {'human': 'user', 'gpt': 'assistant'} | {
+  role: role for role in ('system', 'user', 'assistant')
+}
+# Of records, of records with a `question`, and of turns: parts of the prompt
+# that are not shown.
+_UNSEEN = ('tools', 'functions', 'image', 'images', 'video', 'videos')
+_UNSEEN += ('audio', 'audios')
+_CHOICES = ('options', 'choices')
+_CALLS = ('tool_calls', 'function_call')
+
+
+class BadRow(UserError):
+  """One unusable row: `reason` is what it is counted under."""
+
+  def __init__(self, where, reason):
+    super().__init__(
+      f"{where}: {reason}; fix the row, or skip such rows: on_bad_row='skip'"
+    )
+    self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A prompt and its references.
+
+  `references`: train on the first, score against all; empty if there is only a
+  prompt. `messages`: the turns before the answer (role and content), for rows
+  with a system message or several turns, else None. `where`: 'file:line', or
+  'file[index]' where a file has no lines. `answer`: the short answer of a row
+  with an `answer` beside its `output`, which shows how one comes to it (math
+  and multiple choice of LLM-Adapters); it alone tells right from wrong.
+  """
+
+  instruction: str
+  input: str = ''
+  references: tuple[str, ...] = ()
+  messages: tuple[dict, ...] | None = None
+  where: str = ''
+  answer: str = ''
+
+
+def read(where, record, need_response):
+  """The Row of a record, which may be a BadRow itself; raises BadRow."""
+  if isinstance(record, BadRow):
+    raise record
+  if not isinstance(record, dict):
+    raise BadRow(where, 'not an object')
+  try:
+    # JSON can hold half a surrogate pair ("\ud800"); no tokenizer takes it.
+    json.dumps(record, ensure_ascii=False, default=str).encode()
+  except UnicodeEncodeError as error:
+    raise BadRow(where, 'not UTF-8') from error
+  # Parquet and the hub write an absent field as None.
+  record = {key: value for key, value in record.items() if value is not None}
+  _refuse(where, record, _UNSEEN)
+  if 'messages' in record or 'conversations' in record:
+    row = _conversation(where, record)
+  elif 'dialogue' in record:
+    row = _pair(where, _dialogue(record), need_response)
+  else:
+    row = _pair(where, record, need_response)
+  if need_response and not row.references:
+    raise BadRow(where, 'empty response')
+  return row
+
+
+def _refuse(where, record, keys):
+  for key in keys:
+    if record.get(key) not in (None, '', '[]', [], {}):
+      raise BadRow(where, f'has {key}, which no template shows')
+
+
+def _pair(where, record, need_response):
+  prompt_key = next((key for key in _FIELDS if key in record), None)
+  if prompt_key is None:
+    raise BadRow(where, 'missing instruction, question, prompt or query')
+  names = _FIELDS[prompt_key]
+  response_key = next((name for name in names if name in record), names[0])
+  if need_response and response_key not in record:
+    raise BadRow(where, f'missing {response_key}')
+  if prompt_key == 'question':
+    _refuse(where, record, _CHOICES)
+  prompt = record[prompt_key]
+  # Only instruction rows have an input; elsewhere `input` means something else.
+  is_input = prompt_key == 'instruction' and 'input' in record
+  extra_key = 'input' if is_input else 'context'
+  has_extra = prompt_key in ('instruction', 'question')
+  extra = record.get(extra_key, '') if has_extra else ''
+  answer = str(record.get('answer', '')) if response_key == 'output' else ''
+  for key, text in ((prompt_key, prompt), (extra_key, extra)):
+    if not isinstance(text, str):
+      raise BadRow(where, f'{key} is not text')
+  if not (prompt.strip() or extra.strip()):
+    raise BadRow(where, 'empty prompt')
+  if record.get(response_key) == '':
+    record = record | {response_key: answer}
+  row = Row(
+    instruction=prompt,
+    input=extra if extra.strip() else '',
+    references=_references(where, record, response_key),
+    where=where,
+    answer=answer,
+  )
+  turns = _system(where, record) + _history(where, record)
+  if not turns:
+    return row
+  text = '\n'.join(filter(None, (row.instruction, row.input)))
+  turns.append({'role': 'user', 'content': text})
+  return dataclasses.replace(
+    row, instruction=text, input='', messages=tuple(turns)
+  )
+
+
+def _references(where, record, key):
+  value = record.get(key, [])
+  references = value if isinstance(value, list) else [value]
+  if not all(isinstance(text, str) for text in references):
+    raise BadRow(where, f'{key} is not text')
+  return _texts(*references)
+
+
+def _texts(*texts):
+  return tuple(text for text in texts if text.strip())
+
+
+def _system(where, record):
+  """The turn that `system` is, if any."""
+  key = 'system' if 'system' in record else 'system_prompt'
+  text = record.get(key, '')
+  if not isinstance(text, str):
+    raise BadRow(where, f'{key} is not text')
+  return [{'role': 'system', 'content': text}] if text.strip() else []
+
+
+def _history(where, record):
+  """The turns of `history`, as LlamaFactory and ms-swift have it."""
+  turns = []
+  pairs = record.get('history') or []
+  for pair in pairs if isinstance(pairs, list) else [pairs]:
+    if (
+      not isinstance(pair, list | tuple)
+      or len(pair) != 2
+      or not all(isinstance(text, str) for text in pair)
+    ):
+      raise BadRow(where, 'history is no list of [user, assistant]')
+    turns += [
+      {'role': role, 'content': text}
+      for role, text in zip(('user', 'assistant'), pair, strict=True)
+    ]
+  return turns
+
+
+def _dialogue(record):
+  """A DialogSum record as an instruction."""
+  return {
+    'instruction': 'Summarize the following dialogue.',
+    'input': record['dialogue'],
+    'output': [
+      text
+      for key, text in sorted(record.items())
+      if re.fullmatch(r'summary\d*', key)
+    ],
+  }
+
+
+def _conversation(where, record):
+  """Of messages that end with the user's, `output` has the references."""
+  key = 'messages' if 'messages' in record else 'conversations'
+  messages = record[key]
+  if not isinstance(messages, list) or not messages:
+    raise BadRow(where, f'{key} is not a list')
+  turns = [_turn(where, message) for message in messages]
+  system = _system(where, record)
+  if system and turns[0]['role'] != 'system':
+    turns = system + turns
+  elif system and turns[0] != system[0]:
+    raise BadRow(where, f'system beside the one of {key}')
+  _refuse(where, record, ['history'])
+  answer = ''
+  if turns[-1]['role'] == 'assistant':
+    references = _texts(turns.pop()['content'])
+  else:
+    references = _references(where, record, 'output')
+    answer = str(record.get('answer', ''))
+  if not turns or turns[-1]['role'] != 'user':
+    raise BadRow(where, 'messages without a last user turn')
+  question = turns[-1]['content']
+  if not question.strip():
+    raise BadRow(where, 'empty prompt')
+  return Row(
+    instruction=question,
+    references=references,
+    messages=tuple(turns) if len(turns) > 1 else None,
+    where=where,
+    answer=answer,
+  )
+
+
+def _turn(where, message):
+  """{'role', 'content'} of a message, or of ShareGPT's `from` and `value`."""
+  if not isinstance(message, dict):
+    raise BadRow(where, 'messages need a role and text as content')
+  _refuse(where, message, _CALLS)
+  role = message.get('role', message.get('from'))
+  content = message.get('content', message.get('value'))
+  if isinstance(content, list):
+    content = ''.join(_part(where, part) for part in content)
+  if not isinstance(role, str) or not isinstance(content, str):
+    raise BadRow(where, 'messages need a role and text as content')
+  if role not in _ROLES:
+    raise BadRow(where, f'a turn of role {role}')
+  return {'role': _ROLES[role], 'content': content}
+
+
+def _part(where, part):
+  text = part.get('text') if isinstance(part, dict) else None
+  if not isinstance(text, str) or part.get('type') != 'text':
+    raise BadRow(where, 'a part of a content is not text')
+  return text
