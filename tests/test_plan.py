@@ -180,7 +180,8 @@ def test_is_what_the_compiler_says_of_the_real_step(
   rows = tmp_path / 'rows.jsonl'
   row = {'instruction': 'Say yes.', 'input': '', 'output': ['yes']}
   rows.write_text((json.dumps(row) + '\n') * B)
-  model = str(tiny_model_dir())
+  # Of a tokenizer, which tells what pads the vocabulary, a plan reads nothing.
+  model = str(tiny_model_dir(vocab_size=300))
   config.student.path = config.teacher.path = model
   config.objective = {'name': 'gakd', 'warmup_steps': 1}
   config.data.train = config.data.validation = str(rows)

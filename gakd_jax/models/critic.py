@@ -126,7 +126,7 @@ def weight(projection_VC, input, dtype, valid=None):
   logits would leak into the score.
   """
   w_VC = at_least_fp32(projection_VC)
-  is_token_V1 = _is_token(w_VC, valid)
+  is_token_V1 = None if valid is None else _is_token(w_VC, valid)
 
   def centred(w_VC):
     return w_VC - jnp.mean(w_VC, axis=0, keepdims=True, where=is_token_V1)
@@ -140,9 +140,7 @@ def weight(projection_VC, input, dtype, valid=None):
 
 
 def _is_token(w_VC, valid):
-  return jnp.arange(len(w_VC))[:, None] < (
-    len(w_VC) if valid is None else valid
-  )
+  return jnp.arange(len(w_VC))[:, None] < valid
 
 
 def _rounded(x, dtype):
@@ -164,7 +162,7 @@ def project(outputs, w_VC):
   m_CD = sharding.tie(m_CD, (), ('fsdp',))
   if dtype != w_VC.dtype:
     # What rounding adds to the columns' means goes off again, in fp32.
-    is_token_V1 = _is_token(w_VC, outputs.head.valid)
+    is_token_V1 = _is_token(w_VC, outputs.head.valid or len(w_VC))
     added_C = jnp.mean(rounded_VC - w_VC, axis=0, where=is_token_V1)
     ones_V = is_token_V1[:, 0].astype(head_VD.dtype)
     sum_D = layers.einsum32('vd,v->d', head_VD, ones_V)

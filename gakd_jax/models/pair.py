@@ -49,7 +49,7 @@ class Models:
   remat: bool = False  # of the student's blocks
   backends: tuple = ('xla', 'xla')  # of attention, of student and teacher
   packed: bool = True  # False: each row is one document, then padding
-  # How many ids have a token, of student and teacher; (): all that there are.
+  # See `Head.valid`, of student and teacher; (): None.
   vocabs: tuple = ()
   tokenizers: tuple = ()  # of student and teacher
 
@@ -168,7 +168,15 @@ def make(
       for model in (student, teacher)
     ),
     tokenizers=tuple(tokenizers),
-    vocabs=tuple(map(tokenizer_lib.size, tokenizers)),
+    vocabs=tuple(
+      _valid(model, tokenizer)
+      for model, tokenizer in zip((student, teacher), tokenizers, strict=False)
+    ),
     **settings,
   )
   return models, params
+
+
+def _valid(model, tokenizer):
+  size = tokenizer_lib.size(tokenizer)
+  return size if model and size < model.config.vocab_size else None

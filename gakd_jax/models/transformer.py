@@ -114,7 +114,7 @@ class Head:
   def capped(self, z_NV):
     """Logits, of what `linear` gives."""
     z_NV = layers_lib.soft_cap(z_NV, self.cap) if self.cap else z_NV
-    if self.valid is None or self.valid >= z_NV.shape[-1]:
+    if self.valid is None:
       return z_NV
     return jnp.where(jnp.arange(z_NV.shape[-1]) < self.valid, z_NV, _NEVER)
 

@@ -58,9 +58,10 @@ def parts(paths):
 
 
 def log_probs(model, prompt, response):
-  """[len(response), V], and the response: one row, no chunks, no padding."""
+  """[len(response), V] of all tokens: one row, no chunks, no padding."""
   ids = jnp.array([[*prompt, *response]])
-  z_TV = model.logits(ids)[0, len(prompt) - 1 : -1]
+  # Of 304 rows, the last four are no tokens.
+  z_TV = model.logits(ids)[0, len(prompt) - 1 : -1, :300]
   return np.asarray(jax.nn.log_softmax(z_TV), np.float64)
 
 
