@@ -23,6 +23,7 @@ from gakd_jax import (
   sharding,
   step,
 )
+from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import evaluator as evaluator_lib
 from gakd_jax.models import lora, pair, quantized, transformer
@@ -54,6 +55,7 @@ class Run:
     return evaluator_lib.Subject(
       models=models,
       template=c.data.template,
+      thinking=c.data.thinking,
       max_length=c.data.max_length,
       max_prompt_length=c.data.max_prompt_length,
       head_chunk=c.train.head_chunk,
@@ -94,6 +96,7 @@ def build(config, workdir, mesh):
     choose_backend(config.attention, shape, config.train.precision)
   if len(paths) == 2 and objective.one_tokenizer:
     tokenizer_lib.check_same(*tokenizers, *paths)
+    _tell_ends(config.data.template, tokenizers, paths)
   evaluators = evaluator_lib.make(
     config.evals,
     config.data.validation,
@@ -271,6 +274,20 @@ def _check_vocabulary(path, tokenizer, shape):
     raise UserError(
       f"{path}: the tokenizer's largest id is {largest} but the model has only "
       f'{rows} embedding rows; use the tokenizer that belongs to the model'
+    )
+
+
+def _tell_ends(template, tokenizers, paths):
+  """Says so if a student learns to end its turns as its teacher never does."""
+  end = templates.eos_id(template, tokenizers[0])
+  if end not in templates.stop_ids(template, tokenizers[1]):
+    end, *others = tokenizers[0].convert_ids_to_tokens(
+      [end, *templates.stop_ids(template, tokenizers[1])]
+    )
+    print(
+      f'{paths[0]} is trained to end its turns in {end!r}, and {paths[1]} ends '
+      f'them in {" or ".join(map(repr, others))}: it will not teach that end',
+      flush=True,
     )
 
 

@@ -62,7 +62,6 @@ def run(config, paths, workdir):
   workdir = Path(workdir)
   teacher = config.teacher.path
   named = _named([teacher, *paths] if teacher else paths)
-  # What can be wrong comes up before any weight is loaded.
 
   @functools.cache
   def prompters():
@@ -77,6 +76,7 @@ def run(config, paths, workdir):
       for name, path in named.items()
     }
 
+  # What can be wrong comes up before any weight is loaded.
   evaluators = evaluator_lib.make(
     config.evals,
     config.data.validation,
@@ -232,6 +232,7 @@ def _subject(config, path, workdir, prompter, teacher, mesh, identity):
   subject = evaluator_lib.Subject(
     models=both,
     template=template,
+    thinking=config.data.thinking,
     max_length=config.data.max_length,
     max_prompt_length=config.data.max_prompt_length,
     head_chunk=config.train.head_chunk,

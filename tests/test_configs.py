@@ -43,7 +43,7 @@ ALL_FILES = [
 
 # Of GAKD's kinds, one is trained by default.
 LONG = re.compile(
-  'quickstart|fidelity_math|skd|pipeline|reference|(ablation_)?w?gan_'
+  'quickstart|fidelity_math|skd|pipeline|reference|ablation|w?gan_'
 )
 
 # Of configs with an argument, others than the default.

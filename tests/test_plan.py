@@ -20,6 +20,7 @@ WIDTH, LAYERS, VOCABULARY = 32, 2, 304  # of conftest's TINY
 HEADS, KV_HEADS, HEAD_DIM, FF = 4, 2, 16, 48
 BLOCK = WIDTH * HEAD_DIM * 2 * (HEADS + KV_HEADS) + 3 * WIDTH * FF
 NORMS = 2 * HEAD_DIM + 2 * WIDTH
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope='module')
@@ -138,9 +139,11 @@ def test_a_quantized_base_is_counted_in_its_bits(kld, config):
   ('objective', 'within'),
   [
     ({'name': 'kld'}, 0.05),
-    ({'name': 'gakd', 'kind': 'rgan'}, 0.05),
+    pytest.param({'name': 'gakd', 'kind': 'rgan'}, 0.05, marks=SLOW),
     # Logits are computed again in backward passes, not all of them counted.
-    ({'name': 'gakd', 'kind': 'rgan', 'input': 'probs'}, 0.08),
+    pytest.param(
+      {'name': 'gakd', 'kind': 'rgan', 'input': 'probs'}, 0.08, marks=SLOW
+    ),
   ],
   ids=['kld', 'gakd', 'probs'],
 )
@@ -174,6 +177,7 @@ def test_planned_on_a_cpu_bf16_weights_are_not_there_twice(bare, config):
   )
 
 
+@SLOW
 def test_is_what_the_compiler_says_of_the_real_step(
   tiny_model_dir, tmp_path, config
 ):

@@ -300,6 +300,7 @@ def test_nothing_changes_with(variant, atol):
     _assert_close(got, want, atol=atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('variant', 'atol'),
   [

@@ -286,6 +286,7 @@ def test_an_evaluator_may_have_a_cadence_of_its_own(
   assert len(exported) == 1, 'at step 3; the last is no better'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('family', 'objective'),
   [('gpt2', {'name': 'kld'}), ('gemma2', {'name': 'gakd', 'warmup_steps': 1})],

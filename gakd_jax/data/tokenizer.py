@@ -110,8 +110,9 @@ def _difference(student, teacher):
 def encode(tokenizer, row, template, thinking='refuse'):
   """Returns (prompt ids, ids of the first reference and its end) as lists.
 
-  A row without references has no response ids. For `thinking` see
-  `check_thinking`. Raises BadRow.
+  A row without references has no response ids. `thinking`: 'refuse' or 'keep'
+  a response with thoughts under a template that has closed them, or without
+  under one that has opened them. Raises BadRow.
   """
   (found,) = encode_batch(tokenizer, [row], template, thinking)
   if isinstance(found, BadRow):

@@ -37,6 +37,7 @@ class Subject:
   head_chunk: int
   mesh: Mesh
   workdir: Path
+  thinking: str = 'refuse'  # or 'keep', see `data.tokenizer.encode`
   # Of an evaluation that stands alone: what tells these weights from others,
   # so that answers may go on after an interruption. It shows its progress.
   identity: str | None = None

@@ -50,6 +50,7 @@ def measure(subject, params, rows, batch_size):
     template=subject.template,
     max_length=subject.max_length,
     max_prompt_length=subject.max_prompt_length,
+    thinking=subject.thinking,
   )
   ways = sharding.batch_ways(subject.mesh)
   batches = pipeline.batches(

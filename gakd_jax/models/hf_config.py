@@ -107,20 +107,14 @@ _GELU_TANH = dict.fromkeys(
 )
 
 _EVERY = {
-  'vocab_size': _size(),
   'is_causal': _flag(True, computed=_ALWAYS),
   # Layers that differ, and weights under another name.
   'per_layer_config': Field('empty', lambda x: x == {}, None, null=True),
   'transformers_weights': Field('absent', lambda x: False, None, null=True),
 }
 _ROTARY = _EVERY | {
-  'hidden_size': _size(),
-  'intermediate_size': _size(),
-  'num_hidden_layers': _size(),
-  'num_attention_heads': _size(),
   'tie_word_embeddings': _flag(False),
   'rms_norm_eps': _epsilon(1e-6),
-  'hidden_act': _text('silu', computed=_SILU),
   # See `_rope`.
   'rope_parameters': _object(None, null=True),
   'rope_scaling': _object(None, null=True),
@@ -128,7 +122,21 @@ _ROTARY = _EVERY | {
   'original_max_position_embeddings': _size(None, null=True),
   'partial_rotary_factor': _positive(None, null=True, computed={1.0: 1.0}),
 }
-_QWEN = _ROTARY | {
+
+
+def _rotary(vocab, width, ff_width, layers, heads):
+  """Of a family with these sizes."""
+  return _ROTARY | {
+    'vocab_size': _size(vocab),
+    'hidden_size': _size(width),
+    'intermediate_size': _size(ff_width),
+    'num_hidden_layers': _size(layers),
+    'num_attention_heads': _size(heads),
+  }
+
+
+_QWEN = _rotary(151936, 4096, 22016, 32, 32) | {
+  'hidden_act': _text('silu', computed=_SILU),
   'num_key_value_heads': _size(32, null=True),
   'max_position_embeddings': _size(32768),
   'use_sliding_window': _flag(False),
@@ -136,51 +144,65 @@ _QWEN = _ROTARY | {
   'max_window_layers': _count(28),
   'layer_types': _texts(None, null=True),
 }
-_GEMMA = _ROTARY | {
+_GEMMA = {
   'num_key_value_heads': _size(16),
   'head_dim': _size(256),
   'max_position_embeddings': _size(8192),
   'tie_word_embeddings': _flag(True),
   'attention_bias': _flag(False, computed=_NEVER),
   'use_bidirectional_attention': _flag(None, null=True, computed=_NEVER),
-  # The first files said 'gelu' and meant the other.
-  'hidden_act': _text(
-    'gelu_pytorch_tanh', computed=_GELU_TANH | _GELU | {'gelu': 'gelu_tanh'}
-  ),
 }
 QWEN3 = _QWEN | {
   'head_dim': _size(128),
   'attention_bias': _flag(False, computed=_NEVER),
 }
 QWEN2 = _QWEN | {'head_dim': _size(None, null=True)}
-LLAMA = _ROTARY | {
+LLAMA = _rotary(32000, 4096, 11008, 32, 32) | {
+  'hidden_act': _text('silu', computed=_SILU),
   'num_key_value_heads': _size(None, null=True),
   'head_dim': _size(None, null=True),
   'max_position_embeddings': _size(2048),
   'attention_bias': _flag(False, computed=_NEVER),
   'mlp_bias': _flag(False, computed=_NEVER),
 }
-MISTRAL = _ROTARY | {
+MISTRAL = _rotary(32000, 4096, 14336, 32, 32) | {
+  'hidden_act': _text('silu', computed=_SILU),
   'num_key_value_heads': _size(8, null=True),
   'head_dim': _size(None, null=True),
   'max_position_embeddings': _size(131072),
   'sliding_window': _size(4096, null=True),
   'layer_types': _texts(None, null=True),
 }
-GEMMA = _GEMMA
-GEMMA2 = {name: f for name, f in _GEMMA.items() if name != 'hidden_act'} | {
-  'num_key_value_heads': _size(4),
-  'hidden_activation': _text('gelu_pytorch_tanh', computed=_GELU_TANH | _GELU),
-  'query_pre_attn_scalar': _size(256),
-  'attn_logit_softcapping': _positive(50.0, null=True),
-  'final_logit_softcapping': _positive(30.0, null=True),
-  'sliding_window': _size(4096, null=True),
-  'layer_types': _texts(None, null=True),
-}
+GEMMA = (
+  _rotary(256000, 3072, 24576, 28, 16)
+  | _GEMMA
+  | {
+    # The first files said 'gelu' and meant the other.
+    'hidden_act': _text(
+      'gelu_pytorch_tanh', computed=_GELU_TANH | _GELU | {'gelu': 'gelu_tanh'}
+    ),
+  }
+)
+GEMMA2 = (
+  _rotary(256000, 2304, 9216, 26, 8)
+  | _GEMMA
+  | {
+    'num_key_value_heads': _size(4),
+    'hidden_activation': _text(
+      'gelu_pytorch_tanh', computed=_GELU_TANH | _GELU
+    ),
+    'query_pre_attn_scalar': _size(256),
+    'attn_logit_softcapping': _positive(50.0, null=True),
+    'final_logit_softcapping': _positive(30.0, null=True),
+    'sliding_window': _size(4096, null=True),
+    'layer_types': _texts(None, null=True),
+  }
+)
 GPT2 = _EVERY | {
-  'n_embd': _size(alias='hidden_size'),
-  'n_layer': _size(alias='num_hidden_layers'),
-  'n_head': _size(alias='num_attention_heads'),
+  'vocab_size': _size(50257),
+  'n_embd': _size(768, alias='hidden_size'),
+  'n_layer': _size(12, alias='num_hidden_layers'),
+  'n_head': _size(12, alias='num_attention_heads'),
   'n_positions': _size(1024, alias='max_position_embeddings'),
   'n_inner': _size(None, null=True),
   'tie_word_embeddings': _flag(True),

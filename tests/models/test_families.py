@@ -93,7 +93,7 @@ YARN = {'rope_type': 'yarn', 'factor': 4.0, 'rope_theta': 1e6}
     ),
     ({'rope_scaling': {'type': 'linear'}}, ["'linear'"]),
     ({'rope_parameters': YARN}, ["'yarn'"]),
-    ({'hidden_size': ...}, ['dir/config.json', 'hidden_size', 'missing']),
+    ({'hidden_size': None}, ['dir/config.json', 'hidden_size=None']),
   ],
   ids=lambda x: next(iter(x)) if isinstance(x, dict) else '',
 )

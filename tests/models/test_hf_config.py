@@ -143,6 +143,15 @@ def test_absent_sizes_are_those_of_the_family():
     256,
   ]
   assert of('mistral', 'max_length') == 131072
+  sizes = ('vocab_size', 'width', 'ff_width', 'layers', 'heads')
+  for kind, expected in {
+    'qwen3': (151936, 4096, 22016, 32, 32),
+    'llama': (32000, 4096, 11008, 32, 32),
+    'gemma2': (256000, 2304, 9216, 26, 8),
+    'gpt2': (50257, 768, 4 * 768, 12, 12),
+  }.items():
+    config = families.config_from_hf({'model_type': kind}, '')
+    assert tuple(getattr(config, size) for size in sizes) == expected
   assert read('gpt2').max_length == 1024
   assert read('gpt2', n_inner=None).ff_width == 64
 

@@ -128,7 +128,15 @@ def _logits(model):
   return jax.jit(lambda p: nnx.merge(definition, p).logits(IDS_BT))(params)
 
 
-@pytest.mark.parametrize('case', sorted(make_goldens.CASES))
+@pytest.mark.parametrize(
+  'case',
+  [
+    pytest.param(
+      case, marks=[pytest.mark.slow] * (case not in ('gemma2', 'gpt2'))
+    )
+    for case in sorted(make_goldens.CASES)
+  ],
+)
 def test_every_family_loads_and_computes_with_rounded_kernels(case, tmp_path):
   path = make_goldens.write_directory(make_goldens.CASES[case], tmp_path / 'm')
   plain = models.load(path)
