@@ -41,9 +41,10 @@ ALL_FILES = [
   if path.stem != '__init__'
 ]
 
-# Of GAKD's kinds, one is trained by default.
+# Of sizes and of GAKD's kinds, some are trained by default.
 LONG = re.compile(
-  'quickstart|fidelity_math|skd|pipeline|reference|ablation|w?gan_'
+  'quickstart|tiny_teacher|fidelity_math|skd|pipeline|reference|ablation|'
+  'w?gan_|fkl_|sft_[48]'
 )
 
 # Of configs with an argument, others than the default.
@@ -388,11 +389,16 @@ def run_main(*flags):
     (['--config=configs/nothing.py'], 'configs/nothing.py'),
     (['--config=configs/rkl_0p6b.py', '--config.trian.steps=1'], 'trian'),
     (['--config=configs/rkl_0p6b.py', '--config.train.step=1'], 'step'),
-    (['--config=configs/rkl_0p6b.py', '--confg=1'], 'confg'),
-    (['--config=configs/skd.py:gsm8k,sdk'], "gsm8k,sdk: no kd_type 'sdk'"),
-    (
-      ['--config=configs/rkl_0p6b.py', '--config.train.steps=many'],
-      'train.steps',
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        (['--config=configs/rkl_0p6b.py', '--confg=1'], 'confg'),
+        (['--config=configs/skd.py:gsm8k,sdk'], "gsm8k,sdk: no kd_type 'sdk'"),
+        (
+          ['--config=configs/rkl_0p6b.py', '--config.train.steps=many'],
+          'train.steps',
+        ),
+      )
     ),
   ],
 )
@@ -497,6 +503,7 @@ def test_a_checkpoint_that_does_not_fit(broken, monkeypatch):
   assert 'has 0 MB left' in text
 
 
+@pytest.mark.slow
 def test_disk_full_while_saving(broken, monkeypatch):
   def full(*args, **kwargs):
     raise OSError(28, 'No space left on device')

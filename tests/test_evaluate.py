@@ -185,7 +185,9 @@ def test_killed_twice_it_is_the_same_to_the_byte(
   assert contents(workdir) == contents(whole[0])
 
 
-@pytest.mark.parametrize('change', ['batch_size', 'mesh'])
+@pytest.mark.parametrize(
+  'change', [pytest.param('batch_size', marks=pytest.mark.slow), 'mesh']
+)
 def test_neither_batches_nor_devices_change_answers(
   whole, config, paths, tmp_path, change
 ):

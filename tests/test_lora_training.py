@@ -150,6 +150,7 @@ def _quantized(definition, params, kind):
   return transformer.split(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', [False, True])
 def test_a_quantized_base_and_teacher_train_as_their_widened_copies(remat):
   definition, adapters, frozen = _student()

@@ -119,6 +119,7 @@ def test_adapters_are_trained_beside_a_frozen_base(kld, config):
   assert adapted.flops['student backward'] < kld.flops['student backward']
 
 
+@SLOW
 def test_a_quantized_base_is_counted_in_its_bits(kld, config):
   config.student.lora = {'rank': 3, 'targets': 'mlp'}
   config.student.dtype = config.teacher.dtype = 'bfloat16'
@@ -165,6 +166,7 @@ def test_operations_are_near_the_compilers_count(
   assert total == pytest.approx(compiled, rel=within)
 
 
+@SLOW
 def test_planned_on_a_cpu_bf16_weights_are_not_there_twice(bare, config):
   shape = {'layers': 8, 'width': 128, 'ff_width': 512}
   config.teacher.path = bare(**shape)

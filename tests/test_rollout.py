@@ -257,9 +257,14 @@ MESHES = ({'data': 8}, {'data': 2, 'fsdp': 2, 'tensor': 2})
   ('writer', 'axes'),
   [
     (STUDENT, MESHES[0]),
-    (SPECULATIVE, MESHES[1]),
-    pytest.param(STUDENT, MESHES[1], marks=pytest.mark.slow),
-    pytest.param(SPECULATIVE, MESHES[0], marks=pytest.mark.slow),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        (SPECULATIVE, MESHES[1]),
+        (STUDENT, MESHES[1]),
+        (SPECULATIVE, MESHES[0]),
+      )
+    ),
   ],
   ids=['student-8', 'speculative-2-2-2', 'student-2-2-2', 'speculative-8'],
 )

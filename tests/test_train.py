@@ -121,7 +121,9 @@ def test_a_finished_run_is_left_alone(whole_run, config):
   assert (workdir / 'metrics.jsonl').read_bytes() == before
 
 
-@pytest.mark.parametrize('stop_at', [3, 4])
+@pytest.mark.parametrize(
+  'stop_at', [3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_continues_bit_for_bit(
   whole_run, config, tmp_path, monkeypatch, stop_at
 ):
@@ -224,7 +226,9 @@ def test_a_head_of_its_own_is_trained_whatever_config_json_says(
   assert 0 < np.abs(trained - head).max() < 0.01
 
 
-@pytest.mark.parametrize('fails_at', [2, 4])
+@pytest.mark.parametrize(
+  'fails_at', [2, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_an_export_that_fails_loses_nothing(
   config, tmp_path, monkeypatch, fails_at
 ):

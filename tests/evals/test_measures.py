@@ -104,6 +104,7 @@ def test_confidence_that_is_right_half_of_the_time_is_off_by_half():
   assert not total_K[:14].any()
 
 
+@pytest.mark.slow
 def test_a_mesh_measures_the_same(parts, paths):
   subject, params, *_ = parts
   alone = loss.measure(subject, params, ROWS, 4)

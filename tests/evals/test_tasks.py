@@ -81,6 +81,7 @@ def test_scores_are_those_of_the_packages_row_by_row(answered):
       assert found == pytest.approx(expected, abs=1e-9), (row.where, metric)
 
 
+@pytest.mark.slow
 def test_processes_change_nothing(answered):
   rows, answers = answered
   pairs = dict(enumerate(zip(rows, answers, strict=True)))

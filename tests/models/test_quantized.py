@@ -131,9 +131,7 @@ def _logits(model):
 @pytest.mark.parametrize(
   'case',
   [
-    pytest.param(
-      case, marks=[pytest.mark.slow] * (case not in ('gemma2', 'gpt2'))
-    )
+    pytest.param(case, marks=[pytest.mark.slow] * (case != 'gpt2'))
     for case in sorted(make_goldens.CASES)
   ],
 )
@@ -204,6 +202,7 @@ def test_bytes_of_the_projections(kind, share, tiny_model_dir):
   assert size(kind) <= share * size(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', quantized.KINDS)
 def test_eight_devices_are_one(kind, tiny_model_dir):
   source = tiny_model_dir(width=256, ff_width=128)

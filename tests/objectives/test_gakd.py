@@ -149,7 +149,9 @@ def _both_ways(objective, critic, dtype):
 
 
 @KINDS
-@pytest.mark.parametrize('pooling', ['mean', 'last'])
+@pytest.mark.parametrize(
+  'pooling', ['mean', pytest.param('last', marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize('input', ['log_probs', 'logits'])
 def test_the_gram_matrix_gives_the_penalty_of_v_dimensions(
   kind, pooling, input, monkeypatch
