@@ -81,7 +81,7 @@ def resolve_base(path, files=_MODEL):
 def tokenizer_dir(path):
   """Where the tokenizer of a model or an adapter lies."""
   path = resolve(path, _TOKENIZER)
-  has_its_own = any(path.glob('tokenizer*'))
+  has_its_own = any(file.is_file() for file in path.glob('tokenizer*'))
   return path if has_its_own else resolve_base(path, _TOKENIZER)
 
 
