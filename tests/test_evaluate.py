@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from configs import base
-from gakd_jax import UserError, evaluate, partial, rundir
+from gakd_jax import UserError, best, evaluate, models, partial, rundir
 
 ROWS = [
   {'instruction': f'Say {word}.', 'input': '', 'output': [word, word + '!']}
@@ -421,3 +421,32 @@ def test_errors_of_the_user_are_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith(message), done.stderr
     assert done.stderr.count('\n') == 1
+
+
+@pytest.mark.slow
+def test_a_student_is_measured_with_the_template_it_was_trained_with(
+  config, paths, tmp_path, capsys
+):
+  trained = base.get_config()
+  trained.data.template = 'alpaca'
+  models.save(
+    models.load(paths['small']),
+    tmp_path / 'run/best',
+    describe=lambda path: best.describe(path, trained, step=3),
+  )
+  config.teacher.path = None
+  config.data.max_length, config.data.max_prompt_length = 96, 90
+  del config.evals.fidelity, config.evals.sampled
+  found = {}
+  for name, template in (('own', None), ('other', 'chat')):
+    config.data.template = template
+    workdir = tmp_path / name
+    evaluate.run(config, [str(tmp_path / 'run'), paths['small']], workdir)
+    found[name] = [
+      json.loads((workdir / model / 'model.json').read_text())['template']
+      for model in ('run', 'small')
+    ]
+  assert found == {'own': ['alpaca', 'qwen3'], 'other': ['chat', 'chat']}
+  assert "was trained with template 'alpaca', and is asked with 'chat'" in (
+    capsys.readouterr().out
+  )

@@ -118,6 +118,20 @@ def test_encode_rows_with_nothing_left(tiny):
     )
 
 
+def test_thoughts_are_refused_or_kept(tiny):
+  rows = [
+    Row('a', references=('<think>b</think>c',), where='f:1'),
+    Row('a', references=('c',), where='f:2'),
+  ]
+  settings = {'template': 'gakd', 'max_length': 400, 'max_prompt_length': 300}
+  examples, bad = pipeline.encode_rows(rows, tiny, **settings)
+  assert [example.row.where for example in examples] == ['f:2']
+  assert bad.total() == 1
+  examples, bad = pipeline.encode_rows(rows, tiny, thinking='keep', **settings)
+  assert len(examples) == 2
+  assert not bad
+
+
 def test_encode_rows_in_chunks(tiny, monkeypatch):
   rows = [Row(f'p{i}', references=(f'r{i}',)) for i in range(10)]
   whole, _ = encode(rows, tiny)
