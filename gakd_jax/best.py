@@ -8,7 +8,7 @@ chat template and the ends of turns are those of the training: see
 import json
 from pathlib import Path
 
-from gakd_jax import UserError, __version__, models, report, rundir
+from gakd_jax import UserError, __version__, fingerprint, models, report
 from gakd_jax.models import peft, prompts
 
 RECORD = 'gakd_jax.json'
@@ -30,7 +30,7 @@ def describe(directory, config, *, step, metric=None):
   data = c.data.train
   about = {
     'gakd_jax': __version__,
-    'commit': rundir.commit(),
+    'commit': fingerprint.commit(),
     **_origin('base', c.student.path),
     **_origin('teacher', c.teacher.path),
     'objective': c.objective.name,

@@ -12,7 +12,6 @@ Run again, the same command goes on with the batch of answers where it stopped,
 and a model that is added to it joins those that are measured.
 """
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -28,8 +27,8 @@ from gakd_jax import (
   best,
   binary,
   build,
+  fingerprint,
   models,
-  partial,
   report,
   rundir,
   sharding,
@@ -60,6 +59,11 @@ def run(config, paths, workdir):
     UserError: for anything wrong with config, data or models, in one line.
   """
   workdir = Path(workdir)
+  with fingerprint.lock(workdir):
+    return _run(config, paths, workdir)
+
+
+def _run(config, paths, workdir):
   teacher = config.teacher.path
   named = _named([teacher, *paths] if teacher else paths)
 
@@ -85,7 +89,7 @@ def run(config, paths, workdir):
   )
   if not evaluators:
     raise UserError('config.evals is empty: there is nothing to measure')
-  rundir.record(config, workdir)
+  fingerprint.record(config, workdir)
   mesh = sharding.make_mesh(**config.mesh)
   runs = {name: workdir / name for name in named}
   if teacher:
@@ -152,17 +156,6 @@ def _is_adapter(path):
   return (path / 'adapter_config.json').exists()
 
 
-def _data_of(evaluators):
-  """A text that differs between test sets."""
-  return partial.digest(
-    [
-      [name, [dataclasses.astuple(row) for row in evaluator.rows]]
-      for name, evaluator in sorted(evaluators.items())
-      if hasattr(evaluator, 'rows')
-    ]
-  )
-
-
 def _measure(config, evaluators, path, workdir, prompter, teacher, mesh):
   """The results of one model; those that are there are taken.
 
@@ -170,7 +163,7 @@ def _measure(config, evaluators, path, workdir, prompter, teacher, mesh):
   its results go, what loads it, and whether students are measured by it; or
   None.
   """
-  identity, data = models.identity(path), _data_of(evaluators)
+  identity, data = models.identity(path), evaluator_lib.contents(evaluators)
   record = workdir / 'model.json'
   known = json.loads(record.read_text()) if record.exists() else None
   if known and known['identity'] != identity:

@@ -17,6 +17,11 @@ _CONFIG = binary.config_flag('The experiment.')
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where it all goes; default: runs/<name of the config>.'
 )
+_FORCE = flags.DEFINE_bool(
+  'force',
+  False,
+  'Go on in a --workdir that was begun with other settings, data or models.',
+)
 _PLAN = flags.DEFINE_bool(
   'plan', False, 'Print memory, operations and time of a step; run nothing.'
 )
@@ -54,9 +59,9 @@ def _main(argv):
       raise UserError(f'--{flag.name} is of --plan; give both, or none')
   workdir = _WORKDIR.value or binary.default_workdir()
   if config.stages:
-    train.run_stages(config, workdir)
+    train.run_stages(config, workdir, _FORCE.value)
   else:
-    train.run(config, workdir)
+    train.run(config, workdir, force=_FORCE.value)
 
 
 if __name__ == '__main__':

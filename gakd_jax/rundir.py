@@ -5,17 +5,13 @@ best/ (a Hugging Face directory), answers/, rollouts.jsonl where the student
 writes, results.json once it has finished, report.html.
 """
 
-import importlib.metadata
 import json
 import math
-import subprocess
 from pathlib import Path
 
-from gakd_jax import UserError, __version__, report
+from gakd_jax import UserError, report
 
 STAGE = 'stage:'
-# What may change between two starts of one run: nothing that it computes.
-_FREE = ('report', 'checkpoint.every', 'checkpoint.keep', 'mesh', 'stages')
 
 
 def resolve_stages(config, root):
@@ -111,70 +107,3 @@ def read_rollouts(workdir):
     return []
   # Not splitlines: a text may hold other ends of lines.
   return [json.loads(x) for x in path.read_text('utf-8').split('\n')[:-1]]
-
-
-def record(config, workdir):
-  """Writes config.json, or refuses a directory of another config.
-
-  Raises:
-    UserError: naming the keys that differ from the run that `workdir` has.
-  """
-  path = Path(workdir) / 'config.json'
-  # An infinite setting is no JSON; its name is.
-  ours = json.loads(config.to_json_best_effort(), parse_constant=str)
-  if path.exists():
-    theirs = json.loads(path.read_text(), parse_constant=str)['config']
-    changed = _differences(theirs, ours)
-    if changed:
-      raise UserError(
-        f'{workdir} has a run with another config: {"; ".join(changed)}; '
-        'use another --workdir, or the config it was started with'
-      )
-    return
-  content = {'config': ours, 'versions': _versions(), 'commit': commit()}
-  report.write_atomically(path, json.dumps(content, indent=2) + '\n')
-
-
-def note(workdir, **facts):
-  """Adds to config.json what is known once a run has begun."""
-  path = Path(workdir) / 'config.json'
-  content = json.loads(path.read_text())
-  report.write_atomically(path, json.dumps(content | facts, indent=2) + '\n')
-
-
-def flatten(config, prefix=''):
-  """Nested dicts -> {'train.batch_size': 32}."""
-  flat = {}
-  for key, value in config.items():
-    name = f'{prefix}{key}'
-    if isinstance(value, dict):
-      flat |= flatten(value, name + '.')
-    else:
-      flat[name] = value
-  return flat
-
-
-def _differences(theirs, ours):
-  theirs, ours = flatten(theirs), flatten(ours)
-  return [
-    f'{key} was {theirs.get(key)!r} and is {ours.get(key)!r}'
-    for key in sorted(theirs.keys() | ours.keys())
-    if theirs.get(key) != ours.get(key)
-    and not any(key == free or key.startswith(free + '.') for free in _FREE)
-  ]
-
-
-def _versions():
-  packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain')
-  versions = {name: importlib.metadata.version(name) for name in packages}
-  return {'gakd_jax': __version__} | versions
-
-
-def commit():
-  """The commit of the source, if it is a checkout; None otherwise."""
-  git = ['git', '-C', str(Path(__file__).parent), 'rev-parse', 'HEAD']
-  try:
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
-  except FileNotFoundError:
-    return None
-  return done.stdout.strip() or None

@@ -5,7 +5,7 @@ import math
 import statistics
 from pathlib import Path
 
-from gakd_jax import page, report, results, rundir
+from gakd_jax import fingerprint, page, report, results, rundir
 from gakd_jax.page import answers as answers_lib
 from gakd_jax.page import figures, rollouts, training
 
@@ -242,7 +242,9 @@ def settings(runs):
   for name, directory in runs.items():
     path = Path(directory) / 'config.json'
     if path.exists():
-      configs[name] = rundir.flatten(json.loads(path.read_text())['config'])
+      configs[name] = fingerprint.flatten(
+        json.loads(path.read_text())['config']
+      )
   keys = dict.fromkeys(key for config in configs.values() for key in config)
   pairs = []
   for key in keys:

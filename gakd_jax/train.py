@@ -7,6 +7,7 @@ runs that build on each other.
 
 import contextlib
 import functools
+import math
 import resource
 import signal
 import time
@@ -21,6 +22,7 @@ from gakd_jax import (
   UserError,
   best,
   build,
+  fingerprint,
   inputs,
   keys,
   models,
@@ -34,23 +36,25 @@ from gakd_jax import checkpoint as checkpoint_lib
 from gakd_jax.evals import evaluator as evaluator_lib
 
 
-def run_stages(config, workdir):
+def run_stages(config, workdir, force=False):
   """Runs `config.stages` in order, then compares them in report.html."""
   workdir = Path(workdir)
   for name, stage in config.stages:
     print(f'== {name}', flush=True)
-    run(stage, workdir / name, root=workdir)
+    run(stage, workdir / name, root=workdir, force=force)
   runs = {name: workdir / name for name, _ in config.stages}
   summary.write(workdir / 'report.html', runs, answers=config.report.answers)
 
 
-def run(config, workdir, root=None):
+def run(config, workdir, root=None, force=False):
   """One run: trains, evaluates and exports; returns its final results.
 
   Args:
     config: see configs/base.py.
     workdir: the run's directory.
     root: where the stages lie that the config names; None: it names none.
+    force: go on in a directory that was begun with other settings or contents,
+      see `fingerprint`.
 
   Raises:
     UserError: for anything wrong with config, data or models, in one line.
@@ -59,11 +63,16 @@ def run(config, workdir, root=None):
   workdir = Path(workdir)
   if config.student.path is None:
     raise UserError('config.student.path is not set: name a model directory')
-  rundir.record(config, workdir)
+  with fingerprint.lock(workdir):
+    return _run(config, workdir, root or workdir, force)
+
+
+def _run(config, workdir, root, force):
+  fingerprint.record(config, workdir, force)
   if rundir.is_finished(workdir):
     print(f'{workdir} has finished; its report is {workdir}/report.html')
     return rundir.read_results(workdir)
-  config = rundir.resolve_stages(config, root or workdir)
+  config = rundir.resolve_stages(config, root)
   config.data.template = best.template_of(
     config.student.path, config.data.template
   )
@@ -72,7 +81,8 @@ def run(config, workdir, root=None):
   mesh = sharding.make_mesh(**config.mesh)
   with jax.set_mesh(mesh):
     current = build.build(config, workdir, mesh)
-    rundir.note(workdir, models=_origins(config))
+    fingerprint.note(workdir, models=_origins(config))
+    fingerprint.check_contents(workdir, _contents(current), force)
     evaluates_only = config.train.steps == 0
     results = (_evaluate_only if evaluates_only else _train)(current)
   rundir.finish(workdir, results)
@@ -93,6 +103,25 @@ def _origins(config):
       ('teacher', config.teacher.path),
     )
     if path
+  }
+
+
+def _contents(run):
+  """What the files of a run hold; see `fingerprint.check_contents`."""
+  c = run.config
+  paths = {
+    'config.student': c.student.path,
+    'config.teacher': c.teacher.path,
+    'config.critic': c.critic.init_from,
+  }
+  contents = {name: models.identity(p) for name, p in paths.items() if p}
+  if run.examples is not None:
+    contents['config.data.train'] = fingerprint.of_arrays(
+      ids for x in run.examples for ids in (x.prompt_ids, x.response_ids)
+    )
+  return contents | {
+    f'config.evals.{name}': digest
+    for name, digest in evaluator_lib.contents(run.evaluators).items()
   }
 
 
@@ -306,9 +335,11 @@ def _is_better(config, results, best):
       f'config.checkpoint.best_metric={config.best_metric!r} is not measured; '
       f'known are {", ".join(results)}'
     )
+  new = results[config.best_metric]
+  if math.isnan(new):
+    return False
   if best is None:
     return True
-  new = results[config.best_metric]
   return new > best if config.best_mode == 'max' else new < best
 
 

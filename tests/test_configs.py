@@ -18,6 +18,7 @@ from gakd_jax import (
   UserError,
   binary,
   build,
+  fingerprint,
   objectives,
   rollout,
   rundir,
@@ -414,8 +415,8 @@ def test_wrong_flags_are_one_line(flags, expected):
 def test_what_a_run_leaves_is_json(tmp_path):
   config = base.get_config()
   config.optimizer.clip_norm = float('inf')
-  rundir.record(config, tmp_path)
-  rundir.record(config, tmp_path)  # It is the same config.
+  fingerprint.record(config, tmp_path)
+  fingerprint.record(config, tmp_path)  # It is the same config.
   rundir.finish(tmp_path, {'loss/ce': float('nan'), 'x/y': 1.0})
   for file in ('config.json', 'results.json'):
     json.loads((tmp_path / file).read_text(), parse_constant=pytest.fail)

@@ -28,6 +28,7 @@ LEVELS = (
     'optim',
     'sharding',
     'checkpoint',
+    'fingerprint',
     'rundir',
     'summary',
     'results',

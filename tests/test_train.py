@@ -8,13 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from configs import base
-from gakd_jax import Interrupted, UserError, models, report, rundir, train
+from gakd_jax import (
+  Interrupted,
+  UserError,
+  fingerprint,
+  models,
+  report,
+  rundir,
+  train,
+)
 from tools import make_goldens
 
 ROWS = [
@@ -182,6 +191,69 @@ def test_another_config_is_refused(whole_run, config):
   config.optimizer.learning_rate = 1.0
   with pytest.raises(UserError, match=r'learning_rate was 0\.003 and'):
     train.run(config, whole_run[0])
+
+
+@pytest.fixture
+def unfinished(whole_run, tmp_path):
+  """The whole run as it was before its results were written."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(whole_run[0], workdir)
+  (workdir / 'results.json').unlink()
+  return workdir
+
+
+def test_a_run_goes_on_with_other_means_and_says_so(unfinished, config, capsys):
+  config.train.microbatch_size = 4
+  config.data.workers = 1
+  config.evals.loss.batch_size = 4
+  train.run(config, unfinished)
+  said = capsys.readouterr().out
+  assert f'{unfinished}: train.microbatch_size was None and is 4\n' in said
+  recorded = json.loads((unfinished / 'config.json').read_text())['config']
+  assert recorded['train']['microbatch_size'] == 4
+
+
+@pytest.mark.parametrize('what', ['data', 'student'])
+def test_other_contents_are_refused_unless_forced(
+  unfinished, config, data_file, what, capsys
+):
+  """Under the same name, rows or weights that are others."""
+  if what == 'data':
+    path, name = Path(data_file), 'config.data.train; config.evals.generation'
+    changed = path.read_text().replace('Repeat two', 'Say two').encode()
+  else:
+    path = Path(config.student.path) / 'model.safetensors'
+    name = 'config.student'
+    changed = bytearray(path.read_bytes())
+    changed[-3] ^= 64
+  before = path.read_bytes()
+  try:
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match=f'than there are now: {name}') as e:
+      train.run(config, unfinished)
+    assert '--force' in str(e.value)
+    train.run(config, unfinished, force=True)
+    assert 'forced: other contents of config.' in capsys.readouterr().out
+  finally:
+    path.write_bytes(before)
+
+
+def test_two_processes_do_not_share_a_directory(tmp_path, config):
+  with (
+    fingerprint.lock(tmp_path / 'run'),
+    pytest.raises(UserError, match='another process works there'),
+  ):
+    train.run(config, tmp_path / 'run')
+
+
+@pytest.mark.parametrize('mode', ['min', 'max'])
+def test_what_is_no_number_is_never_the_best(mode):
+  c = base.get_config().checkpoint
+  c.best_metric, c.best_mode = 'x/y', mode
+  nan, one = {'x/y': float('nan')}, {'x/y': 1.0}
+  assert not train._is_better(c, nan, None)
+  assert not train._is_better(c, nan, 1.0)
+  assert train._is_better(c, one, None)
 
 
 def test_best_is_the_best_and_not_the_last(config, tmp_path, monkeypatch):

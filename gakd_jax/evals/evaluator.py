@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from gakd_jax import UserError
+from gakd_jax import UserError, partial
 from gakd_jax import settings as settings_lib
 from gakd_jax.data import sources, templates
 from gakd_jax.evals import (
@@ -63,6 +63,17 @@ def measure(evaluator, subject, params, tag):
     more = values.get('left_out', 0)
     values = values | {'left_out': evaluator.left_out + more}
   return {f'{evaluator.name}/{key}': value for key, value in values.items()}
+
+
+def contents(evaluators):
+  """{name: a digest of its rows} of the evaluators that have some."""
+  return {
+    name: partial.digest(
+      [dataclasses.astuple(dataclasses.replace(r, where='')) for r in x.rows]
+    )
+    for name, x in sorted(evaluators.items())
+    if hasattr(x, 'rows')
+  }
 
 
 def check(config):
