@@ -8,6 +8,7 @@ runs that build on each other.
 import contextlib
 import functools
 import math
+import re
 import resource
 import signal
 import time
@@ -68,6 +69,7 @@ def run(config, workdir, root=None, force=False):
 
 
 def _run(config, workdir, root, force):
+  _forget_peak_memory()
   fingerprint.record(config, workdir, force)
   if rundir.is_finished(workdir):
     print(f'{workdir} has finished; its report is {workdir}/report.html')
@@ -360,9 +362,18 @@ def _export(run, params, step, value=None):
   )
 
 
+def _forget_peak_memory():
+  """Of the stages before; where the system cannot, the peak is that of all."""
+  with contextlib.suppress(OSError):
+    Path('/proc/self/clear_refs').write_text('5')
+
+
 def _peak_memory_gb():
   """Of the first device; of the process where the backend does not tell."""
   stats = jax.local_devices()[0].memory_stats()
   if stats and 'peak_bytes_in_use' in stats:
     return stats['peak_bytes_in_use'] / 1e9
+  with contextlib.suppress(OSError):
+    peak = re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())
+    return int(peak[1]) * 1024 / 1e9
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -521,3 +521,14 @@ def test_the_exported_student_loads_in_transformers(real_run):
     theirs = model(torch.tensor([ids])).logits.numpy()
   ours = models.load(path, dtype='float32').logits(np.array([ids]))
   np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_the_peak_of_memory_is_a_stages_own():
+  if not Path('/proc/self/clear_refs').exists():
+    pytest.skip('the system does not forget a peak')
+  large = np.ones(10**8)  # 0.8 GB
+  before = train._peak_memory_gb()
+  del large
+  assert train._peak_memory_gb() >= before
+  train._forget_peak_memory()
+  assert train._peak_memory_gb() < before - 0.5
