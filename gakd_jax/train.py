@@ -72,6 +72,8 @@ def _run(config, workdir, root, force):
   _forget_peak_memory()
   fingerprint.record(config, workdir, force)
   if rundir.is_finished(workdir):
+    if not (workdir / 'report.html').exists():  # It was stopped just there.
+      _write_report(config, workdir)
     print(f'{workdir} has finished; its report is {workdir}/report.html')
     return rundir.read_results(workdir)
   config = rundir.resolve_stages(config, root)
@@ -88,12 +90,13 @@ def _run(config, workdir, root, force):
     evaluates_only = config.train.steps == 0
     results = (_evaluate_only if evaluates_only else _train)(current)
   rundir.finish(workdir, results)
-  summary.write(
-    workdir / 'report.html',
-    {workdir.name: workdir},
-    answers=config.report.answers,
-  )
+  _write_report(config, workdir)
   return results
+
+
+def _write_report(config, workdir):
+  runs = {workdir.name: workdir}
+  summary.write(workdir / 'report.html', runs, answers=config.report.answers)
 
 
 def _origins(config):

@@ -126,8 +126,11 @@ def test_a_run_learns_and_leaves_everything(whole_run):
 def test_a_finished_run_is_left_alone(whole_run, config):
   workdir, results = whole_run
   before = (workdir / 'metrics.jsonl').read_bytes()
+  report_page = (workdir / 'report.html').read_bytes()
+  (workdir / 'report.html').unlink()  # Stopped before it was written.
   assert train.run(config, workdir) == results
   assert (workdir / 'metrics.jsonl').read_bytes() == before
+  assert (workdir / 'report.html').read_bytes() == report_page
 
 
 @pytest.mark.parametrize(
