@@ -124,6 +124,7 @@ def test_fine_tuned_it_stops_where_it_learned_to(smollm2, tmp_path):
   c.data.train = str(data)
   c.data.template = 'alpaca'  # and not the model's own
   c.data.max_length, c.data.max_prompt_length = 96, 80
+  c.mesh.data = 1
   c.train.precision, c.train.steps, c.train.batch_size = 'float32', 10, 4
   c.optimizer.learning_rate, c.optimizer.warmup_steps = 5e-3, 2
   c.evals = {}
