@@ -13,7 +13,7 @@ are made as configs/skd.py says of `math`. LLM-Adapters' math_data.json is not
 used: it has four fifths of the questions that configs/eval_math.py asks.
 Published average of its seven sets, after training on LLM-Adapters' data and
 thus no target here: SFT 52.8, forward KL 56.9 (T = 2: 61.1), reverse KL 63.1,
-GKD 61.1. Rows are of 512 tokens (256), as GSM8K's answers are longer.
+GKD 61.1. Rows have 512 tokens, not 256: GSM8K's answers are longer.
 Hardware: one 80 GB GPU. Not yet run at full size.
 
   python -m gakd_jax.evaluate --config=configs/eval_math.py \\

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from configs import eval_all, on_policy, skd
+from configs import eval_all, gakd, on_policy, skd
 from gakd_jax.data import sources
 from tools import prepare_data
 
 ROOT = Path(skd.__file__).parents[1]
 ARGUMENTS = {
+  'gakd': gakd.ARGUMENTS,
   'skd': [
     f'{task},{kd_type},{pair}'
     for task in skd.TASKS
