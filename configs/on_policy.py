@@ -18,12 +18,12 @@
                  gan_g0, wgan_g0 without it
 
 Pure divergences: `--config.objective.kd=0.5` adds half cross-entropy, of what
-the data wrote. Rates, epochs and adapters are those of `rkl_*` and `rgan_*`,
-whose SFT runs come first. Hardware: one 80 GB GPU. Not yet run at full size.
+the data wrote. Rates, epochs and adapters are those of configs/gakd.py (of its
+`rkl`, or of the critic's kind), whose SFT runs come first. Hardware: one 80 GB
+GPU. Not yet run at full size.
 """
 
-import importlib
-
+from configs import gakd
 from gakd_jax import UserError
 
 SIZES = ('0p6b', '1p7b', '4b')
@@ -53,7 +53,7 @@ def get_config(which='0p6b,gkd'):
     )
   objective, share = METHODS[method]
   recipe = objective.get('kind', 'rkl')
-  c = importlib.import_module(f'configs.{recipe}_{size}').get_config()
+  c = gakd.get_config(f'{recipe},{size}')
   if objective['name'] == 'gakd':
     c.objective.update(objective)
   else:

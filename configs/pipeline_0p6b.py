@@ -8,24 +8,19 @@ on the test set, five seeds. A stage that has finished is skipped on restart.
 Hardware: one 80 GB GPU. Not yet run at full size.
 """
 
-from configs import (
-  ablation_rgan_0p6b,
-  dolly,
-  fkl_0p6b,
-  rgan_0p6b,
-  rkl_0p6b,
-  sft_0p6b,
-  sft_8b,
-)
+from configs import dolly, gakd
 
 METHODS = {
-  'forward_kl': fkl_0p6b,
-  'reverse_kl': rkl_0p6b,
-  'rgan': rgan_0p6b,
-  'rgan_without_critic': ablation_rgan_0p6b,
+  'forward_kl': 'fkl,0p6b',
+  'reverse_kl': 'rkl,0p6b',
+  'rgan': 'rgan,0p6b',
+  'rgan_without_critic': 'rgan,0p6b,g=0',
 }
 
 
 def get_config():
-  stages = {name: module.get_config() for name, module in METHODS.items()}
-  return dolly.pipeline(sft_8b.get_config(), sft_0p6b.get_config(), stages)
+  return dolly.pipeline(
+    gakd.get_config('sft,8b'),
+    gakd.get_config('sft,0p6b'),
+    {name: gakd.get_config(which) for name, which in METHODS.items()},
+  )

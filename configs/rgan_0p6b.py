@@ -1,32 +1,12 @@
-"""GAKD (relativistic): Qwen3-8B to Qwen3-0.6B, on Dolly.
+"""GAKD (relativistic) from Qwen3-8B to Qwen3-0.6B, both after SFT, on Dolly.
 
-  python -m gakd_jax.main --config=configs/sft_8b.py
-  python -m gakd_jax.main --config=configs/sft_0p6b.py
   python -m gakd_jax.main --config=configs/rgan_0p6b.py
 
-Loss 0.5 CE + 0.5 x 1 reverse KL + 0.1 L_G, L_G from the second epoch on, LoRA
-of rank 16.
-Hardware: one 80 GB GPU; the teacher takes 16 GB.
-The checkpoint is chosen by validation ROUGE-L. What to expect: no numbers are
-published; the gain is the difference from `ablation_rgan_0p6b`, and a seed is
-worth 0.2 to 0.6 ROUGE-L. Not yet run at full size.
+It is configs/gakd.py:rgan,0p6b, where all of these are described.
 """
 
-from configs import dolly
+from configs import gakd
 
 
 def get_config():
-  c = dolly.get_config()
-  c.student.path = 'runs/sft_0p6b/best'
-  c.student.lora = dolly.LORA
-  c.teacher.path = 'runs/sft_8b/best'
-  c.objective = {
-    'name': 'gakd',
-    'kind': 'rgan',
-    'rkl_scale': 1.0,
-    'g': 0.1,
-  }
-  c.optimizer.learning_rate = 5e-5
-  c.train.epochs = 20
-  c.train.microbatch_size = 8
-  return c
+  return gakd.get_config('rgan,0p6b')

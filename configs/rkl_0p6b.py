@@ -1,24 +1,12 @@
-"""Reverse KL from an SFT Qwen3-8B to an SFT Qwen3-0.6B, on Dolly.
+"""Reverse KL from the SFT of Qwen3-8B to that of Qwen3-0.6B, on Dolly.
 
-  python -m gakd_jax.main --config=configs/sft_8b.py
-  python -m gakd_jax.main --config=configs/sft_0p6b.py
   python -m gakd_jax.main --config=configs/rkl_0p6b.py
 
-Loss 0.5 CE + 0.5 reverse KL, LoRA of rank 16. Hardware: one 80 GB GPU; the
-teacher takes 16 GB of it. The checkpoint is chosen by validation ROUGE-L.
-Not yet run at full size.
+It is configs/gakd.py:rkl,0p6b, where all of these are described.
 """
 
-from configs import dolly
+from configs import gakd
 
 
 def get_config():
-  c = dolly.get_config()
-  c.student.path = 'runs/sft_0p6b/best'
-  c.student.lora = dolly.LORA
-  c.teacher.path = 'runs/sft_8b/best'
-  c.objective = {'name': 'kld', 'divergence': 'reverse_kl', 'kd': 0.5}
-  c.optimizer.learning_rate = 1e-4
-  c.train.epochs = 20
-  c.train.microbatch_size = 8
-  return c
+  return gakd.get_config('rkl,0p6b')

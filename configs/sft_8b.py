@@ -2,21 +2,11 @@
 
   python -m gakd_jax.main --config=configs/sft_8b.py
 
-LoRA of rank 16: best/ is an adapter, which the students' configs take as it
-is. Hardware: one 80 GB GPU. The checkpoint is chosen by validation ROUGE-L. Not
-yet run at full size.
+It is configs/gakd.py:sft,8b, where all of these are described.
 """
 
-from configs import dolly
+from configs import gakd
 
 
 def get_config():
-  c = dolly.get_config()
-  c.student.path = 'Qwen/Qwen3-8B'
-  c.student.lora = dolly.LORA
-  c.objective = {'name': 'sft'}
-  c.optimizer.learning_rate = 5e-6
-  c.train.epochs = 20
-  c.train.batch_size = 128
-  c.train.microbatch_size = 8
-  return c
+  return gakd.get_config('sft,8b')

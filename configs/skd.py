@@ -44,20 +44,20 @@ A third word names the pair: `gemma` (7B to 2B, the default) or `qwen2` (7B to
     data/flores_ne_en/train.jsonl --target=wikipedia.dev.ne-en.en \\
     --languages=Nepali,English --limit=1000
 
-  math (github.com/AGI-Edgerunners/LLM-Adapters), and its folder `dataset` as
+  math (GSM8K's train.jsonl once more), to be asked the other sets of
+  github.com/AGI-Edgerunners/LLM-Adapters: its folder `dataset` as
   data/llm_adapters/dataset
-  python tools/prepare_data.py ft-training_set/math_data.json \\
-    data/math/train.jsonl --limit=3000
-  python tools/prepare_data.py ft-training_set/math_data.json \\
-    data/math/dev.jsonl --skip=3000
+  python tools/prepare_data.py train.jsonl data/math/train.jsonl --limit=7000
+  python tools/prepare_data.py train.jsonl data/math/dev.jsonl --skip=7000
 
 Lengths, rates, draws, the tests' stop strings and 1000 rows (`gsm_1k`) are
 those of the authors' code. Not theirs: Nepali of FLORES v1 for Assamese of
-FLORES-200, and LLM-Adapters for UltraInteract, with half its lengths; prompts,
-which are a question or a task and its text; rollouts, which no stop string ends
-and which `mixed` and `mixed_train` draw as the others do, not at T = 1; SFT as
-long as distillation; and a number counts without `####`. The best checkpoint
-has the lowest forward KL on validation text (SFT and seq_kd: cross-entropy).
+FLORES-200, and GSM8K for UltraInteract, with half its lengths (LLM-Adapters'
+own math_data.json has four fifths of its tests' questions); prompts, which are
+a question or a task and its text; rollouts, which no stop string ends and which
+`mixed` and `mixed_train` draw as the others do, not at T = 1; SFT as long as
+distillation; and a number counts without `####`. The best checkpoint has the
+lowest forward KL on validation text (SFT and seq_kd: cross-entropy).
 
 Published, of Gemma-2B (COMET, ROUGE-L, GSM8K): SFT 72.5, 31.7, 18.7; supervised
 KD 73.3, 34.1, 22.5; on-policy 36.1, 34.1, 25.3; SKD 75.3, 35.0, 29.1. Hardware:

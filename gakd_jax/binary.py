@@ -32,9 +32,11 @@ def config_flag(help_string, **settings):
 
 
 def default_workdir():
-  """runs/rkl_0p6b for --config=configs/rkl_0p6b.py."""
-  file = config_flags.get_config_filename(flags.FLAGS['config'])
-  return os.path.join('runs', os.path.splitext(os.path.basename(file))[0])
+  """runs/skd for configs/skd.py, runs/skd_math_sft for skd.py:math,sft."""
+  config = config_flags.get_config_filename(flags.FLAGS['config'])
+  file, _, argument = config.partition(':')
+  words = [pathlib.Path(file).stem, *re.findall(r'[\w.-]+', argument)]
+  return os.path.join('runs', '_'.join(words))
 
 
 def use_compilation_cache():

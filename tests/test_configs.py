@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from configs import base, on_policy, skd, tiny_teacher
+from configs import base, gakd, on_policy, skd, tiny_teacher
 from gakd_jax import (
   UserError,
   binary,
@@ -26,6 +26,7 @@ from gakd_jax import (
   train,
 )
 from gakd_jax.evals import evaluator, tasks
+from tests.shrink import shrink
 
 FOLDER = Path(base.__file__).parent
 EXPERIMENTS = sorted(
@@ -42,15 +43,18 @@ ALL_FILES = [
   if path.stem != '__init__'
 ]
 
-# Of sizes and of GAKD's kinds, some are trained by default.
+# Of GAKD's kinds, some are trained by default.
 LONG = re.compile(
-  'quickstart|tiny_teacher|fidelity_math|skd|pipeline|reference|ablation|'
-  'w?gan_|fkl_|sft_[48]'
+  'quickstart|tiny_teacher|fidelity_math|skd|pipeline|fkl_|sft_8b'
 )
 
 # Of configs with an argument, others than the default.
-ARGUMENTS = [f'skd:gsm8k,{x}' for x in skd.WRITERS if x != 'skd'] + [
-  f'on_policy:0p6b,{x}' for x in ('entropy_gated', 'distillm2', 'rgan')
+ARGUMENTS = [
+  *(f'skd:gsm8k,{x}' for x in skd.WRITERS if x != 'skd'),
+  *(f'on_policy:0p6b,{x}' for x in ('entropy_gated', 'distillm2', 'rgan')),
+  *(f'gakd:{x},0p6b' for x in ('gan', 'wgan', 'reference_rgan')),
+  *(f'gakd:{x},0p6b,g=0' for x in gakd.RKL_SCALES),
+  'gakd:sft,4b',
 ]
 
 REFERENCE = {'name': 'gakd', 'reference': True}
@@ -67,7 +71,7 @@ def shrunk(name, model):
   # There, the teacher has to end its answers.
   if name.startswith('quickstart') or name.endswith('seq_kd'):
     model = tiny_teacher.PATH
-  config = base.shrink(config, model=str(model), data=DATA)
+  config = shrink(config, model=str(model), data=DATA)
   config.stages = tuple(
     (stage.replace('-seed0', ''), c) for stage, c in config.stages
   )
@@ -125,18 +129,41 @@ def test_every_config_trains(name, trained, small_model):
   assert (where / 'report.html').exists()
 
 
-def test_ablations_differ_from_their_twins_in_g_alone():
-  """At full size, not shrunk."""
-  pairs = [n for n in EXPERIMENTS if n.startswith('ablation_')]
-  assert len(pairs) == 9
-  for name in pairs:
-    theirs, ours = (
-      importlib.import_module(f'configs.{n}').get_config()
-      for n in (name.removeprefix('ablation_'), name)
-    )
+def test_every_argument_of_gakd():
+  configs = {which: gakd.get_config(which) for which in gakd.ARGUMENTS}
+  assert len(configs) == 31
+  starts = {c.student.path for c in configs.values()}
+  starts |= {c.teacher.path for c in configs.values()}
+  assert starts == {*gakd.MODELS.values(), None} | {
+    f'runs/sft_{size}/best' for size in gakd.MODELS
+  }
+  for c in configs.values():
+    check_parts(c)
+  ablations = [which for which in gakd.ARGUMENTS if which.endswith(',g=0')]
+  assert len(ablations) == 9
+  for which in ablations:
+    theirs, ours = configs[which.removesuffix(',g=0')], configs[which]
     assert (theirs.objective.g, ours.objective.g) == (0.1, 0.0)
     ours.objective.g = 0.1
     assert str(theirs) == str(ours)
+
+
+def test_short_names_are_their_recipes():
+  recipes = {name: name.replace('_', ',') for name in EXPERIMENTS}
+  short = [name for name in recipes if recipes[name] in gakd.ARGUMENTS]
+  assert len(short) == 5
+  for name in short:
+    config = importlib.import_module(f'configs.{name}').get_config()
+    assert str(config) == str(gakd.get_config(recipes[name]))
+
+
+@pytest.mark.parametrize(
+  'argument', ['rgan', '0p6b,rgan', 'rgan,8b', 'rkl,4b,g=0', 'gan,4b,g=1']
+)
+def test_wrong_arguments_of_gakd_are_named(argument):
+  message = f'configs/gakd.py:{argument}: expected <kind>,<size>, of sft, fkl,'
+  with pytest.raises(UserError, match=message):
+    gakd.get_config(argument)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +236,7 @@ def test_every_argument_of_on_policy(size):
     assert (c.objective.get('g') == 0) == method.endswith('_g0')
     recipe = method[:-3] if method.endswith('_g0') else method
     recipe = recipe if 'gan' in recipe else 'rkl'
-    theirs = importlib.import_module(f'configs.{recipe}_{size}').get_config()
+    theirs = gakd.get_config(f'{recipe},{size}')
     assert c.student.lora == theirs.student.lora
     assert c.optimizer == theirs.optimizer
   for wrong in ('0p6b', '1b,gkd', '0p6b,gdk'):
@@ -300,6 +327,25 @@ def test_a_flag_sets_any_setting_of_any_part(file):
       _, value = texts[f'{part}.{key}']
       assert found[key] == value
       assert type(found[key]) is type(value)
+
+
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
+@pytest.mark.parametrize(
+  ('config', 'workdir'),
+  [
+    ('rkl_0p6b.py', 'runs/rkl_0p6b'),
+    ('gakd.py', 'runs/gakd'),
+    ('gakd.py:rgan,4b,g=0', 'runs/gakd_rgan_4b_g_0'),
+    ('skd.py:gsm8k,on-policy', 'runs/skd_gsm8k_on-policy'),
+  ],
+)
+def test_each_argument_has_a_directory(config, workdir, monkeypatch):
+  values = flags.FlagValues()
+  argv = ['main', f'--config={FOLDER}/{config}']
+  binary.config_flag('', flag_values=values, sys_argv=argv)
+  values(argv)
+  monkeypatch.setattr(flags, 'FLAGS', values)
+  assert binary.default_workdir() == workdir
 
 
 @pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
@@ -430,7 +476,7 @@ def test_what_a_run_leaves_is_json(tmp_path):
 def broken(tiny_model_dir, tmp_path, capsys):
   """Runs a shrunk recipe with one setting changed; the one line it prints."""
   config = importlib.import_module('configs.rkl_0p6b').get_config()
-  config = base.shrink(config, model=str(tiny_model_dir()), data=DATA)
+  config = shrink(config, model=str(tiny_model_dir()), data=DATA)
 
   def run(**settings):
     with config.unlocked():

@@ -11,6 +11,7 @@ import pytest
 
 from configs import base
 from gakd_jax import UserError, best, evaluate, models, partial, rundir
+from tests.shrink import shrink
 
 ROWS = [
   {'instruction': f'Say {word}.', 'input': '', 'output': [word, word + '!']}
@@ -353,7 +354,7 @@ def test_every_suite_runs(name, paths, write_rows, data_file, tmp_path):
     if kind in seen and name == 'eval_all':
       del config.evals[key]  # Another set of the same kind.
     seen.add(kind)
-  config = base.shrink(config, model=paths['small'], data=data_file)
+  config = shrink(config, model=paths['small'], data=data_file)
   for settings in config.evals.values():
     task = settings.get('task', 'choice')
     if 'of' not in settings and task in BY_TASK:

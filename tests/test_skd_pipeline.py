@@ -1,8 +1,6 @@
-"""SKD's tasks from the public files; GSM8K to a table, with tiny models."""
+"""SKD: GSM8K from its public files to a table, with tiny models."""
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -12,43 +10,6 @@ from gakd_jax import results, rundir, train
 from tools import prepare_data
 
 TEACHER, STUDENT = skd.PAIRS['gemma']
-
-
-# Where data/<folder> comes from.
-PUBLIC = {
-  'gsm8k': 'gsm8k',
-  'dialogsum': 'dialogsum',
-  'flores_ne_en': 'flores_v1',
-  'math': 'llm_adapters',
-}
-
-
-def test_commands_of_the_docstring(shared_dir, tmp_path, monkeypatch):
-  monkeypatch.chdir(tmp_path)
-  doc = skd.__doc__.replace('\\\n', '')
-  commands = re.findall(r'python tools/prepare_data.py (.*)', doc)
-  assert len(commands) == 9
-  made = {}
-  for command in commands:
-    source, file, *options = shlex.split(command)
-    # The train split of DialogSum is not there; dev is of the same form.
-    source = source.replace('dialogsum.train', 'dialogsum.dev')
-    folder = shared_dir / 'data' / PUBLIC[Path(file).parent.name]
-    options = [x.replace('--target=', f'--target={folder}/') for x in options]
-    assert prepare_data.main([f'{folder}/{source}', file, *options]) == 0
-    made[file] = len(Path(file).read_text().split('\n')) - 1
-  assert made['data/gsm8k/dev.jsonl'] == 473
-  assert made['data/flores_ne_en/train.jsonl'] == 1000
-  named = {
-    f'{task.folder}/{part}.jsonl'
-    for task in skd.TASKS.values()
-    for part in ('train', 'dev')
-  }
-  # Of the translations, the docstring has one command of three.
-  assert named - made.keys() == {'data/flores_ne_en/dev.jsonl'}
-  assert all(
-    Path(file).exists() for file, _ in skd.TASKS['gsm8k'].tests.values()
-  )
 
 
 def shrink(c):
