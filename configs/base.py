@@ -118,7 +118,6 @@ def get_config():
   c.checkpoint.keep = 1  # newest checkpoints that stay on disk
   # best/ is the model with the best of this metric; None: the last one.
   c.checkpoint.best_metric = config_dict.placeholder(str)
-  c.checkpoint.best_mode = 'max'  # max or min
 
   c.mesh = ml_collections.ConfigDict()  # devices an axis; -1: what is left
   c.mesh.data = -1  # copies of the model

@@ -78,7 +78,7 @@ def pair(teacher, student, *, template, teacher_sft, student_sft, rate):
     return c
 
   first = stage(student, {'name': 'sft'}, **student_sft)
-  first.checkpoint.best_metric, first.checkpoint.best_mode = 'loss/ce', 'min'
+  first.checkpoint.best_metric = 'loss/ce'
   rgan = {'name': 'gakd', 'kind': 'rgan', 'g': 0.1}
   objectives = {
     'forward_kl': {'name': 'kld', 'divergence': 'forward_kl'},

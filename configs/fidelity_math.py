@@ -72,5 +72,4 @@ def _stage(path, objective):
   c.train.epochs = 4
   c.evals = {'loss': {'batch_size': 16}}
   c.checkpoint.best_metric = 'loss/ce'
-  c.checkpoint.best_mode = 'min'
   return c

@@ -104,7 +104,7 @@ def _sft(c, size):
   if size == '8b':
     c.train.batch_size = 128
   else:
-    c.checkpoint.best_metric, c.checkpoint.best_mode = 'loss/ce', 'min'
+    c.checkpoint.best_metric = 'loss/ce'
   return c
 
 

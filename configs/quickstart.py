@@ -134,7 +134,7 @@ def sft_continued(seed, start):
     'batch_size': 60,
     'every': 50,
   }
-  c.checkpoint.best_metric, c.checkpoint.best_mode = 'validation/ce', 'min'
+  c.checkpoint.best_metric = 'validation/ce'
   return c
 
 

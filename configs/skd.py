@@ -200,7 +200,7 @@ def _training(task, kd_type, student, teacher):
   if c.rollout.writer != 'dataset':
     c.rollout.max_new_tokens = task.response
   c.objective = {'name': 'sft'}
-  c.checkpoint.best_metric, c.checkpoint.best_mode = 'loss/ce', 'min'
+  c.checkpoint.best_metric = 'loss/ce'
   if kd_type != 'sft':
     c.teacher.path = teacher
   if kd_type not in ('sft', 'seq_kd'):

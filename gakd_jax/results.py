@@ -32,7 +32,9 @@ NAMES = {
   'chrf': 'chrF',
 }
 _DISTANCES = ('forward_kl', 'reverse_kl')  # of the student from its teacher
-_LOSSES = ('ce', *_DISTANCES)  # less is better
+_LOSSES = ('ce', *_DISTANCES)
+# Of these, and of what their names begin with (`ece_gold`), less is better.
+_LESS_IS_BETTER = (*_LOSSES, 'jsd', 'ece', 'unfinished', 'left_out')
 # Of a set, what stands in the first table: its losses, and one of these.
 _HEADLINES = tuple(name for name in NAMES if name not in _LOSSES)
 
@@ -77,6 +79,20 @@ class Table:
         best = better(printed.values())
         found |= {(i, j) for i, x in printed.items() if x == best}
     return found
+
+
+def is_better(key, new, old):
+  """Whether a value of '<set>/<metric>' is better than another, or than None.
+
+  What is no number never is.
+  """
+  if math.isnan(new):
+    return False
+  if old is None or math.isnan(old):
+    return True
+  metric = key.rpartition('/')[2]
+  less = any(re.fullmatch(rf'{m}(_.*)?', metric) for m in _LESS_IS_BETTER)
+  return new < old if less else new > old
 
 
 def title(metric):

@@ -7,7 +7,6 @@ runs that build on each other.
 
 import contextlib
 import functools
-import math
 import re
 import resource
 import signal
@@ -34,6 +33,7 @@ from gakd_jax import (
   summary,
 )
 from gakd_jax import checkpoint as checkpoint_lib
+from gakd_jax import results as results_lib
 from gakd_jax.evals import evaluator as evaluator_lib
 
 
@@ -340,12 +340,9 @@ def _is_better(config, results, best):
       f'config.checkpoint.best_metric={config.best_metric!r} is not measured; '
       f'known are {", ".join(results)}'
     )
-  new = results[config.best_metric]
-  if math.isnan(new):
-    return False
-  if best is None:
-    return True
-  return new > best if config.best_mode == 'max' else new < best
+  return results_lib.is_better(
+    config.best_metric, results[config.best_metric], best
+  )
 
 
 def _export(run, params, step, value=None):

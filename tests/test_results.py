@@ -166,3 +166,28 @@ def test_latex_escapes_what_it_reads_itself():
   escaped = r'\textbackslash{}\textasciitilde{}\textasciicircum{}\{\}'
   assert f' & {escaped} \\\\' in text
   assert r'\$\#\_ & - \\' in text
+
+
+@pytest.mark.parametrize(
+  ('key', 'less'),
+  [
+    ('loss/ce', True),
+    ('fidelity/reverse_kl_gold', True),
+    ('loss/ece', True),
+    ('greedy/unfinished', True),
+    ('greedy/rouge_l', False),
+    ('gsm8k/accuracy', False),
+    ('loss/agreement', False),
+    ('greedy/rouge_l_11-50', False),
+  ],
+)
+def test_a_metric_knows_its_direction(key, less):
+  assert results.is_better(key, 1.0, 2.0) == less
+  assert results.is_better(key, 2.0, 1.0) != less
+  assert not results.is_better(key, 1.0, 1.0)
+  # What is no number is never the best.
+  nan = float('nan')
+  assert results.is_better(key, 1.0, None)
+  assert results.is_better(key, 1.0, nan)
+  assert not results.is_better(key, nan, None)
+  assert not results.is_better(key, nan, 1.0)

@@ -72,7 +72,6 @@ def config(pair, data_file):
   c.eval_every = 3
   c.checkpoint.every = 2
   c.checkpoint.best_metric = 'loss/reverse_kl'
-  c.checkpoint.best_mode = 'min'
   return c
 
 
@@ -249,16 +248,6 @@ def test_two_processes_do_not_share_a_directory(tmp_path, config):
     train.run(config, tmp_path / 'run')
 
 
-@pytest.mark.parametrize('mode', ['min', 'max'])
-def test_what_is_no_number_is_never_the_best(mode):
-  c = base.get_config().checkpoint
-  c.best_metric, c.best_mode = 'x/y', mode
-  nan, one = {'x/y': float('nan')}, {'x/y': 1.0}
-  assert not train._is_better(c, nan, None)
-  assert not train._is_better(c, nan, 1.0)
-  assert train._is_better(c, one, None)
-
-
 def test_best_is_the_best_and_not_the_last(config, tmp_path, monkeypatch):
   scores = iter([1.0, 5.0, 3.0])
   monkeypatch.setattr(
@@ -270,7 +259,6 @@ def test_best_is_the_best_and_not_the_last(config, tmp_path, monkeypatch):
   )
   config.eval_every = 2
   config.checkpoint.best_metric = 'loss/x'
-  config.checkpoint.best_mode = 'max'
   train.run(config, tmp_path / 'run')
   assert len(exported) == 2
 
@@ -325,7 +313,6 @@ def test_an_export_that_fails_loses_nothing(
   monkeypatch.setattr(train, '_export', export)
   config.eval_every = config.checkpoint.every = 2
   config.checkpoint.best_metric = 'loss/x'
-  config.checkpoint.best_mode = 'max'
   with pytest.raises(OSError, match='disk full'):
     train.run(config, tmp_path / 'run')
   train.run(config, tmp_path / 'run')
