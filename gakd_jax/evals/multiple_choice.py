@@ -22,6 +22,7 @@ from gakd_jax import UserError, sharding
 from gakd_jax.data import pipeline
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers, extract, tasks
+from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.objectives import head
 
 
@@ -55,7 +56,10 @@ class MultipleChoice:
       tasks.gold('choice', row)
 
   def run(self, subject, params, tag):
-    """{'accuracy': percentage}; choices go to <workdir>/answers."""
+    """{'accuracy': percentage, 'accuracy_stderr': its standard error}.
+
+    Choices go to <workdir>/answers.
+    """
     score_of = iter(self._scores(subject, params, self._examples(subject)))
     lines = []
     for i, row in enumerate(self.rows):
@@ -76,8 +80,10 @@ class MultipleChoice:
         }
       )
     answers.write(subject.workdir, self.name, self.seeds[0], lines)
+    right = [line['scores']['accuracy'] for line in lines]
     return {
-      'accuracy': statistics.fmean(x['scores']['accuracy'] for x in lines)
+      'accuracy': statistics.fmean(right),
+      'accuracy_stderr': statistics_lib.standard_error(right),
     }
 
   def _options(self, row):

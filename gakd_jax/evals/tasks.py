@@ -26,7 +26,10 @@ class Task:
 
 TASKS = {
   # Dolly, SelfInst, Vicuna, S-NI, UnNI.
-  'instruct': Task(('rouge_l', 'bleu', 'exact_match'), ('corpus_bleu',)),
+  'instruct': Task(
+    ('rouge_l', 'bleu', 'exact_match'),
+    ('corpus_bleu', 'distinct_1', 'distinct_2'),
+  ),
   'summary': Task(('rouge_l', 'bleu'), ('corpus_bleu',)),
   'translation': Task(
     ('bleu', 'chrf'),

@@ -181,7 +181,11 @@ def test_the_option_with_the_highest_log_probability(
     assert line['scores'] == {
       'accuracy': 100.0 * (f'answer{best + 1}' == row.answer)
     }
-  assert result == {'accuracy': pytest.approx(100 * right / 3)}
+  share = right / 3
+  assert result == {
+    'accuracy': pytest.approx(100 * share),
+    'accuracy_stderr': pytest.approx(100 * (share * (1 - share) / 2) ** 0.5),
+  }
 
 
 def test_a_model_that_says_nan_is_wrong(parts, tmp_path, monkeypatch):
@@ -193,7 +197,7 @@ def test_a_model_that_says_nan_is_wrong(parts, tmp_path, monkeypatch):
     '_scores',
     lambda *_: [-1.0, float('nan'), float('-inf')] * 3,
   )
-  assert choices.run(subject, params, 0) == {'accuracy': 0}
+  assert choices.run(subject, params, 0)['accuracy'] == 0
   text = (tmp_path / 'answers' / 'set-0.jsonl').read_text()
   for line in text.splitlines():
     found = json.loads(line, parse_constant=pytest.fail)
