@@ -35,6 +35,7 @@ def get_config():
       'data': data,
       'limit': config_dict.placeholder(int),
       'candidates': 'text',  # of the options, or their label
+      'normalise': 'tokens',  # or 'bytes' or 'none': acc_norm, acc of lm-eval
       'batch_size': 32,
     }
   return c

@@ -112,7 +112,7 @@ def read(runs):
     cells = {}
     for key, value in rundir.read_results(directory).items():
       match = _KEY.fullmatch(key)
-      if match:
+      if match and not key.endswith('_stderr'):  # What seeds vary it is not.
         where = match['set'], match['metric'], match['bucket']
         old = cells.get(where, Cell(mean=None))
         new = {'std': value} if match['std'] else {'mean': value}

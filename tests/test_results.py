@@ -32,6 +32,7 @@ def test_keys_are_read_with_deviations_and_lengths(tmp_path):
     'self_inst/rouge_l_101+': 10.0,
     'a/b/accuracy': 1.0,
     'lonely/bleu_std': 1.0,
+    'a/b/accuracy_stderr': 0.5,
     'peak_memory_gb': 3.0,
   }
   runs = {'sft-seed3': _run(tmp_path / 'a', values)}

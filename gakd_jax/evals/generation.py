@@ -25,6 +25,7 @@ from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers as answers_lib
 from gakd_jax.evals import scores, tasks
+from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.models import decoding
 
 
@@ -64,7 +65,9 @@ class Generation:
     Metrics are those of the task (0 to 100), `answer_tokens`, and `unfinished`,
     the percentage that was cut off at `max_new_tokens`. `rouge_l_11-50` and the
     like are of the prompts whose first reference has so many tokens. With
-    several seeds, `<metric>_std` is the deviation over them.
+    several seeds, `<metric>_std` is the deviation over them, and of tasks with
+    right and wrong `pass_at_<k>` that of k answers to a prompt one is right (a
+    percentage); with one, `<metric>_stderr` is the standard error over rows.
     Answers go to <workdir>/answers/<name>-<seed>.jsonl, those of the last
     evaluation. One that ended at a stop string is there as far as it counts,
     with its tokens, and `cut_at` is the string.
@@ -97,19 +100,41 @@ class Generation:
     if subject.identity is not None:
       progress = report.Progress(n, 0, f'{subject.workdir.name}: {self.name}')
     with pool, progress:
-      metrics = [
-        self._one_seed(
-          subject, model, prompts, buckets, seed, tag, pool, progress
-        )
-        for seed in self.seeds
-      ]
+      metrics, scored = zip(
+        *(
+          self._one_seed(
+            subject, model, prompts, buckets, seed, tag, pool, progress
+          )
+          for seed in self.seeds
+        ),
+        strict=True,
+      )
     result = {}
     for key in metrics[0]:
       values = [m[key] for m in metrics]
       result[key] = statistics.fmean(values)
       if len(values) > 1:
         result[f'{key}_std'] = statistics.stdev(values)
-    return result
+    return result | self._over_rows(scored)
+
+  def _over_rows(self, scored):
+    """Metrics of each row's scores, [seeds][rows] of {metric: score}."""
+    if len(scored) == 1:
+      rows = scored[0]
+      return {
+        f'{key}_stderr': statistics_lib.standard_error([x[key] for x in rows])
+        for key in rows[0]
+      }
+    if not tasks.TASKS[self.task].extract:
+      return {}
+    passed = [
+      statistics_lib.pass_at(sum(x['accuracy'] > 0 for x in row), len(row))
+      for row in zip(*scored, strict=True)
+    ]
+    return {
+      f'pass_at_{k}': 100 * statistics.fmean(row[k] for row in passed)
+      for k in passed[0]
+    }
 
   def _one_seed(
     self, subject, model, prompts, buckets, seed, tag, pool, progress
@@ -124,7 +149,7 @@ class Generation:
         line['gold'] = tasks.gold(self.task, row)
       lines.append(line | {'scores': scored[i]})
     answers_lib.write(subject.workdir, self.name, seed, lines)
-    return self._summary(lines, buckets)
+    return self._summary(lines, buckets), [line['scores'] for line in lines]
 
   def _answers(self, subject, model, prompts, seed, pool, progress):
     """{index: {'answer', 'tokens', ...}}; on their way they go to `pool`.

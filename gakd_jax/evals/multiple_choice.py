@@ -1,8 +1,11 @@
 """Multiple choice by likelihood: which of a row's options is most likely?
 
-Each option is read as the response to the row's prompt, and scored by the mean
-log-probability of its tokens: longer options are not worse for being long
-(Brown et al., arXiv 2005.14165, section 2.4).
+Each option is read as the response to the row's prompt, and scored by its
+log-probability. `normalise` says by what that is divided, so that longer
+options are not worse for being long: 'tokens' (Brown et al., arXiv 2005.14165,
+section 2.4), 'bytes' of its text in UTF-8, which are the characters that
+lm-evaluation-harness has in `acc_norm` where the text is ASCII, and those of
+its `acc_bytes` in any; or 'none', as in its `acc`.
 """
 
 import dataclasses
@@ -19,6 +22,7 @@ from gakd_jax import UserError, sharding
 from gakd_jax.data import pipeline
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers, extract, tasks
+from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.objectives import head
 
 
@@ -33,20 +37,29 @@ class MultipleChoice:
   # What is scored: 'text' of the options, or their 'label' as a tuned model
   # answers, "the correct answer is answer1".
   candidates: str = 'text'
+  normalise: str = 'tokens'
   batch_size: int = 32
   left_out: int = 0
 
   def __post_init__(self):
-    if self.candidates not in ('text', 'label'):
-      raise UserError(
-        f'config.evals.{self.name}: candidates={self.candidates!r}; known are '
-        "'text' and 'label'"
-      )
+    for setting, known in (
+      ('candidates', ('text', 'label')),
+      ('normalise', ('tokens', 'bytes', 'none')),
+    ):
+      value = getattr(self, setting)
+      if value not in known:
+        raise UserError(
+          f'config.evals.{self.name}: {setting}={value!r}; known are '
+          f'{", ".join(map(repr, known))}'
+        )
     for row in self.rows:  # Bad ones come up before any work.
       tasks.gold('choice', row)
 
   def run(self, subject, params, tag):
-    """{'accuracy': percentage}; choices go to <workdir>/answers."""
+    """{'accuracy': percentage, 'accuracy_stderr': its standard error}.
+
+    Choices go to <workdir>/answers.
+    """
     score_of = iter(self._scores(subject, params, self._examples(subject)))
     lines = []
     for i, row in enumerate(self.rows):
@@ -67,8 +80,10 @@ class MultipleChoice:
         }
       )
     answers.write(subject.workdir, self.name, self.seeds[0], lines)
+    right = [line['scores']['accuracy'] for line in lines]
     return {
-      'accuracy': statistics.fmean(x['scores']['accuracy'] for x in lines)
+      'accuracy': statistics.fmean(right),
+      'accuracy_stderr': statistics_lib.standard_error(right),
     }
 
   def _options(self, row):
@@ -89,18 +104,16 @@ class MultipleChoice:
         subject.max_prompt_length,
       )
       prompt = np.array(prompt, np.int32)
-      responses = (
-        subject.models.tokenizer.encode(text, add_special_tokens=False)
-        for text in self._options(row).values()
-      )
-      examples += [
-        pipeline.Example(prompt, np.array(ids, np.int32), row)
-        for ids in responses
-      ]
+      for text in self._options(row).values():
+        ids = subject.models.tokenizer.encode(text, add_special_tokens=False)
+        option = dataclasses.replace(row, references=(text,))
+        examples.append(
+          pipeline.Example(prompt, np.array(ids, np.int32), option)
+        )
     return examples
 
   def _scores(self, subject, params, examples):
-    """Mean log-probability of each example's response."""
+    """Log-probability of each example's response, by `normalise`."""
     longest = max(example.length for example in examples)
     ways = sharding.batch_ways(subject.mesh)
     batches = pipeline.arrange(
@@ -108,7 +121,7 @@ class MultipleChoice:
       batch_size=-(-self.batch_size // ways) * ways,
       buckets=pipeline.default_buckets(longest),
     )
-    means = [None] * len(examples)
+    scores = [None] * len(examples)
     for length, bins in batches:
       tokens = pipeline.collate(
         [
@@ -129,8 +142,14 @@ class MultipleChoice:
       sums_B = jax.device_get(jax.device_put(sums, whole))
       for rows, total in zip(bins, sums_B, strict=True):
         for i in rows:
-          means[i] = float(total) / len(examples[i].response_ids)
-    return means
+          scores[i] = float(total) / self._length(examples[i])
+    return scores
+
+  def _length(self, example):
+    if self.normalise == 'tokens':
+      return len(example.response_ids)
+    text = example.row.references[0]
+    return len(text.encode()) if self.normalise == 'bytes' else 1
 
 
 def _share(bins):

@@ -78,6 +78,27 @@ def corpus_chrf(predictions, references_lists):
   return _corpus(_chrf(), predictions, references_lists)
 
 
+def distinct_1(predictions, references_lists=()):
+  """Distinct words of all answers, as a percentage of their words.
+
+  Li et al., arXiv 1510.03055, for any case; signs are words.
+  """
+  return _distinct(predictions, 1)
+
+
+def distinct_2(predictions, references_lists=()):
+  """Distinct pairs of neighbouring words, as a percentage of all words."""
+  return _distinct(predictions, 2)
+
+
+def _distinct(predictions, n):
+  words = [re.findall(r'\w+|[^\w\s]', text.lower()) for text in predictions]
+  seen = {
+    tuple(some[i : i + n]) for some in words for i in range(len(some) - n + 1)
+  }
+  return 100 * len(seen) / max(1, sum(map(len, words)))
+
+
 def length_bucket(n_tokens):
   """The bucket of a reference's length under which its scores are reported."""
   if n_tokens <= 10:

@@ -1,6 +1,32 @@
 """Is one model better than another, or was it luck of the test set?"""
 
+import math
+
 import numpy as np
+
+
+def standard_error(values):
+  """Of the mean over rows; NaN of a single row."""
+  if len(values) < 2:
+    return math.nan
+  return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def pass_at(right, samples):
+  """{k: pass@k} of a prompt, for 1 < k <= samples; k doubles up to `samples`.
+
+  The chance that one of k samples is right, without bias: drawn from those
+  that there are, without replacement (arXiv 2107.03374, eq. 1).
+
+  Args:
+    right: how many of the samples are.
+    samples: how many there are.
+  """
+  doubled = (2**i for i in range(1, samples.bit_length()))
+  return {
+    k: 1 - math.comb(samples - right, k) / math.comb(samples, k)
+    for k in sorted({*doubled, samples} - {1})
+  }
 
 
 def paired_bootstrap(a_N, b_N, *, samples=10_000, seed=0):

@@ -26,7 +26,10 @@ class Task:
 
 TASKS = {
   # Dolly, SelfInst, Vicuna, S-NI, UnNI.
-  'instruct': Task(('rouge_l', 'bleu', 'exact_match'), ('corpus_bleu',)),
+  'instruct': Task(
+    ('rouge_l', 'bleu', 'exact_match'),
+    ('corpus_bleu', 'distinct_1', 'distinct_2'),
+  ),
   'summary': Task(('rouge_l', 'bleu'), ('corpus_bleu',)),
   'translation': Task(
     ('bleu', 'chrf'),
@@ -51,10 +54,10 @@ def get(name):
 
 def extracted(name, row, text):
   """What a text answers; None for tasks that compare whole texts."""
-  if name == 'choice':
-    return extract.choice(text, extract.labels(row))
-  function = TASKS[name].extract
-  return function and function(text)
+  rule = TASKS[name].extract
+  if rule is None:
+    return None
+  return rule(text, extract.labels(row) if rule.has_labels else ())
 
 
 def gold(name, row):

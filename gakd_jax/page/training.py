@@ -26,7 +26,7 @@ _SECTIONS = {
 # by_teacher is 1 - accepted, written is what the config says, and places in a
 # block are a figure of `rollouts`.
 _NO_CURVE = re.compile(
-  r'train/(tokens|seconds)$|.*/left_out(_[a-z]+)?$|.*_std$|.*_\d+(-\d+|\+)$'
+  r'train/(tokens|seconds)$|.*/left_out(_[a-z]+)?$|.*_std(err)?$|.*_\d+(-\d+|\+)$'
   r'|train/rollout/(written|by_teacher|accepted_\d+)$'
 )
 

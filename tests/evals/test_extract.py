@@ -50,7 +50,34 @@ from gakd_jax.evals import extract, tasks
     ('\uff11\uff0c\uff12\uff10\uff10', 1200),  # full width
     ('\u7b54\u6848\u662f42', 42),  # no blank before it
     ('wait...5', 5),
-    ('3/4', 4),  # nothing is computed
+    ('3/4', 0.75),
+    ('-\\frac{3}{4} or -\xbe', -0.75),
+    ('3 1/2, -1\\frac12', -1.5),
+    ('2\xbd cups', 2.5),
+    ('15 / 5 = 3', 3),
+    ('on 1/2/2026', 2026),
+    ('3/0', None),
+    ('1e-3', 0.001),
+    ('about 1.5E+6 people', 1.5e6),
+    ('3 x 10^5', 3e5),
+    ('1.2 \\times 10^{-3}', 1.2e-3),
+    ('10^4', 1e4),
+    ('1e999', None),
+    ('70 000 people', 70000),
+    ('$118 000.', 118000),
+    ('12\u2009345\u2009678,5', 5),
+    ('1 2 345', 345),  # a list
+    ('in 2020 300 people', 300),
+    ('12,34,567', 1234567),
+    ('1_000 or 2\u2019500', 2500),
+    ('_18_', 18),
+    ('**18**', 18),
+    ('x_18 is no number', None),
+    ('5 m^2', 5),
+    ('5 cm^{-3}', 5),
+    ('5 m**2', 5),
+    ('$\\boxed{18}$, as 3 > 2', 18),
+    ('\\boxed{\\text{-$5}} after 2', -5),
     ('9' * 308, float('9' * 308)),
     ('4 + 5 = ' + '9' * 310, None),
     ('It is 4.\n\nQuestion: And 3 + 4?\nIt is 7.', 4),
@@ -83,6 +110,10 @@ def test_number(text, number):
     ('#### 42\n### Instruction:\nAdd.\n### Response:\n#### 7', 42),
     ('#### Step 1\nAdd 2.\n\n#### Step 2\nAdd 3.\n\n#### 5', 5),
     ('#### ' + '9' * 310, None),
+    ('#### _18_', 18),
+    ('#### 3/4 of 8', 0.75),
+    ('#### 70 000', 70000),
+    ('\\boxed{18} after 3 steps', 18),  # nothing marked
   ],
 )
 def test_gsm8k(text, number):
@@ -112,6 +143,24 @@ def test_gsm8k(text, number):
     ('The correct answer is option E as shown.', 'E'),
     ('The answer is Choice D of these', 'D'),
     ('C is correct', 'C'),
+    ('(A) and (B) are too small. C is correct, not (E)', 'C'),
+    ('C is the answer, (E) is not.', 'C'),
+    ('A and not (B)', 'A'),
+    ('The answer is A and not (B).', 'A'),
+    ('The answer is A, and not (B).', 'A'),
+    ('(C) rather than (D)', 'C'),
+    ('(A) 1 (B) 2 (C) 3 (D) 4 (E) 5: $\\boxed{C}$', 'C'),
+    ('The answer is (A): \\boxed{\\text{(C) } 5}', 'C'),
+    ('The answer is (c).', 'C'),
+    ('answer: d', 'D'),
+    ('The correct option is b, as shown', 'B'),
+    ('The answer is a.', 'A'),
+    ('The answer is e^x: (C)', 'C'),
+    ('The answer is c = 5, which is (D)', 'D'),
+    ('Answer: e.g. 5, so (B)', 'B'),
+    ("The answer must be 'C'.", 'C'),
+    ('The answer is therefore **C**', 'C'),
+    ("D'Urville", None),
     ('ANSWER: B then', 'B'),
     ('\u7b54\u6848\uff1a\uff08\uff23\uff09', 'C'),  # full width
     ('The answer is B.\n\nQuestion: And?\nThe answer is C.', 'B'),
@@ -120,6 +169,53 @@ def test_gsm8k(text, number):
 )
 def test_letter(text, letter):
   assert extract.letter(text) == letter
+
+
+@pytest.mark.parametrize('right', 'ABCDE')
+@pytest.mark.parametrize(
+  'says',
+  [
+    'The answer is {} because 3 + 4 = 7.',
+    'The answer is {} and not ({}).',
+    'After (A) to (E), \\boxed{{{}}}',
+    'The answer is {} as all others, ({}) say, are not.',
+    'The correct choice is ({}).',
+    'So {} is correct.',
+  ],
+)
+def test_every_letter_is_read_in_every_sentence(right, says):
+  other = 'B' if right == 'A' else 'A'
+  assert extract.letter(says.format(right, other)) == right
+  if 'is correct' not in says:
+    assert extract.letter(says.format(f'({right.lower()})', other)) == right
+
+
+@pytest.mark.parametrize(
+  ('rule', 'text', 'answer'),
+  [
+    ('llm_adapters_math', 'It is 1,000kg, or 3/4.', 4),
+    ('llm_adapters_math', '8-4', -4),
+    ('llm_adapters_math', '5. And then m^2', 2),
+    ('llm_adapters_math', '9' * 310, None),
+    ('llm_adapters_math', 'four', None),
+    ('llm_adapters_aqua', 'By Bayes, the answer is (C)', 'B'),
+    ('llm_adapters_aqua', 'no', None),
+    ('lm_eval_gsm8k', '#### $5, #### 1,234.\n#### 7', 1234),
+    ('lm_eval_gsm8k', 'It is 5', None),
+    ('lm_eval_gsm8k', '#### ,', None),
+    ('lm_eval_gsm8k_cot', 'The answer is 5. The answer is 7.', 5),
+    ('lm_eval_gsm8k_cot', 'the answer is 5.', None),
+  ],
+)
+def test_rules_of_protocols_are_their_authors(rule, text, answer):
+  assert getattr(extract, rule)(text) == answer
+
+
+def test_llm_adapters_take_any_label_as_it_is_spelled():
+  labels = 'answer1', 'answer2'
+  rule = extract.llm_adapters_choice
+  assert rule('Answer2? No, answer10', labels) == 'answer1'
+  assert rule('Answer2', labels) is None
 
 
 def test_choice_is_the_label_that_is_named_first():

@@ -1,6 +1,8 @@
 """Answers that end at stop strings."""
 
+import dataclasses
 import json
+import sys
 
 import pytest
 
@@ -45,7 +47,8 @@ def run(tiny_model_dir, tmp_path, monkeypatch):
       workdir=tmp_path,
       identity=identity,
     )
-    made = generation.Generation('set', ROWS, seeds=(0,), **settings)
+    settings = {'rows': ROWS, 'seeds': (0,)} | settings
+    made = generation.Generation('set', **settings)
     return made.run(subject, params, 0)
 
   def stream(model, prompts, **settings):
@@ -88,6 +91,30 @@ def test_without_stop_strings_nothing_is_cut(run):
   lines = run.answers()
   assert lines[0]['answer'] == WRITTEN[0][0]
   assert not any('cut_at' in line for line in lines)
+
+
+def test_one_seed_has_an_error_and_several_pass(run, monkeypatch):
+  wrong = tuple(dataclasses.replace(row, references=('9',)) for row in ROWS)
+  result = run(rows=wrong, task='math')
+  assert result['accuracy'] == result['accuracy_stderr'] == 0
+  rows = (dataclasses.replace(ROWS[0], references=('4',)), *wrong[1:])
+  result = run(rows=rows, task='math')
+  assert result['accuracy'] == pytest.approx(20)
+  assert result['accuracy_stderr'] == pytest.approx(20)
+  assert not any(key.startswith('pass_at') for key in result)
+  written = iter([WRITTEN, WRITTEN[::-1], WRITTEN[::-1]])
+  stream = generation.sampling.stream
+
+  def other(*args, **settings):
+    monkeypatch.setattr(sys.modules[__name__], 'WRITTEN', next(written))
+    yield from stream(*args, **settings)
+
+  monkeypatch.setattr(generation.sampling, 'stream', other)
+  result = run(rows=rows, task='math', seeds=(1, 2, 3))
+  assert result['accuracy'] == pytest.approx(100 / 15)
+  assert result['pass_at_2'] == pytest.approx(100 * (2 / 3) / 5)
+  assert result['pass_at_3'] == pytest.approx(20)
+  assert 'accuracy_stderr' not in result
 
 
 def test_answers_cut_elsewhere_are_not_gone_on_with(run, monkeypatch):

@@ -130,7 +130,7 @@ def test_a_mesh_measures_the_same(parts, paths):
 
 CHOICES = tuple(
   sources.Row(
-    f'Which is {word}?\n\nAnswer1: the teacher shows Answer2: x '
+    f'Which is {word}?\n\nAnswer1: the teacher shows Answer2: \xe9 '
     'Answer3: answer assistant\n\nAnswer format: answer1/answer2/answer3',
     references=(f'the correct answer is answer{1 + i % 3}',),
     answer=f'answer{1 + i % 3}',
@@ -140,17 +140,27 @@ CHOICES = tuple(
 )
 
 
-@pytest.mark.parametrize('candidates', ['text', 'label'])
-def test_the_option_with_the_highest_mean_log_probability(
-  parts, tmp_path, candidates
+@pytest.mark.parametrize(
+  ('candidates', 'normalise'),
+  [
+    ('text', 'tokens'),
+    ('label', 'tokens'),
+    ('text', 'bytes'),
+    ('text', 'none'),
+  ],
+)
+def test_the_option_with_the_highest_log_probability(
+  parts, tmp_path, candidates, normalise
 ):
   subject, params, student, _ = parts
   subject = dataclasses.replace(subject, workdir=tmp_path, max_prompt_length=99)
-  choices = multiple_choice.MultipleChoice('set', CHOICES, candidates, 4)
+  choices = multiple_choice.MultipleChoice(
+    'set', CHOICES, candidates, normalise, batch_size=4
+  )
   result = choices.run(subject, params, 3)
   lines = (tmp_path / 'answers' / 'set-0.jsonl').read_text().splitlines()
   right = 0
-  texts = ['the teacher shows', 'x', 'answer assistant']
+  texts = ['the teacher shows', '\xe9', 'answer assistant']
   if candidates == 'label':
     texts = [f'the correct answer is answer{i}' for i in (1, 2, 3)]
   for row, line in zip(CHOICES, map(json.loads, lines), strict=True):
@@ -159,7 +169,9 @@ def test_the_option_with_the_highest_mean_log_probability(
     for text in texts:
       ids = subject.models.tokenizer.encode(text, add_special_tokens=False)
       log_q = log_probs(student, prompt, ids)
-      means.append(np.mean(log_q[np.arange(len(ids)), ids]))
+      length = {'tokens': len(ids), 'bytes': len(text) + ('\xe9' in text)}
+      total = np.sum(log_q[np.arange(len(ids)), ids])
+      means.append(total / length.get(normalise, 1))
     assert list(line['log_probs'].values()) == pytest.approx(means, rel=1e-4)
     best = int(np.argmax(means))
     assert line['extracted'] == f'answer{best + 1}'
@@ -169,7 +181,11 @@ def test_the_option_with_the_highest_mean_log_probability(
     assert line['scores'] == {
       'accuracy': 100.0 * (f'answer{best + 1}' == row.answer)
     }
-  assert result == {'accuracy': pytest.approx(100 * right / 3)}
+  share = right / 3
+  assert result == {
+    'accuracy': pytest.approx(100 * share),
+    'accuracy_stderr': pytest.approx(100 * (share * (1 - share) / 2) ** 0.5),
+  }
 
 
 def test_a_model_that_says_nan_is_wrong(parts, tmp_path, monkeypatch):
@@ -181,7 +197,7 @@ def test_a_model_that_says_nan_is_wrong(parts, tmp_path, monkeypatch):
     '_scores',
     lambda *_: [-1.0, float('nan'), float('-inf')] * 3,
   )
-  assert choices.run(subject, params, 0) == {'accuracy': 0}
+  assert choices.run(subject, params, 0)['accuracy'] == 0
   text = (tmp_path / 'answers' / 'set-0.jsonl').read_text()
   for line in text.splitlines():
     found = json.loads(line, parse_constant=pytest.fail)
@@ -189,9 +205,10 @@ def test_a_model_that_says_nan_is_wrong(parts, tmp_path, monkeypatch):
     assert [*found['log_probs'].values()] == [-1.0, None, None]
 
 
-def test_unknown_candidates():
-  with pytest.raises(UserError, match="candidates='letters'"):
-    multiple_choice.MultipleChoice('set', CHOICES, 'letters')
+@pytest.mark.parametrize('setting', ['candidates', 'normalise'])
+def test_unknown_ways_to_score_options(setting):
+  with pytest.raises(UserError, match=f"{setting}='letters'; known are '"):
+    multiple_choice.MultipleChoice('set', CHOICES, **{setting: 'letters'})
 
 
 def write_answers(path, name, answers_by_seed):

@@ -100,6 +100,15 @@ def test_no_advice_is_logged(caplog):
   assert not caplog.records
 
 
+def test_distinct_words_and_pairs_of_all_words():
+  # a b a | A b . c: of seven words a, b, ".", c; of pairs ab, ba, b., .c.
+  answers = ['a b a', 'A  b. c']
+  assert scores.distinct_1(answers) == pytest.approx(100 * 4 / 7)
+  assert scores.distinct_2(answers) == pytest.approx(100 * 4 / 7)
+  assert scores.distinct_2(['a b', 'b a']) == 50  # None across answers.
+  assert scores.distinct_1(['', ' ']) == 0
+
+
 def test_length_buckets():
   edges = {0: '0-10', 10: '0-10', 11: '11-50', 50: '11-50', 51: '51-100'}
   edges |= {100: '51-100', 101: '101+', 4096: '101+'}

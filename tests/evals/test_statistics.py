@@ -1,5 +1,6 @@
 """The paired bootstrap against closed forms and invented cases."""
 
+import itertools
 import math
 
 import numpy as np
@@ -58,6 +59,29 @@ def test_ends():
   assert statistics.paired_bootstrap([100] * 3, [0] * 3)['p'] == 0.25
   with pytest.raises(ValueError, match='3 and 2 rows'):
     statistics.paired_bootstrap([1, 2, 3], [1, 2])
+
+
+def test_the_error_of_a_mean():
+  # Of n rows of which a share p is right: sqrt(p (1 - p) / (n - 1)).
+  error = statistics.standard_error([100.0] * 3 + [0.0] * 7)
+  assert error == pytest.approx(100 * math.sqrt(0.3 * 0.7 / 9))
+  assert math.isnan(statistics.standard_error([1.0]))
+
+
+@pytest.mark.parametrize('right', range(6))
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(right):
+  samples = [1] * right + [0] * (5 - right)
+  drawn = {
+    k: np.mean([any(x) for x in itertools.combinations(samples, k)])
+    for k in (2, 4, 5)
+  }
+  assert statistics.pass_at(right, 5) == pytest.approx(drawn)
+
+
+def test_k_doubles_up_to_all_samples():
+  assert [*statistics.pass_at(1, 2)] == [2]
+  assert [*statistics.pass_at(1, 8)] == [2, 4, 8]
+  assert [*statistics.pass_at(1, 10)] == [2, 4, 8, 10]
 
 
 def test_many_rows_are_drawn_in_parts(monkeypatch):
