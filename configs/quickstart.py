@@ -40,7 +40,7 @@ def get_config(prompts=2400, seeds=1, methods=('seqkd', 'forward_kl')):
     stages += [
       (f'sft{tag}', sft(seed)),
       (f'sft_continued{tag}', sft_continued(seed, f'stage:sft{tag}')),
-      (f'sft_best{tag}', measured(f'stage:sft_continued{tag}')),
+      (f'sft_best{tag}', measured(f'stage:sft_continued{tag}', seed)),
     ]
     for name in methods:
       stage = student(MIXED, STEPS, seed, f'stage:sft{tag}')
@@ -138,9 +138,10 @@ def sft_continued(seed, start):
   return c
 
 
-def measured(path):
-  """No training: the scores of a model."""
+def measured(path, seed=0):
+  """No training: the scores of a model, of a student with this seed."""
   c = _common()
+  c.seed = seed
   c.student.path = path
   c.train.steps = 0
   return c

@@ -37,7 +37,7 @@ def describe(directory, config, *, step, metric=None):
     'rollout': c.rollout.writer,
     'data': data if data is None or isinstance(data, str) else [*data],
     'template': c.data.template,
-    'seed': c.seed,
+    **fingerprint.recipe(json.loads(c.to_json_best_effort())),
     'step': step,
     'metric': metric and metric[0],
     'value': metric and metric[1],
@@ -53,19 +53,25 @@ def _origin(name, path):
   return {name: str(path), f'{name}_revision': revision}
 
 
+def read(path):
+  """What a model says of itself; {} for one of another program."""
+  file = models.resolve(path, RECORD) / RECORD
+  if not file.exists():
+    return {}
+  try:
+    about = json.loads(file.read_text())
+    return {name: about[name] for name in ('template', 'recipe', 'seed')}
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f'{file}: not a record of gakd_jax ({error})') from error
+
+
 def template_of(path, asked=None, default='qwen3'):
   """The name of the template for a model: that it was trained with.
 
   Unless another is `asked` for, which is said. `default`: where nothing is
   known of the model.
   """
-  file = models.resolve(path, RECORD) / RECORD
-  trained = None
-  if file.exists():
-    try:
-      trained = json.loads(file.read_text())['template']
-    except (ValueError, KeyError, TypeError) as error:
-      raise UserError(f'{file}: not a record of gakd_jax ({error})') from error
+  trained = read(path).get('template')
   if trained and asked and trained != asked:
     print(
       f'{path} was trained with template {trained!r}, and is asked with '

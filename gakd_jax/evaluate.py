@@ -182,7 +182,7 @@ def _measure(config, evaluators, path, workdir, prompter, teacher, mesh):
     return rundir.read_results(workdir)
   if jax.process_index() == 0:
     about = {'path': str(path), 'identity': identity, 'data': data}
-    about |= {'template': prompter[0]}
+    about |= best.read(path) | {'template': prompter[0]}
     report.write_atomically(record, json.dumps(about, indent=2) + '\n')
   subject, params = _subject(
     config, path, workdir, prompter, teacher, mesh, identity

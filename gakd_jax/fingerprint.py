@@ -45,8 +45,8 @@ def record(config, workdir, force=False):
   # An infinite setting is no JSON; its name is.
   ours = json.loads(config.to_json_best_effort(), parse_constant=str)
   if not path.exists():
-    content = {'config': ours, 'versions': _versions(), 'commit': commit()}
-    _write(path, content)
+    about = {'versions': _versions(), 'commit': commit()}
+    _write(path, {'config': ours} | recipe(ours) | about)
     return
   content = json.loads(path.read_text(), parse_constant=str)
   changes = _changes(content['config'], ours)
@@ -61,7 +61,25 @@ def record(config, workdir, force=False):
   for text in _changes(content['versions'], _versions()).values():
     print(f'{workdir}: version of {text}')
   if changes and not (Path(workdir) / 'results.json').exists():
-    _write(path, content | {'config': ours})
+    _write(path, content | {'config': ours} | recipe(ours))
+
+
+def recipe(config):
+  """{'recipe': a text that runs share which differ in their seed, 'seed'}.
+
+  config: as JSON. `HOW` they are carried out is no part of it, nor a seed in
+  the name of what they start from.
+  """
+  seed = config['seed']
+  names = re.compile(rf'[-_.]?seed[-_.]?{seed}\b')
+  what = {
+    key: names.sub('', value) if isinstance(value, str) else value
+    for key, value in flatten(config).items()
+    if key != 'seed' and not HOW.fullmatch(key)
+  }
+  text = json.dumps(what, sort_keys=True, default=str)
+  digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+  return {'recipe': digest, 'seed': seed}
 
 
 def check_contents(workdir, contents, force=False):

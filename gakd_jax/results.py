@@ -6,13 +6,15 @@ of sampling), and '<set>/<metric>_11-50' of the references of so many tokens.
 
 import collections
 import dataclasses
+import json
 import math
 import re
 import statistics
+from pathlib import Path
 
 from gakd_jax import report, rundir
 
-_SEED = '-seed'  # 'sft-seed2' is one of several runs of 'sft'
+SEED = '[-_.]?seed[-_.]?'  # 'sft-seed2' is one of several runs of 'sft'
 BUCKETS = ('0-10', '11-50', '51-100', '101+')
 _KEY = re.compile(
   r'(?P<set>.+)/(?P<metric>.+?)'
@@ -100,14 +102,42 @@ def title(metric):
   return NAMES.get(metric, metric.replace('_', ' '))
 
 
-def label(name):
-  """'sft' for 'sft-seed2': runs of one label differ in their seed alone."""
-  return name.partition(_SEED)[0]
+def labels(runs):
+  """{name: what its row is called}; a row is of runs that differ in their seed.
+
+  Their configs tell, whatever they are called; for a model that was evaluated,
+  its gakd_jax.json. Of a run about which nothing is known, or of two with one
+  seed, each is a row.
+  """
+  groups, found = {}, {}
+  for name, directory in runs.items():
+    recipe, seed = _recipe(Path(directory)) or (None, None)
+    group = groups.setdefault(recipe or ('alone', name), {})
+    if seed in group:
+      group = groups[recipe, name] = {}
+    group[seed] = name
+  for group in groups.values():
+    # What they have in common: without their seeds, in most.
+    common = {re.sub(rf'{SEED}{s}\b', '', name) for s, name in group.items()}
+    single = len(common) == 1 and common.isdisjoint(found.values())
+    for name in group.values():
+      found[name] = min(common) if single else name
+  return {name: found[name] for name in runs}
+
+
+def _recipe(directory):
+  """(a text that differs between recipes, the seed) of a run, or None."""
+  for file in ('config.json', 'model.json'):
+    if (directory / file).exists():
+      content = json.loads((directory / file).read_text())
+      recipe = content.get('recipe')
+      return recipe and (recipe, content.get('seed'))
+  return None
 
 
 def read(runs):
   """{label: [{(set, metric, bucket or None): Cell}]}, a dict for each run."""
-  groups = {}
+  groups, label = {}, labels(runs)
   for name, directory in runs.items():
     cells = {}
     for key, value in rundir.read_results(directory).items():
@@ -118,7 +148,7 @@ def read(runs):
         new = {'std': value} if match['std'] else {'mean': value}
         cells[where] = dataclasses.replace(old, **new)
     cells = {k: cell for k, cell in cells.items() if cell.mean is not None}
-    groups.setdefault(label(name), []).append(cells)
+    groups.setdefault(label[name], []).append(cells)
   return groups
 
 

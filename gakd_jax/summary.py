@@ -22,7 +22,7 @@ _BOOTSTRAP = (
 def write(path, runs, answers=6, comparisons=()):
   """Prints the comparison of runs and writes it as an HTML page.
 
-  Runs named <name>-seed<n> share a row: mean and standard deviation.
+  Runs that differ in their seed share a row: mean and standard deviation.
 
   Args:
     path: of the page.
@@ -36,8 +36,9 @@ def write(path, runs, answers=6, comparisons=()):
   """
   groups = results.read(runs)
   first, rest = results.tables(groups)
+  label = results.labels(runs)
   metrics = {
-    name: (results.label(name), report.read_metrics(directory))
+    name: (label[name], report.read_metrics(directory))
     for name, directory in runs.items()
   }
   sets = answers_lib.collect(runs) if answers else []

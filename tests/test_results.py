@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gakd_jax import results
+from gakd_jax import fingerprint, results
 from gakd_jax.results import Cell
 
 
@@ -19,7 +19,7 @@ def _tables(**rows):
   groups = {}
   for name, cells in rows.items():
     cells = {(*key.split('/'), None): Cell(x) for key, x in cells.items()}
-    groups.setdefault(results.label(name.replace('__', '-')), []).append(cells)
+    groups.setdefault(name.partition('__')[0], []).append(cells)
   return results.tables(groups)
 
 
@@ -37,7 +37,7 @@ def test_keys_are_read_with_deviations_and_lengths(tmp_path):
   }
   runs = {'sft-seed3': _run(tmp_path / 'a', values)}
   assert results.read(runs) == {
-    'sft': [
+    'sft-seed3': [
       {
         ('self_inst', 'rouge_l', None): Cell(20.0, 0.5),
         ('self_inst', 'rouge_l', '11-50'): Cell(30.0, 1.5),
@@ -48,7 +48,9 @@ def test_keys_are_read_with_deviations_and_lengths(tmp_path):
   }
   by_length = results.by_length(results.read(runs))
   assert by_length == {
-    ('self_inst', 'rouge_l'): {'sft': [None, Cell(30.0, 1.5), None, Cell(10.0)]}
+    ('self_inst', 'rouge_l'): {
+      'sft-seed3': [None, Cell(30.0, 1.5), None, Cell(10.0)]
+    }
   }
 
 
@@ -192,3 +194,64 @@ def test_a_metric_knows_its_direction(key, less):
   assert results.is_better(key, 1.0, nan)
   assert not results.is_better(key, nan, None)
   assert not results.is_better(key, nan, 1.0)
+
+
+def _recorded(path, seed, file='config.json', **config):
+  """A finished run of a config; of an evaluated model, what it says."""
+  _run(path, {'x/rouge_l': 10.0 + seed})
+  recipe = fingerprint.recipe({'seed': seed} | config)
+  (path / file).write_text(json.dumps(recipe))
+  return path
+
+
+@pytest.mark.parametrize('file', ['config.json', 'model.json'])
+def test_runs_that_differ_in_their_seed_share_a_row(tmp_path, file):
+  runs = {
+    name: _recorded(tmp_path / name, seed, file, kd=kd, start=f'sft-seed{seed}')
+    for name, seed, kd in (
+      ('fkl-seed0', 0, 1.0),
+      ('fkl-seed1', 1, 1.0),
+      ('fkl-seed2', 2, 0.5),  # another method, whatever its name says
+      ('sft.seed_3', 3, 0.0),
+      ('alone', 4, 0.1),
+      ('monday', 5, 0.2),
+      ('tuesday', 6, 0.2),
+    )
+  }
+  runs['fkl-seed7'] = _run(tmp_path / 'unknown', {'x/rouge_l': 1.0})
+  assert results.labels(runs) == {
+    'fkl-seed0': 'fkl',
+    'fkl-seed1': 'fkl',
+    'fkl-seed2': 'fkl-seed2',
+    'sft.seed_3': 'sft',
+    'alone': 'alone',
+    'monday': 'monday',
+    'tuesday': 'tuesday',
+    'fkl-seed7': 'fkl-seed7',
+  }
+
+
+def test_a_seed_counts_once(tmp_path):
+  runs = {
+    name: _recorded(tmp_path / name, seed, kd=1.0)
+    for name, seed in (('a-seed0', 0), ('b-seed0', 0), ('a-seed1', 1))
+  }
+  groups = results.read(runs)
+  assert sorted(len(cells) for cells in groups.values()) == [1, 2]
+
+
+def test_how_a_run_is_carried_out_is_no_part_of_its_recipe():
+  def of(**config):
+    return fingerprint.recipe({'seed': 0, 'train': {'steps': 3}} | config)
+
+  assert of(mesh={'data': 8}) == of(mesh={'data': 1})
+  assert of(train={'steps': 4}) != of()
+  assert of(seed=1)['recipe'] == of()['recipe']
+  assert (
+    of(seed=1, start='sft-seed1')['recipe'] == (of(start='sft-seed0')['recipe'])
+  )
+  # Seed 1 is not in the name of seed 10.
+  assert (
+    of(seed=1, start='sft-seed10')['recipe']
+    != (of(start='sft-seed0')['recipe'])
+  )

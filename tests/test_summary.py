@@ -52,7 +52,11 @@ def test_bars_are_of_numbers(tmp_path):
 def test_what_is_not_finite_has_a_page(tmp_path):
   """Whether it was written as null or, by earlier versions, as Infinity."""
   runs = {
-    f'a-seed{i}': _run(tmp_path / str(i), {'sums/accuracy': x, 'loss/ce': x})
+    f'a-seed{i}': _run(
+      tmp_path / str(i),
+      {'sums/accuracy': x, 'loss/ce': x},
+      model={'recipe': 'a', 'seed': i},
+    )
     for i, x in enumerate((1.0, float('inf'), None))
   }
   line = {'instruction': 'p', 'answer': '9' * 400, 'gold': float('-inf')}
@@ -74,7 +78,12 @@ def test_what_is_not_finite_has_a_page(tmp_path):
 def test_seeds_share_a_row_and_a_look(tmp_path):
   metrics = [{'train/loss': 1.0}, {'train/loss': 0.5}]
   runs = {
-    f'gakd-seed{i}': _run(tmp_path / str(i), {'loss/ce': ce}, metrics)
+    f'gakd-seed{i}': _run(
+      tmp_path / str(i),
+      {'loss/ce': ce},
+      metrics,
+      model={'recipe': 'gakd', 'seed': i},
+    )
     for i, ce in enumerate((1.0, 2.0, 3.0))
   }
   runs['sft'] = _run(tmp_path / 'sft', {'loss/ce': 4.0})
