@@ -68,7 +68,7 @@ class Fidelity:
     task = self.of.task
     agree, bleu, rouge = [], [], []
     for row, a, b in zip(self.of.rows, student, teacher, strict=True):
-      if tasks.TASKS[task].extract:
+      if tasks.TASKS[task].rule:
         x, y = (tasks.extracted(task, row, text) for text in (a, b))
         # Two answers from which nothing can be read agree on nothing.
         agree.append(100.0 * extract.same(x, y))
