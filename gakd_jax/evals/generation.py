@@ -10,6 +10,7 @@ blanks and thinking do not count as answer). That is done to its text: decoding
 goes on to EOS or `max_new_tokens`, as what the text is is not known before.
 """
 
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -69,8 +70,9 @@ class Generation:
     right and wrong `pass_at_<k>` that of k answers to a prompt one is right (a
     percentage); with one, `<metric>_stderr` is the standard error over rows.
     Answers go to <workdir>/answers/<name>-<seed>.jsonl, those of the last
-    evaluation. One that ended at a stop string is there as far as it counts,
-    with its tokens, and `cut_at` is the string.
+    evaluation, with the `ids` that were written: thoughts included, and the EOS
+    if there was one, which `tokens` does not count. An answer that ended at a
+    stop string is there as far as it counts, and `cut_at` is the string.
     """
     prompts = self.prompts(subject)
     buckets = [
@@ -193,6 +195,7 @@ class Generation:
       pool.add({i: (self.rows[i], x['answer']) for i, x in new.items()})
 
     add(answers)
+    ends = templates.stop_ids(subject.template, subject.models.tokenizer)
     start, new_tokens = time.perf_counter(), 0
     for indices, written in sampling.stream(
       model,
@@ -202,14 +205,15 @@ class Generation:
       top_k=self.top_k,
       top_p=self.top_p,
       no_repeat_ngram=self.no_repeat_ngram,
-      eos_ids=templates.stop_ids(subject.template, subject.models.tokenizer),
+      eos_ids=ends,
       seed=seed,
       batch_size=self.batch_size,
       valid_vocab=tokenizer_lib.size(subject.models.tokenizer),
       done=set(answers),
+      keep_end=True,
     ):
       new = {
-        i: self._answer(subject.models.tokenizer, ids)
+        i: self._answer(subject.models.tokenizer, ids, ends)
         for i, ids in zip(indices, written, strict=True)
       }
       # Of a batch that was half written, some were counted before.
@@ -233,16 +237,23 @@ class Generation:
       )
     return answers
 
-  def _answer(self, tokenizer, ids):
+  def _answer(self, tokenizer, ids, ends):
     """What is kept of the answer that ids spell."""
     text = tokenizer_lib.decode(tokenizer, ids)
+    tokens = len(ids) - bool(ids and ids[-1] in ends)
     found = [(text.find(x), x) for x in self._stops() if x in text]
     if not found:
-      return {'answer': text, 'tokens': len(ids)}
+      return {'answer': text, 'tokens': tokens, 'ids': ids}
     end, stop = min(found)
     text = text[:end].rstrip()
-    tokens = len(tokenizer.encode(text, add_special_tokens=False))
-    return {'answer': text, 'tokens': tokens, 'cut_at': stop}
+    # The first that spell it; the last of them may go on into the stop string.
+    tokens = bisect.bisect_left(
+      range(tokens),
+      True,
+      key=lambda n: tokenizer_lib.decode(tokenizer, ids[:n]).startswith(text),
+    )
+    kept = {'answer': text, 'tokens': tokens, 'ids': ids[:tokens]}
+    return kept | {'cut_at': stop}
 
   def _stops(self):
     return tasks.get(self.task).stop if self.stop is None else self.stop

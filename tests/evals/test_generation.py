@@ -52,13 +52,15 @@ def run(tiny_model_dir, tmp_path, monkeypatch):
     return made.run(subject, params, 0)
 
   def stream(model, prompts, **settings):
-    del model, settings
+    del model
+    end = settings['eos_ids'][:1] if settings['keep_end'] else ()
     for i in range(len(prompts)):
-      yield [i], [tokenizer.encode(WRITTEN[i][0], add_special_tokens=False)]
+      ids = tokenizer.encode(WRITTEN[i][0], add_special_tokens=False)
+      yield [i], [[*ids, *end] if i == 2 else ids]
 
   monkeypatch.setattr(generation.sampling, 'stream', stream)
   run.tokens = lambda text: len(tokenizer.encode(text))
-  run.text = tokenizer.decode
+  run.text, run.ids = tokenizer.decode, tokenizer.encode
   run.answers = lambda: [
     json.loads(line)
     for line in (tmp_path / 'answers/set-0.jsonl').read_text().splitlines()
@@ -76,6 +78,14 @@ def test_an_answer_ends_before_the_first_stop_string(run, identity):
   assert [line.get('cut_at') for line in lines] == [x for *_, x in WRITTEN]
   for line, (written, text, cut_at) in zip(lines, WRITTEN, strict=True):
     assert line['tokens'] == run.tokens(written if cut_at is None else text)
+    ids = run.ids(written, add_special_tokens=False)
+    if cut_at is None:
+      ends = line['ids'][len(ids) :]
+      assert line['ids'][: len(ids)] == ids
+      assert len(ends) == (written == WRITTEN[2][0])
+    else:
+      assert line['ids'] == ids[: line['tokens']]
+      assert run.text(line['ids']).strip() == text
   # What is scored is what was kept.
   assert [line['scores']['rouge_l'] for line in lines] == [100] * 4 + [0]
   assert result['rouge_l'] == pytest.approx(80)
