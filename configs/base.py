@@ -142,7 +142,8 @@ def generation(data, **settings):
   c.limit = config_dict.placeholder(int)  # the first rows only
   c.task = 'instruct'  # which scores: see gakd_jax/evals/tasks.py
   c.max_new_tokens = 256  # EOS included
-  c.stop = ()  # strings before which an answer ends
+  # Strings before which an answer ends; None: those of the task.
+  c.stop = config_dict.placeholder(tuple)
   c.temperature = 1.0  # 0 is greedy
   c.top_k = 0  # 0: off
   c.top_p = 1.0  # 1: off

@@ -164,6 +164,11 @@ def _measure(config, evaluators, path, workdir, prompter, teacher, mesh):
   None.
   """
   identity, data = models.identity(path), evaluator_lib.contents(evaluators)
+  scored_by = {
+    name: f'{evaluator.task}, version {tasks.get(evaluator.task).version}'
+    for name, evaluator in evaluators.items()
+    if hasattr(evaluator, 'task')
+  }
   record = workdir / 'model.json'
   known = json.loads(record.read_text()) if record.exists() else None
   if known and known['identity'] != identity:
@@ -177,12 +182,18 @@ def _measure(config, evaluators, path, workdir, prompter, teacher, mesh):
       'or which of its rows the template of each model can hold; use another '
       '--workdir'
     )
+  if known and known.get('tasks', scored_by) != scored_by:
+    raise UserError(
+      f'{workdir} was scored by other rules ({known["tasks"]}; they are '
+      f'{scored_by} now); use another --workdir'
+    )
   if rundir.is_finished(workdir):
     print(f'{workdir.name}: has been measured', flush=True)
     return rundir.read_results(workdir)
   if jax.process_index() == 0:
     about = {'path': str(path), 'identity': identity, 'data': data}
-    about |= best.read(path) | {'template': prompter[0]}
+    about |= best.read(path)
+    about |= {'template': prompter[0], 'tasks': scored_by}
     report.write_atomically(record, json.dumps(about, indent=2) + '\n')
   subject, params = _subject(
     config, path, workdir, prompter, teacher, mesh, identity
@@ -190,6 +201,9 @@ def _measure(config, evaluators, path, workdir, prompter, teacher, mesh):
   results = {}
   for evaluator in evaluators.values():
     results |= evaluator_lib.measure(evaluator, subject, params, 0)
+    if hasattr(evaluator, 'task'):
+      version = tasks.get(evaluator.task).version
+      results |= {f'{evaluator.name}/task_version': version}
   if jax.process_index() == 0:
     rundir.finish(workdir, results)
     for file in (workdir / 'answers').glob('*.partial'):

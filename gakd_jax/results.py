@@ -2,6 +2,7 @@
 
 results.json of a run has '<set>/<metric>', '<set>/<metric>_std' (over the seeds
 of sampling), and '<set>/<metric>_11-50' of the references of so many tokens.
+'<set>/<metric>_stderr' and '<set>/task_version' are in no table.
 """
 
 import collections
@@ -142,7 +143,7 @@ def read(runs):
     cells = {}
     for key, value in rundir.read_results(directory).items():
       match = _KEY.fullmatch(key)
-      if match and not key.endswith('_stderr'):  # What seeds vary it is not.
+      if match and not key.endswith(('_stderr', '/task_version')):
         where = match['set'], match['metric'], match['bucket']
         old = cells.get(where, Cell(mean=None))
         new = {'std': value} if match['std'] else {'mean': value}

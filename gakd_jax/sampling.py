@@ -208,6 +208,7 @@ def stream(
   valid_vocab=None,
   done=frozenset(),
   places=None,
+  keep_end=False,
 ):
   """Yields (rows, their responses), a batch at a time.
 
@@ -229,6 +230,7 @@ def stream(
     done: rows that are not wanted; a batch of nothing else is left out.
     places: a number below 2**32 for each prompt, to draw with in place of its
       index.
+    keep_end: responses keep the EOS that they ended in.
 
   Yields:
     Indices into `prompts`, and for each a list of token ids, without prompt
@@ -262,7 +264,7 @@ def stream(
     responses = []
     for b, i in enumerate(rows):
       response = ids_BS[b, len(prompts[i]) : end_B[b]].tolist()
-      ended = response and response[-1] in eos_ids
+      ended = response and response[-1] in eos_ids and not keep_end
       responses.append(response[:-1] if ended else response)
     return rows, responses
 

@@ -297,7 +297,7 @@ TEXTS = {
   str: ('word.jsonl', 'word.jsonl'),
   str | None: ('word', 'word'),
   tuple[int, ...]: ('7', (7,)),
-  tuple[str, ...]: ('Q:', ('Q:',)),
+  tuple[str, ...] | None: ('Q:', ('Q:',)),
 }
 
 

@@ -1,5 +1,6 @@
 """The evaluation binary: models in, scores, answers and a report out."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -11,6 +12,7 @@ import pytest
 
 from configs import base
 from gakd_jax import UserError, best, evaluate, models, partial, rundir
+from gakd_jax.evals import tasks
 from tests.shrink import shrink
 
 ROWS = [
@@ -117,6 +119,8 @@ def test_leaves_scores_answers_and_comparisons(whole):
     assert rundir.read_results(workdir / name) == found
     assert found['sampled/rouge_l_std'] >= 0
     assert 'greedy/rouge_l_std' not in found
+    assert found['greedy/rouge_l_stderr'] >= 0
+    assert found['greedy/task_version'] == 1
     # The teacher is its own.
     assert (found['fidelity/reverse_kl_gold'] == 0) == (name == 'large')
     assert (found['fidelity/agreement_teacher'] == 1) == (name == 'large')
@@ -288,12 +292,21 @@ def test_other_weights_in_the_same_place_are_refused(
   ) != evaluate.models.identity(model)
 
 
-def test_other_test_rows_are_refused(config, paths, tmp_path, write_rows):
+def test_other_test_rows_or_rules_are_refused(
+  config, paths, tmp_path, write_rows, monkeypatch
+):
   config.teacher.path = None
   rows = write_rows(ROWS[:2])
   greedy = config.evals.greedy.to_dict()
   config.evals = {'greedy': greedy | {'data': rows}}
   evaluate.run(config, [paths['small']], tmp_path)
+  known = json.loads((tmp_path / 'small/model.json').read_text())
+  assert known['tasks'] == {'greedy': 'instruct, version 1'}
+  with monkeypatch.context() as patch:
+    newer = dataclasses.replace(tasks.TASKS['instruct'], version=2)
+    patch.setitem(tasks.TASKS, 'instruct', newer)
+    with pytest.raises(UserError, match=r'scored by other rules .*version 2'):
+      evaluate.run(config, [paths['small']], tmp_path)
   Path(rows).write_text(json.dumps(ROWS[3]) + '\n')
   with pytest.raises(UserError, match='the data has changed'):
     evaluate.run(config, [paths['small']], tmp_path)

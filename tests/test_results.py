@@ -33,6 +33,7 @@ def test_keys_are_read_with_deviations_and_lengths(tmp_path):
     'a/b/accuracy': 1.0,
     'lonely/bleu_std': 1.0,
     'a/b/accuracy_stderr': 0.5,
+    'a/b/task_version': 2,
     'peak_memory_gb': 3.0,
   }
   runs = {'sft-seed3': _run(tmp_path / 'a', values)}

@@ -113,6 +113,11 @@ def test_each_row_ends_at_its_eos(model):
   assert len({len(r) for r in expected}) > 2, 'rows must end apart'
   assert any(len(r) == 9 for r in expected), 'one row must not end'
   assert generate(model, eos_ids=eos_ids) == expected
+  kept = generate(model, eos_ids=eos_ids, keep_end=True)
+  assert kept == [
+    whole[: len(response) + 1]
+    for whole, response in zip(plain, expected, strict=True)
+  ]
 
 
 def test_batches_come_one_by_one_and_go_on_where_they_were(model):

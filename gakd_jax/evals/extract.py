@@ -217,11 +217,8 @@ llm_adapters_choice = Rule(
   (Pattern('LABELS', first=True),), lambda found: found[0]
 )
 
-# lm-evaluation-harness: `gsm8k` by strict match, and `gsm8k_cot`.
+# lm-evaluation-harness: `gsm8k` by strict match.
 lm_eval_gsm8k = Rule((Pattern(r'#### (-?[0-9.,]+)', first=True),), _float)
-lm_eval_gsm8k_cot = Rule(
-  (Pattern(r'The answer is (-?[0-9.,]+).', first=True),), _float
-)
 
 _FORMAT = re.compile(r'Answer format: *([\w/]+)\s*$')
 

@@ -2,7 +2,9 @@
 
 Token by token, on three texts for the same prompts (gold references, the
 teacher's answers, the student's own): everything that `loss` measures, as in
-`agreement_gold`, `reverse_kl_teacher`, `ece_student`. Answer by answer, as in
+`agreement_gold`, `reverse_kl_teacher`, `ece_student`. Answers are the token ids
+that were written, after the prompt that they were written to, and have an end
+only if one was written. Answer by answer, as in
 "Generalization vs Fidelity" (ACL 2025): `answer_agreement`, the percentage of
 prompts on which both answer the same, right or wrong, and `rationale_bleu` and
 `rationale_rouge_l` of the student's whole answer against the teacher's.
@@ -12,6 +14,10 @@ import dataclasses
 import statistics
 from typing import ClassVar
 
+import numpy as np
+
+from gakd_jax import UserError
+from gakd_jax.data import pipeline
 from gakd_jax.evals import answers, extract, loss, scores, tasks
 from gakd_jax.evals.generation import Generation
 
@@ -34,41 +40,56 @@ class Fidelity:
     if subject.models.teacher_definition is None:
       return {}
     student = self._answers(subject.workdir)
-    texts = {
-      'gold': [row.references[0] for row in self.of.rows],
-      'student': student[0],
-    }
+    written = {'student': student[0]}
     result = {}
     if subject.teacher_workdir is not None:
       teacher = self._answers(subject.teacher_workdir)
-      texts['teacher'] = teacher[0]
+      written['teacher'] = teacher[0]
       pairs = [
-        self._compare(*pair) for pair in zip(student, teacher, strict=True)
+        self._compare(*([x['answer'] for x in lines] for lines in pair))
+        for pair in zip(student, teacher, strict=True)
       ]
       result = {
         key: statistics.fmean(pair[key] for pair in pairs) for key in pairs[0]
       }
-    for name, responses in texts.items():
-      rows = [
-        dataclasses.replace(row, references=(text,))
-        for row, text in zip(self.of.rows, responses, strict=True)
-      ]
-      measured = loss.measure(subject, params, rows, self.batch_size)
-      result |= {f'{key}_{name}': value for key, value in measured.items()}
+    measured = {
+      'gold': loss.measure(subject, params, self.of.rows, self.batch_size)
+    }
+    prompts = self.of.prompts(subject)
+    for name, lines in written.items():
+      examples = self._examples(prompts, lines, subject.max_length)
+      if examples:
+        measured[name] = loss.measure_ids(
+          subject, params, examples, self.batch_size
+        )
+    for name, metrics in measured.items():
+      result |= {f'{key}_{name}': value for key, value in metrics.items()}
     return result
 
   def _answers(self, workdir):
-    """The answers to all prompts, for each seed."""
-    return [
-      [line['answer'] for line in answers.read(workdir, self.of.name, seed)]
-      for seed in self.of.seeds
-    ]
+    """The lines of all prompts, for each seed."""
+    return [answers.read(workdir, self.of.name, seed) for seed in self.of.seeds]
+
+  def _examples(self, prompts, lines, max_length):
+    """The answers of which anything was written."""
+    examples = []
+    for prompt, row, line in zip(prompts, self.of.rows, lines, strict=True):
+      if 'ids' not in line:
+        raise UserError(
+          f'config.evals.{self.name}: the answers to {self.of.name!r} have no '
+          'token ids: they are of an earlier version; use another --workdir'
+        )
+      ids = line['ids'][: max_length - len(prompt)]
+      if ids:
+        prompt = np.array(prompt, np.int32)
+        examples.append(pipeline.Example(prompt, np.array(ids, np.int32), row))
+    return examples
 
   def _compare(self, student, teacher):
     task = self.of.task
     agree, bleu, rouge = [], [], []
     for row, a, b in zip(self.of.rows, student, teacher, strict=True):
-      if tasks.TASKS[task].extract:
+      if tasks.TASKS[task].rule:
         x, y = (tasks.extracted(task, row, text) for text in (a, b))
         # Two answers from which nothing can be read agree on nothing.
         agree.append(100.0 * extract.same(x, y))

@@ -10,6 +10,7 @@ blanks and thinking do not count as answer). That is done to its text: decoding
 goes on to EOS or `max_new_tokens`, as what the text is is not known before.
 """
 
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -37,7 +38,7 @@ class Generation:
   rows: tuple
   task: str = 'instruct'  # what makes an answer good, see `tasks`
   max_new_tokens: int = 256
-  stop: tuple[str, ...] = ()  # strings before which an answer ends
+  stop: tuple[str, ...] | None = None  # its ends; None: those of the task
   temperature: float = 1.0
   top_k: int = 0
   top_p: float = 1.0
@@ -49,13 +50,13 @@ class Generation:
 
   def __post_init__(self):
     if isinstance(self.stop, str) or not all(
-      x and isinstance(x, str) for x in self.stop
+      x and isinstance(x, str) for x in self.stop or ()
     ):
       raise UserError(
         f'config.evals.{self.name}: stop={self.stop!r} is no tuple of texts '
         r"such as ('\n\n',)"
       )
-    if tasks.get(self.task).extract:  # Bad rows come up before any work.
+    if tasks.get(self.task).rule:  # Bad rows come up before any work.
       for row in self.rows:
         tasks.gold(self.task, row)
 
@@ -69,18 +70,11 @@ class Generation:
     right and wrong `pass_at_<k>` that of k answers to a prompt one is right (a
     percentage); with one, `<metric>_stderr` is the standard error over rows.
     Answers go to <workdir>/answers/<name>-<seed>.jsonl, those of the last
-    evaluation. One that ended at a stop string is there as far as it counts,
-    with its tokens, and `cut_at` is the string.
+    evaluation, with the `ids` that were written: thoughts included, and the EOS
+    if there was one, which `tokens` does not count. An answer that ended at a
+    stop string is there as far as it counts, and `cut_at` is the string.
     """
-    prompts = [
-      tokenizer_lib.fit_prompt(
-        subject.models.tokenizer,
-        row,
-        subject.template,
-        subject.max_prompt_length,
-      )
-      for row in self.rows
-    ]
+    prompts = self.prompts(subject)
     buckets = [
       scores.length_bucket(
         len(
@@ -117,6 +111,31 @@ class Generation:
         result[f'{key}_std'] = statistics.stdev(values)
     return result | self._over_rows(scored)
 
+  def prompts(self, subject):
+    """The ids that each row's answer begins after.
+
+    Raises:
+      UserError: if the task has examples that do not fit.
+    """
+    return [self._prompt(subject, row) for row in self.rows]
+
+  def _prompt(self, subject, row):
+    tokenizer, template = subject.models.tokenizer, subject.template
+    most = subject.max_prompt_length
+    if not tasks.get(self.task).examples:
+      return tokenizer_lib.fit_prompt(tokenizer, row, template, most)
+    shown = tasks.asked(self.task, row, turns=_has_turns(template))
+    ids, _ = tokenizer_lib.encode(
+      tokenizer, dataclasses.replace(shown, references=()), template
+    )
+    if len(ids) > most:
+      raise UserError(
+        f'config.evals.{self.name}: the examples of task {self.task!r} and '
+        f'{row.where or "a row"} take {len(ids)} tokens, and '
+        f'config.data.max_prompt_length is {most}; raise it'
+      )
+    return ids
+
   def _over_rows(self, scored):
     """Metrics of each row's scores, [seeds][rows] of {metric: score}."""
     if len(scored) == 1:
@@ -125,7 +144,7 @@ class Generation:
         f'{key}_stderr': statistics_lib.standard_error([x[key] for x in rows])
         for key in rows[0]
       }
-    if not tasks.TASKS[self.task].extract:
+    if not tasks.TASKS[self.task].rule:
       return {}
     passed = [
       statistics_lib.pass_at(sum(x['accuracy'] > 0 for x in row), len(row))
@@ -144,7 +163,7 @@ class Generation:
     lines = []
     for i, row in enumerate(self.rows):
       line = answers_lib.prompt(i, row, tag) | answers[i]
-      if tasks.TASKS[self.task].extract:
+      if tasks.TASKS[self.task].rule:
         line['extracted'] = tasks.extracted(self.task, row, line['answer'])
         line['gold'] = tasks.gold(self.task, row)
       lines.append(line | {'scores': scored[i]})
@@ -176,6 +195,7 @@ class Generation:
       pool.add({i: (self.rows[i], x['answer']) for i, x in new.items()})
 
     add(answers)
+    ends = templates.stop_ids(subject.template, subject.models.tokenizer)
     start, new_tokens = time.perf_counter(), 0
     for indices, written in sampling.stream(
       model,
@@ -185,14 +205,15 @@ class Generation:
       top_k=self.top_k,
       top_p=self.top_p,
       no_repeat_ngram=self.no_repeat_ngram,
-      eos_ids=templates.stop_ids(subject.template, subject.models.tokenizer),
+      eos_ids=ends,
       seed=seed,
       batch_size=self.batch_size,
       valid_vocab=tokenizer_lib.size(subject.models.tokenizer),
       done=set(answers),
+      keep_end=True,
     ):
       new = {
-        i: self._answer(subject.models.tokenizer, ids)
+        i: self._answer(subject.models.tokenizer, ids, ends)
         for i, ids in zip(indices, written, strict=True)
       }
       # Of a batch that was half written, some were counted before.
@@ -216,24 +237,37 @@ class Generation:
       )
     return answers
 
-  def _answer(self, tokenizer, ids):
+  def _answer(self, tokenizer, ids, ends):
     """What is kept of the answer that ids spell."""
     text = tokenizer_lib.decode(tokenizer, ids)
-    found = [(text.find(x), x) for x in self.stop if x in text]
+    tokens = len(ids) - bool(ids and ids[-1] in ends)
+    found = [(text.find(x), x) for x in self._stops() if x in text]
     if not found:
-      return {'answer': text, 'tokens': len(ids)}
+      return {'answer': text, 'tokens': tokens, 'ids': ids}
     end, stop = min(found)
     text = text[:end].rstrip()
-    tokens = len(tokenizer.encode(text, add_special_tokens=False))
-    return {'answer': text, 'tokens': tokens, 'cut_at': stop}
+    # The first that spell it; the last of them may go on into the stop string.
+    tokens = bisect.bisect_left(
+      range(tokens),
+      True,
+      key=lambda n: tokenizer_lib.decode(tokenizer, ids[:n]).startswith(text),
+    )
+    kept = {'answer': text, 'tokens': tokens, 'ids': ids[:tokens]}
+    return kept | {'cut_at': stop}
+
+  def _stops(self):
+    return tasks.get(self.task).stop if self.stop is None else self.stop
 
   def _settings(self):
     """What an answer depends on, but for its seed."""
-    return {
+    return {'stop': self._stops()} | {
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
       if field.name
-      not in ('name', 'rows', 'left_out', 'task', 'seeds', 'first_reference')
+      not in (
+        *('name', 'rows', 'left_out', 'task', 'seeds', 'first_reference'),
+        'stop',
+      )
     }
 
   def _summary(self, lines, buckets):
@@ -252,6 +286,10 @@ class Generation:
       [line['answer'] for line in lines],
       self.first_reference,
     )
+
+
+def _has_turns(template):
+  return template.partition(':')[0] in ('qwen3', 'chat')
 
 
 def _record_speed(workdir, name, speed):

@@ -43,7 +43,7 @@ class Loss:
 
 
 def measure(subject, params, rows, batch_size):
-  """{metric: mean over response tokens}; see above."""
+  """{metric: mean over response tokens} of the rows' texts; see above."""
   examples, bad = pipeline.encode_rows(
     rows,
     subject.models.tokenizer,
@@ -52,6 +52,12 @@ def measure(subject, params, rows, batch_size):
     max_prompt_length=subject.max_prompt_length,
     thinking=subject.thinking,
   )
+  means = measure_ids(subject, params, examples, batch_size)
+  return means | ({'left_out': bad.total()} if bad else {})
+
+
+def measure_ids(subject, params, examples, batch_size):
+  """{metric: mean over response tokens} of `pipeline.Example`s."""
   ways = sharding.batch_ways(subject.mesh)
   batches = pipeline.batches(
     examples,
@@ -73,7 +79,7 @@ def measure(subject, params, rows, batch_size):
   off = totals.pop('overconfidence')
   means = {name: float(total / tokens) for name, total in totals.items()}
   means['ece'] = float(np.sum(np.abs(off)) / tokens)
-  return means | ({'left_out': bad.total()} if bad else {})
+  return means
 
 
 @functools.partial(jax.jit, static_argnames='head_chunk')

@@ -35,6 +35,16 @@ def exact_match(prediction, references):
   )
 
 
+def minillm_exact_match(prediction, references):
+  """100 if the texts agree as MiniLLM's code has it: articles count."""
+  answer = _without_signs(prediction)
+  return _best(
+    lambda reference: 100.0 * (answer == _without_signs(reference)),
+    prediction,
+    references,
+  )
+
+
 def bleu(prediction, references):
   """Sentence BLEU-4; of a shorter text, only the orders that it has count."""
   score = _bleu(sentence=True).sentence_score
@@ -125,8 +135,12 @@ def _as_list(references):
 
 
 def _normalise(text):
-  text = text.lower().translate(_PUNCTUATION)
+  text = _without_signs(text)
   return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', text).split())
+
+
+def _without_signs(text):
+  return ' '.join(text.lower().translate(_PUNCTUATION).split())
 
 
 @functools.cache

@@ -6,7 +6,6 @@ start quickly (`Pool`).
 
 import dataclasses
 import os
-from collections.abc import Callable
 
 from gakd_jax import UserError
 from gakd_jax.evals import extract, scores
@@ -17,12 +16,44 @@ _WORTH_PROCESSES = 500  # answers; fewer are scored before processes start
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """Scores lie in [0, 100] and are means over rows, but for `corpus`."""
+  """What is asked, and which answers are good.
+
+  Scores lie in [0, 100] and are means over rows, but for `corpus`.
+  """
 
   scores: tuple[str, ...]  # of each answer; the first is what tables show
   corpus: tuple[str, ...] = ()  # of all answers at once
-  extract: Callable | None = None  # text -> what it answers
+  rule: extract.Rule | None = None  # what an answer says
+  gold: extract.Rule | None = None  # and a reference, if that is another
+  stop: tuple[str, ...] = ()  # strings before which an answer ends
+  examples: tuple[tuple[str, str], ...] = ()  # (question, answer) before each
+  version: int = 1  # higher where an answer may have got another score
 
+
+# For models that were never told how to answer; of no published protocol.
+_WORD_PROBLEMS = (
+  (
+    'A baker has 3 trays of 12 rolls and sells 20 of them. How many are left?',
+    'On 3 trays there are 3 * 12 = 36 rolls. Of these 36 - 20 = 16 are left.\n'
+    '#### 16',
+  ),
+  (
+    'Mia saves $4 a week. After 6 weeks she spends half of it. How much does '
+    'she have?',
+    'In 6 weeks she saves 6 * 4 = $24. Half of it is 24 / 2 = $12.\n#### 12',
+  ),
+  (
+    'A train of 5 cars has 48 seats in each. 30 seats are broken. How many '
+    'people can sit?',
+    'There are 5 * 48 = 240 seats. Without those that are broken, 240 - 30 = '
+    '210 are left.\n#### 210',
+  ),
+  (
+    'Ben is 7 years old, and his sister is twice as old as he will be in 2 '
+    'years. How old is she?',
+    'In 2 years Ben will be 7 + 2 = 9. His sister is 2 * 9 = 18.\n#### 18',
+  ),
+)
 
 TASKS = {
   # Dolly, SelfInst, Vicuna, S-NI, UnNI.
@@ -36,11 +67,28 @@ TASKS = {
     ('corpus_bleu', 'corpus_chrf'),
   ),
   # AddSub, MultiArith, SingleEq, SVAMP, MAWPS.
-  'math': Task(('accuracy',), extract=extract.number),
-  'gsm8k': Task(('accuracy',), extract=extract.gsm8k),
-  'aqua': Task(('accuracy',), extract=extract.letter),
+  'math': Task(('accuracy',), rule=extract.number, version=2),
+  'gsm8k': Task(('accuracy',), rule=extract.gsm8k, version=2),
+  'gsm8k_few_shot': Task(
+    ('accuracy',),
+    rule=extract.gsm8k,
+    stop=('\nQ:',),
+    examples=_WORD_PROBLEMS,
+  ),
+  'aqua': Task(('accuracy',), rule=extract.letter, version=2),
   # BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC, OBQA.
-  'choice': Task(('accuracy',), extract=extract.choice),
+  'choice': Task(('accuracy',), rule=extract.choice),
+  # As the authors of a protocol compute it, see `extract` and `scores`.
+  'minillm': Task(('rouge_l', 'minillm_exact_match')),
+  'llm_adapters_math': Task(('accuracy',), rule=extract.llm_adapters_math),
+  'llm_adapters_aqua': Task(('accuracy',), rule=extract.llm_adapters_aqua),
+  'llm_adapters_choice': Task(('accuracy',), rule=extract.llm_adapters_choice),
+  'lm_eval_gsm8k': Task(
+    ('accuracy',),
+    rule=extract.lm_eval_gsm8k,
+    gold=extract.gsm8k,
+    stop=('Question:',),
+  ),
 }
 
 
@@ -54,10 +102,11 @@ def get(name):
 
 def extracted(name, row, text):
   """What a text answers; None for tasks that compare whole texts."""
-  rule = TASKS[name].extract
-  if rule is None:
-    return None
-  return rule(text, extract.labels(row) if rule.has_labels else ())
+  return _read(TASKS[name].rule, row, text)
+
+
+def _read(rule, row, text):
+  return rule and rule(text, extract.labels(row) if rule.has_labels else ())
 
 
 def gold(name, row):
@@ -67,12 +116,40 @@ def gold(name, row):
     UserError: if there is nothing.
   """
   text = row.answer or row.references[0]
-  right = extracted(name, row, text)
+  right = _read(TASKS[name].gold or TASKS[name].rule, row, text)
   if right is None:
     raise UserError(
       f'{row.where}: nothing that task {name!r} could extract from {text!r}'
     )
   return right
+
+
+def asked(name, row, *, turns):
+  """The row whose prompt a model is given: the task's examples, then its own.
+
+  Args:
+    name: of a task.
+    row: `data.sources.Row`.
+    turns: whether examples are turns of a conversation, or text.
+  """
+  examples = TASKS[name].examples
+  if not examples:
+    return row
+  question = '\n'.join(x for x in (row.instruction, row.input) if x)
+  if turns:
+    own = row.messages or ({'role': 'user', 'content': question},)
+    system = [turn for turn in own[:1] if turn['role'] == 'system']
+    shown = [
+      {'role': role, 'content': text}
+      for example in examples
+      for role, text in zip(('user', 'assistant'), example, strict=True)
+    ]
+    messages = (*system, *shown, *own[len(system) :])
+    return dataclasses.replace(row, messages=messages)
+  texts = [f'Q: {asks}\nA: {answer}\n\n' for asks, answer in examples]
+  return dataclasses.replace(
+    row, instruction=f'{"".join(texts)}Q: {question}\nA:', input=''
+  )
 
 
 def score(name, row, answer, first_only=False):
@@ -87,7 +164,7 @@ def score(name, row, answer, first_only=False):
   Raises:
     UserError: if a row's reference does not hold what the task asks for.
   """
-  if TASKS[name].extract:
+  if TASKS[name].rule:
     correct = extract.same(extracted(name, row, answer), gold(name, row))
     return {'accuracy': 100.0 * correct}
   references = row.references[:1] if first_only else row.references

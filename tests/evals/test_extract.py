@@ -203,8 +203,6 @@ def test_every_letter_is_read_in_every_sentence(right, says):
     ('lm_eval_gsm8k', '#### $5, #### 1,234.\n#### 7', 1234),
     ('lm_eval_gsm8k', 'It is 5', None),
     ('lm_eval_gsm8k', '#### ,', None),
-    ('lm_eval_gsm8k_cot', 'The answer is 5. The answer is 7.', 5),
-    ('lm_eval_gsm8k_cot', 'the answer is 5.', None),
   ],
 )
 def test_rules_of_protocols_are_their_authors(rule, text, answer):

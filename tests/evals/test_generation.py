@@ -9,7 +9,7 @@ import pytest
 from gakd_jax import UserError, models, partial, sharding
 from gakd_jax.data import sources
 from gakd_jax.data import tokenizer as tokenizer_lib
-from gakd_jax.evals import evaluator, generation, scores
+from gakd_jax.evals import evaluator, generation, scores, tasks
 from gakd_jax.models import pair
 
 # What the model writes, the answer that is left of it, and where it was cut.
@@ -52,12 +52,15 @@ def run(tiny_model_dir, tmp_path, monkeypatch):
     return made.run(subject, params, 0)
 
   def stream(model, prompts, **settings):
-    del model, settings
+    del model
+    end = settings['eos_ids'][:1] if settings['keep_end'] else ()
     for i in range(len(prompts)):
-      yield [i], [tokenizer.encode(WRITTEN[i][0], add_special_tokens=False)]
+      ids = tokenizer.encode(WRITTEN[i][0], add_special_tokens=False)
+      yield [i], [[*ids, *end] if i == 2 else ids]
 
   monkeypatch.setattr(generation.sampling, 'stream', stream)
   run.tokens = lambda text: len(tokenizer.encode(text))
+  run.text, run.ids = tokenizer.decode, tokenizer.encode
   run.answers = lambda: [
     json.loads(line)
     for line in (tmp_path / 'answers/set-0.jsonl').read_text().splitlines()
@@ -75,6 +78,14 @@ def test_an_answer_ends_before_the_first_stop_string(run, identity):
   assert [line.get('cut_at') for line in lines] == [x for *_, x in WRITTEN]
   for line, (written, text, cut_at) in zip(lines, WRITTEN, strict=True):
     assert line['tokens'] == run.tokens(written if cut_at is None else text)
+    ids = run.ids(written, add_special_tokens=False)
+    if cut_at is None:
+      ends = line['ids'][len(ids) :]
+      assert line['ids'][: len(ids)] == ids
+      assert len(ends) == (written == WRITTEN[2][0])
+    else:
+      assert line['ids'] == ids[: line['tokens']]
+      assert run.text(line['ids']).strip() == text
   # What is scored is what was kept.
   assert [line['scores']['rouge_l'] for line in lines] == [100] * 4 + [0]
   assert result['rouge_l'] == pytest.approx(80)
@@ -115,6 +126,37 @@ def test_one_seed_has_an_error_and_several_pass(run, monkeypatch):
   assert result['pass_at_2'] == pytest.approx(100 * (2 / 3) / 5)
   assert result['pass_at_3'] == pytest.approx(20)
   assert 'accuracy_stderr' not in result
+
+
+def test_a_task_has_stop_strings_unless_others_are_given(run):
+  rows = tuple(dataclasses.replace(x, references=('#### 6',)) for x in ROWS)
+  run(rows=rows, task='lm_eval_gsm8k')
+  cut = [line.get('cut_at') for line in run.answers()]
+  assert cut == ['Question:', 'Question:', None, None, 'Question:']
+  run(rows=rows, task='lm_eval_gsm8k', stop=())
+  assert not any('cut_at' in line for line in run.answers())
+
+
+def test_examples_of_a_task_stand_before_its_prompts(run, monkeypatch):
+  rows = tuple(dataclasses.replace(x, references=('6',)) for x in ROWS)
+  few_shot = tasks.TASKS['gsm8k_few_shot']
+  with pytest.raises(UserError, match=r'take \d+ tokens, and .*length is 48;'):
+    run(rows=rows, task='gsm8k_few_shot')
+  short = dataclasses.replace(few_shot, examples=(('one?', 'yes'),))
+  monkeypatch.setitem(tasks.TASKS, 'gsm8k_few_shot', short)
+  seen = []
+  stream = generation.sampling.stream
+
+  def watched(model, prompts, **settings):
+    seen.extend(prompts)
+    return stream(model, prompts, **settings)
+
+  monkeypatch.setattr(generation.sampling, 'stream', watched)
+  run(rows=rows, task='gsm8k_few_shot')
+  for ids in seen:
+    text = run.text(ids)
+    assert text.index('one?') < text.index('yes') < text.index('How much?')
+    assert 'Q:' not in text  # They are turns.
 
 
 def test_answers_cut_elsewhere_are_not_gone_on_with(run, monkeypatch):

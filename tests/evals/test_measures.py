@@ -211,7 +211,7 @@ def test_unknown_ways_to_score_options(setting):
     multiple_choice.MultipleChoice('set', CHOICES, **{setting: 'letters'})
 
 
-def write_answers(path, name, answers_by_seed):
+def write_answers(path, name, answers_by_seed, ids_of=None):
   for seed, answers in answers_by_seed.items():
     file = path / 'answers' / f'{name}-{seed}.jsonl'
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -219,6 +219,8 @@ def write_answers(path, name, answers_by_seed):
       {'answer': x, 'input': 'src', 'references': ['ref', 'other']}
       for x in answers
     ]
+    if ids_of:
+      lines = [line | {'ids': ids_of(line['answer'])} for line in lines]
     file.write_text(''.join(json.dumps(x) + '\n' for x in lines))
 
 
@@ -230,8 +232,13 @@ def test_fidelity_on_three_texts(parts, tmp_path):
   of = generation.Generation('sums', rows, task='math', seeds=(1, 2))
   mine = {1: ['0', '1', 'is 2.0', 'none', ''], 2: ['0', '1', '2', '3', '4']}
   theirs = {1: ['0', '7', 'or 2', 'none', '4'], 2: ['0', '1', '2', '3', '9']}
-  write_answers(tmp_path / 'student', 'sums', mine)
-  write_answers(tmp_path / 'teacher', 'sums', theirs)
+
+  def ended(text):
+    row = dataclasses.replace(ROWS[0], references=(text,))
+    return tokenizer_lib.encode(subject.models.tokenizer, row, 'chat')[1]
+
+  write_answers(tmp_path / 'student', 'sums', mine, ended)
+  write_answers(tmp_path / 'teacher', 'sums', theirs, ended)
   subject = dataclasses.replace(
     subject,
     workdir=tmp_path / 'student',
@@ -266,6 +273,36 @@ def test_fidelity_on_three_texts(parts, tmp_path):
   lost = dataclasses.replace(subject, teacher_workdir=tmp_path)
   with pytest.raises(UserError, match="'sums' was not evaluated"):
     fidelity.Fidelity('fidelity', of).run(lost, params, 0)
+
+
+def test_fidelity_is_of_the_ids_that_were_written(parts, tmp_path):
+  subject, params, student, _ = parts
+  subject = dataclasses.replace(subject, workdir=tmp_path)
+  prompts = [
+    tokenizer_lib.encode(subject.models.tokenizer, row, 'chat')[0]
+    for row in ROWS
+  ]
+  room = subject.max_length - len(prompts[3])
+  # Not as the tokenizer has them, cut off, of nothing, and too long.
+  written = {'a': [70, 71, 72], 'b': [80], 'c': [], 'd': [90] * 99, 'e': [5, 6]}
+  write_answers(tmp_path, 'set', {0: [*written]}, written.get)
+  of = generation.Generation('set', ROWS, seeds=(0,))
+  found = fidelity.Fidelity('fidelity', of, 2).run(subject, params, 0)
+  ce = []
+  for prompt, ids in zip(prompts, written.values(), strict=True):
+    ids = ids[:room]
+    if ids:
+      log_q = log_probs(student, prompt, ids)
+      ce += [-log_q[n, i] for n, i in enumerate(ids)]
+  assert found['ce_student'] == pytest.approx(np.mean(ce), rel=2e-4)
+
+  write_answers(tmp_path, 'set', {0: [*written]}, lambda text: [])
+  found = fidelity.Fidelity('fidelity', of, 2).run(subject, params, 0)
+  assert 'ce_gold' in found
+  assert all(key.endswith('_gold') for key in found)
+  write_answers(tmp_path, 'set', {0: [*written]})
+  with pytest.raises(UserError, match="fidelity: the answers to 'set' have no"):
+    fidelity.Fidelity('fidelity', of, 2).run(subject, params, 0)
 
 
 def test_agreement_of_whole_texts_is_exact_match():

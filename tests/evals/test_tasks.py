@@ -11,7 +11,7 @@ from rouge_score import rouge_scorer
 
 from gakd_jax import UserError
 from gakd_jax.data import sources
-from gakd_jax.evals import scores, tasks
+from gakd_jax.evals import extract, scores, tasks
 
 ROW = sources.Row('Add.', references=('It is 4.', 'four'), where='f:1')
 
@@ -36,6 +36,52 @@ def test_math_compares_numbers_and_prefers_the_rows_answer():
   assert tasks.score('math', ROW, '') == {'accuracy': 0}
   row = sources.Row('Add.', references=('It is 4.',), answer='5.0')
   assert tasks.score('math', row, 'is 5') == {'accuracy': 100}
+
+
+def test_rules_of_protocols_differ_from_the_fields():
+  row = sources.Row('Add.', references=('the cat',), where='f:1')
+  assert tasks.score('instruct', row, 'A cat!')['exact_match'] == 100
+  assert tasks.score('minillm', row, 'A cat!')['minillm_exact_match'] == 0
+  assert tasks.score('minillm', row, 'The cat!')['minillm_exact_match'] == 100
+  row = sources.Row('Add.', references=('3 * 4\n#### 12',), where='f:1')
+  for name, text, right in (
+    ('math', 'It is 12 m^2', True),
+    ('llm_adapters_math', 'It is 12 m^2', False),
+    ('gsm8k', 'It is 12', True),
+    ('lm_eval_gsm8k', 'It is 12', False),
+    ('lm_eval_gsm8k', 'It is #### 12', True),
+  ):
+    assert tasks.score(name, row, text) == {'accuracy': 100.0 * right}
+  row = sources.Row('Add.', answer='12.0', references=('12',), where='f:1')
+  assert tasks.gold('lm_eval_gsm8k', row) == 12
+
+
+def test_examples_answer_as_their_task_reads():
+  for task in tasks.TASKS.values():
+    for question, answer in task.examples:
+      assert question.endswith('?')
+      number = answer.rsplit('#### ')[-1]
+      assert task.rule(answer) == float(number)
+      assert extract.number(answer.partition('####')[0].rstrip('.')) is not None
+
+
+def test_examples_stand_before_a_row_as_text_or_as_turns():
+  row = sources.Row('How many?', 'Of 3.', ('3',), where='f:1')
+  assert tasks.asked('gsm8k', row, turns=True) is row
+  (first, answer), *_ = examples = tasks.TASKS['gsm8k_few_shot'].examples
+  text = tasks.asked('gsm8k_few_shot', row, turns=False)
+  assert text.instruction.startswith(f'Q: {first}\nA: {answer}\n\nQ: ')
+  assert text.instruction.endswith('\n\nQ: How many?\nOf 3.\nA:')
+  assert (text.input, text.references, text.messages) == ('', ('3',), None)
+  shown = tasks.asked('gsm8k_few_shot', row, turns=True).messages
+  assert len(shown) == 2 * len(examples) + 1
+  assert shown[0] == {'role': 'user', 'content': first}
+  assert shown[1] == {'role': 'assistant', 'content': answer}
+  assert shown[-1] == {'role': 'user', 'content': 'How many?\nOf 3.'}
+  system = {'role': 'system', 'content': 'Be brief.'}
+  row = sources.Row('', messages=(system, shown[-1]))
+  turns = tasks.asked('gsm8k_few_shot', row, turns=True).messages
+  assert turns == (system, *shown)
 
 
 def test_a_row_without_an_answer_is_named():
