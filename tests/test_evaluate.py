@@ -97,7 +97,8 @@ def contents(workdir):
     str(file.relative_to(workdir)): file.read_bytes()
     for file in workdir.rglob('*')
     # How fast it was is never the same, and is on the page as well.
-    if file.is_file() and file.name not in ('speed.json', 'report.html')
+    if file.is_file()
+    and file.name not in ('speed.json', 'report.html', '.lock')
   }
 
 
