@@ -210,11 +210,11 @@ def test_rules_of_protocols_are_their_authors(rule, text, answer):
   assert getattr(extract, rule)(text) == answer
 
 
-@pytest.mark.parametrize(
-  'again',
-  ' ~\n~9~1,~1 111~*~(~^~#~$~1/~\n#~A ~#### ~#### 1\n~The answer is ~answer: '
-  '~\\boxed{~\\boxed{1'.split('~'),
-)
+REPEATED = [*' \n9*(^#$', '1,', '1 111', '1/', '\n#', 'A ', '#### ', '#### 1\n']
+REPEATED += ['The answer is ', 'answer: ', '\\boxed{', '\\boxed{1']
+
+
+@pytest.mark.parametrize('again', REPEATED)
 def test_a_text_that_repeats_itself_is_read_at_once(again):
   for begin in ('', 'The answer is ', '#### ', '1 '):
     text = begin + again * 4000 + ' x'
