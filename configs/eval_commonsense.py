@@ -5,7 +5,8 @@
 LLM-Adapters' files (arXiv 2304.01933), read from its `dataset` folder. `boolq`
 and the like generate greedily, and the option that is named first counts;
 `boolq_likelihood` takes the option whose text has the highest mean
-log-probability, and needs no model that keeps to the format.
+log-probability, and needs no model that keeps to the format;
+`--config.evals.boolq_likelihood.normalise=bytes` divides by its length instead.
 """
 
 from ml_collections import config_dict

@@ -6,6 +6,7 @@
 Sampled answers to five seeds, scored against the best of all references;
 `--config=configs/eval_instruct.py:reference` is what GAKD's authors report: one
 seed, and the first reference only. With a teacher, fidelity on Dolly as well.
+With `--config.evals.dolly.task=minillm`, exact match is that of MiniLLM's code.
 `python tools/prepare_data.py SOURCE FILE` brings the files.
 """
 

@@ -77,7 +77,7 @@ _POWER_OF_TEN = re.compile(
 _EXPONENT = re.compile(
   r'\^ *[{(]?[-+]?\d+[})]?|(?<=[\w)])\*\*[-+]?\d+(?![\d.,]*\*)'
 )
-_DATE = re.compile(r'\d+(?:/\d+){2,}')
+_DATE = re.compile(r'(?<!\d)\d+(?:/\d+){2,}')
 # Signs belong to a number unless something stands before them: 8-4 has a 4, and
 # -$4 is -4. With two points it is a date or a section: no number. _18_ is in
 # italics, x_18 has an index.
@@ -88,8 +88,9 @@ _NUMBER = (
   r'(?(whole)(?=/))(?:/(?P<below>\d+(?:\.\d+)?))?(?!\.?\d)'
 )
 # Where a model that does not stop asks itself the next question.
-_NEXT = r'\n\s*(?:Question:|Q:|Problem:|#+ *(?:Instruction|Input):)'
+_NEXT = r'(?<=\n)[ \t]*(?:Question:|Q:|Problem:|#+ *(?:Instruction|Input):)'
 # '####' up to a number right after it, but for what may enclose that.
+# (Patterns must be quick where a text is one sign, endlessly repeated.)
 _MARK = r'####[\s*_:$€£¥₹({\\+-]*?(?:boxed\{[$+-]*?)?'
 
 
@@ -127,7 +128,10 @@ def _number(match):
   return value if math.isfinite(value) else None
 
 
-_LAST_NUMBER = (Pattern(rf'\\boxed\{{[^}}]*?{_NUMBER}'), Pattern(_NUMBER))
+_LAST_NUMBER = (
+  Pattern(rf'\\boxed\{{(?:(?!\\boxed)[^}}])*?{_NUMBER}'),
+  Pattern(_NUMBER),
+)
 
 # The last number of a text: with units, currencies and %, which are left aside,
 # of a fraction its value. Nothing else is computed.
@@ -139,15 +143,15 @@ number = Rule(_LAST_NUMBER, _number, _plain_numbers, (f'({_NEXT})',))
 gsm8k = Rule(
   (
     Pattern(_MARK + _NUMBER),
-    Pattern(r'(?s:####(?!.*####).*?)' + _NUMBER),
+    Pattern(r'(?s:(?<!#)#{4,}(?:(?!####).)*?)' + _NUMBER),
     Pattern('####'),
     *_LAST_NUMBER,
   ),
   _number,
   _plain_numbers,
   (
-    rf'(?s:(?:####|\A(?!.*####)).*?)({_NEXT})',
-    rf'{_MARK}\.?\d(?s:.*?)(\n\s*\n)',
+    rf'(?s:\A(?>(?!.*####)|.*?####).*?)({_NEXT})',
+    rf'(?s:\A(?>.*?{_MARK}\.?\d).*?)(\n\s*\n)',
   ),
 )
 
@@ -165,7 +169,7 @@ _ANY_CASE = (
   + _AFTER_A
   + r'(?(small)(?!\.\w| *[=+*/^<>-]))'
 )
-_OPEN = r'[\s*_"\'`$\[{(]*'
+_OPEN = r'[\s*_"\'`$\[{(]*+'
 _NEGATED = r'(?<!not )(?<!nor )(?<!than )'
 
 # A to E, of AQuA's choices. Stated ones go before those in parentheses, and
@@ -201,7 +205,10 @@ choice = Rule(
 
 
 def _float(match):
-  value = float(match[1].replace(',', '').replace('$', '').rstrip('.') or 'nan')
+  try:
+    value = float(match[1].replace(',', ''))
+  except ValueError:  # As of 1.2.3
+    return None
   return value if math.isfinite(value) else None
 
 

@@ -203,10 +203,24 @@ def test_every_letter_is_read_in_every_sentence(right, says):
     ('lm_eval_gsm8k', '#### $5, #### 1,234.\n#### 7', 1234),
     ('lm_eval_gsm8k', 'It is 5', None),
     ('lm_eval_gsm8k', '#### ,', None),
+    ('lm_eval_gsm8k', '#### 1.2.3', None),
   ],
 )
 def test_rules_of_protocols_are_their_authors(rule, text, answer):
   assert getattr(extract, rule)(text) == answer
+
+
+REPEATED = [*' \n9*(^#$', '1,', '1 111', '1/', '\n#', 'A ', '#### ', '#### 1\n']
+REPEATED += ['The answer is ', 'answer: ', '\\boxed{', '\\boxed{1']
+
+
+@pytest.mark.parametrize('again', REPEATED)
+def test_a_text_that_repeats_itself_is_read_at_once(again):
+  for begin in ('', 'The answer is ', '#### ', '1 '):
+    text = begin + again * 4000 + ' x'
+    for rule in vars(extract).values():
+      if isinstance(rule, extract.Rule):
+        rule(text, ('yes', 'no'))
 
 
 def test_llm_adapters_take_any_label_as_it_is_spelled():
