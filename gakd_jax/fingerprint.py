@@ -16,6 +16,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from gakd_jax import UserError, __version__, report
@@ -83,7 +84,12 @@ def recipe(config):
 
 
 def check_contents(workdir, contents, force=False):
-  """The same for what a config names: {what it is: its digest}."""
+  """The same for what a config names: {what it is: its digest}.
+
+  Of several processes, the first looks.
+  """
+  if jax.process_index() != 0:
+    return
   path = Path(workdir) / 'config.json'
   content = json.loads(path.read_text())
   theirs = content.get('contents', contents)
@@ -108,12 +114,15 @@ def _refuse(changed, what, hint, force):
 
 def note(workdir, **facts):
   """Adds to config.json what is known once a run has begun."""
-  path = Path(workdir) / 'config.json'
-  _write(path, json.loads(path.read_text()) | facts)
+  if jax.process_index() == 0:
+    path = Path(workdir) / 'config.json'
+    _write(path, json.loads(path.read_text()) | facts)
 
 
 def _write(path, content):
   text = json.dumps(content, indent=2) + '\n'
+  if jax.process_index() != 0:
+    return
   if not path.exists() or path.read_text() != text:
     report.write_atomically(path, text)
 
@@ -131,11 +140,15 @@ def of_arrays(arrays):
 def lock(workdir):
   """Nobody else works in a directory meanwhile.
 
-  A process that dies lets go of it. Where files cannot be locked, nothing is.
+  Of the processes of one run, the first has the lock. A process that dies lets
+  go of it. Where files cannot be locked, nothing is.
 
   Raises:
     UserError: if somebody does.
   """
+  if jax.process_index() != 0:
+    yield
+    return
   path = Path(workdir) / '.lock'
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open('w') as file:

@@ -444,13 +444,14 @@ def test_a_student_is_measured_with_the_template_it_was_trained_with(
 ):
   trained = base.get_config()
   trained.data.template = 'alpaca'
+  trained.student.path = paths['small']
   models.save(
     models.load(paths['small']),
     tmp_path / 'run/best',
     describe=lambda path: best.describe(path, trained, step=3),
   )
   config.teacher.path = None
-  config.data.max_length, config.data.max_prompt_length = 96, 90
+  config.data.max_length, config.data.max_prompt_length = 200, 150
   del config.evals.fidelity, config.evals.sampled
   found = {}
   for name, template in (('own', None), ('other', 'chat')):

@@ -3,9 +3,9 @@
 Each option is read as the response to the row's prompt, and scored by its
 log-probability. `normalise` says by what that is divided, so that longer
 options are not worse for being long: 'tokens' (Brown et al., arXiv 2005.14165,
-section 2.4), 'bytes' of its text in UTF-8, which are the characters that
-lm-evaluation-harness has in `acc_norm` where the text is ASCII, and those of
-its `acc_bytes` in any; or 'none', as in its `acc`.
+section 2.4), 'bytes' of its text in UTF-8, which where it is ASCII are the
+characters that lm-evaluation-harness has in `acc_norm`, or 'none', as in its
+`acc`.
 """
 
 import dataclasses
