@@ -2,12 +2,13 @@
 
 A record holds `messages` (or ShareGPT's `conversations`), or `instruction,
 input, output` (the last two may be called `context, response`), or `question,
-context, answer`, or `prompt, response`, or `query, response`, or `dialogue,
-summary` (`summary1` and so on are several references); the first of these that
-is there counts, since some data sets also store a rendered `prompt`. `output`
-and `response` may be a list of references. `system` (or `system_prompt`) and
-`history`, pairs of [user, assistant], go before the prompt. What else a prompt
-would need, and no template here can show, makes a bad row.
+context, answer`, or `prompt, response` (or `completion`), or `query, response`,
+or `dialogue, summary` (`summary1` and so on are several references); the first
+of these that is there counts, since some data sets also store a rendered
+`prompt`. `output` and `response` may be a list of references. `system` (or
+`system_prompt`) and `history`, pairs of [user, assistant], go before the
+prompt. What else a prompt would need, and no template here can show, makes a
+bad row.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from gakd_jax import UserError
 _FIELDS = {
   'instruction': ('output', 'response'),
   'question': ('answer',),
-  'prompt': ('response',),
+  'prompt': ('response', 'completion'),
   'query': ('response',),
 }
 _ROLES = {'human': 'user', 'gpt': 'assistant'} | {
@@ -31,7 +32,7 @@ _ROLES = {'human': 'user', 'gpt': 'assistant'} | {
 _UNSEEN = ('tools', 'functions', 'image', 'images', 'video', 'videos')
 _UNSEEN += ('audio', 'audios')
 _CHOICES = ('options', 'choices')
-_CALLS = ('tool_calls', 'function_call')
+_CALLS = ('tool_calls', 'function_call', 'reasoning_content', 'thinking')
 
 
 class BadRow(UserError):

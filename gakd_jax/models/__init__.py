@@ -48,8 +48,6 @@ _COMPANIONS = (
   '*.model',
 )
 _CHAT_TEMPLATES = 'additional_chat_templates'  # a directory
-
-
 # What is fetched from the hub, by what it is for.
 _CONFIG = ('*config.json',)
 _TOKENIZER = (*_CONFIG, *_COMPANIONS, 'additional_chat_templates/*')
@@ -62,8 +60,7 @@ def resolve(path, files=_MODEL):
   """The local directory of a path or hub id; hub ids are downloaded.
 
   A hub id is `org/name` or `org/name@revision`; of a run's directory it is the
-  student that came out. `files`: a pattern or patterns
-  of those that are needed.
+  student that came out. `files`: one or several patterns of what is needed.
   """
   local = Path(path).expanduser()
   if local.is_dir():

@@ -45,6 +45,7 @@ def load_one(tmp_path, record, **options):
     ),
     ({'instruction': 'Hi', 'response': 'Ho'}, ('Hi', '', ('Ho',))),
     ({'context': 'x', 'response': 'y', **PAIR}, ('Add.', '1 2', ('3',))),
+    ({'prompt': 'Hi', 'completion': 'Ho'}, ('Hi', '', ('Ho',))),
     (
       {'query': '2+2?', 'original_question': '1+1?', 'response': '4'},
       ('2+2?', '', ('4',)),
@@ -201,6 +202,10 @@ BAD = {
   ),
   'has choices, which no template shows': (
     b'{"question": "x", "answer": "y", "choices": ["y", "z"]}'
+  ),
+  'has reasoning_content, which no template shows': (
+    b'{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", '
+    b'"content": "y", "reasoning_content": "hm"}]}'
   ),
   'has tool_calls, which no template shows': (
     b'{"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}'
