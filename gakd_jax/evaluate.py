@@ -192,6 +192,7 @@ def _measure(config, evaluators, path, workdir, prompter, teacher, mesh):
     return rundir.read_results(workdir)
   if jax.process_index() == 0:
     about = {'path': str(path), 'identity': identity, 'data': data}
+    about['is_teacher'] = teacher is not None and workdir == teacher[1]
     about |= best.read(path)
     about |= {'template': prompter[0], 'tasks': scored_by}
     report.write_atomically(record, json.dumps(about, indent=2) + '\n')

@@ -34,8 +34,7 @@ NAMES = {
   'bleu': 'BLEU',
   'chrf': 'chrF',
 }
-_DISTANCES = ('forward_kl', 'reverse_kl')  # of the student from its teacher
-_LOSSES = ('ce', *_DISTANCES)
+_LOSSES = ('ce', 'forward_kl', 'reverse_kl')
 # Of these, and of what their names begin with (`ece_gold`), less is better.
 _LESS_IS_BETTER = (*_LOSSES, 'jsd', 'ece', 'unfinished', 'left_out')
 # Of a set, what stands in the first table: its losses, and one of these.
@@ -112,7 +111,8 @@ def labels(runs):
   """
   groups, found = {}, {}
   for name, directory in runs.items():
-    recipe, seed = _recipe(Path(directory)) or (None, None)
+    about = _about(directory)
+    recipe, seed = about.get('recipe'), about.get('seed')
     group = groups.setdefault(recipe or ('alone', name), {})
     if seed in group:
       group = groups[recipe, name] = {}
@@ -126,14 +126,25 @@ def labels(runs):
   return {name: found[name] for name in runs}
 
 
-def _recipe(directory):
-  """(a text that differs between recipes, the seed) of a run, or None."""
+def teachers(runs):
+  """The rows of those that the others should behave like."""
+  label = labels(runs)
+  return frozenset(label[n] for n, d in runs.items() if _is_teacher(_about(d)))
+
+
+def _is_teacher(about):
+  """An evaluation says so; a run of a teacher is a student of itself."""
+  config = about.get('config') or {}
+  paths = [(config.get(x) or {}).get('path') for x in ('student', 'teacher')]
+  return about.get('is_teacher') or (paths[0] == paths[1] is not None)
+
+
+def _about(directory):
+  """What a run, or an evaluation of a model, says of itself."""
   for file in ('config.json', 'model.json'):
-    if (directory / file).exists():
-      content = json.loads((directory / file).read_text())
-      recipe = content.get('recipe')
-      return recipe and (recipe, content.get('seed'))
-  return None
+    if (Path(directory) / file).exists():
+      return json.loads((Path(directory) / file).read_text())
+  return {}
 
 
 def read(runs):
@@ -153,7 +164,7 @@ def read(runs):
   return groups
 
 
-def tables(groups):
+def tables(groups, teachers=frozenset()):
   """Two tables, of what is compared first, and of all other results.
 
   Sets that share a metric have its average beside them. A set that only one of
@@ -184,18 +195,7 @@ def tables(groups):
     ]
   ]
   rest = [column for column in columns if column not in first]
-  return _table(groups, first), _table(groups, rest)
-
-
-def _teachers(groups):
-  """Names of what is at no distance from the teacher: it is the teacher."""
-  return frozenset(
-    name
-    for name, runs in groups.items()
-    for cells in runs
-    for (_, metric, _), cell in cells.items()
-    if metric.startswith(_DISTANCES) and cell.mean == 0
-  )
+  return _table(groups, first, teachers), _table(groups, rest, teachers)
 
 
 def by_length(groups):
@@ -209,7 +209,7 @@ def by_length(groups):
   return found
 
 
-def _table(groups, columns):
+def _table(groups, columns, teachers):
   order = {name: i for i, name in enumerate(NAMES)}
   metrics = dict.fromkeys(metric for _, metric in columns)
   ordered = []
@@ -231,7 +231,7 @@ def _table(groups, columns):
     for name, runs in groups.items()
   )
   columns = tuple((where, metric) for where, metric, _ in ordered)
-  return Table(columns, rows, _teachers(groups))
+  return Table(columns, rows, teachers)
 
 
 def _cell(runs, key):

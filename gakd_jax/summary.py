@@ -35,7 +35,7 @@ def write(path, runs, answers=6, comparisons=()):
       (a - b), its interval 'low' and 'high', and 'p'.
   """
   groups = results.read(runs)
-  first, rest = results.tables(groups)
+  first, rest = results.tables(groups, results.teachers(runs))
   label = results.labels(runs)
   metrics = {
     name: (label[name], report.read_metrics(directory))
@@ -85,12 +85,16 @@ def write_tables(folder, runs):
 
 def markdown(runs):
   """The table of the runs' results, for a README."""
-  return results.markdown(results.tables(results.read(runs))[0])
+  return results.markdown(_first(runs))
 
 
 def latex(runs):
   """The table of the runs' results, for a paper."""
-  return results.latex(results.tables(results.read(runs))[0])
+  return results.latex(_first(runs))
+
+
+def _first(runs):
+  return results.tables(results.read(runs), results.teachers(runs))[0]
 
 
 def _about(runs, sets):

@@ -20,7 +20,7 @@ def _tables(**rows):
   for name, cells in rows.items():
     cells = {(*key.split('/'), None): Cell(x) for key, x in cells.items()}
     groups.setdefault(name.partition('__')[0], []).append(cells)
-  return results.tables(groups)
+  return results.tables(groups, frozenset({'teacher'} & groups.keys()))
 
 
 def test_keys_are_read_with_deviations_and_lengths(tmp_path):
@@ -256,3 +256,29 @@ def test_how_a_run_is_carried_out_is_no_part_of_its_recipe():
     of(seed=1, start='sft-seed10')['recipe']
     != (of(start='sft-seed0')['recipe'])
   )
+
+
+def test_the_teacher_is_who_is_said_to_be(tmp_path):
+  """And not a student at no distance from it."""
+
+  def run(name, **about):
+    path = _run(tmp_path / name, {'loss/reverse_kl': 0.0})
+    (path / f'{about.pop("file")}.json').write_text(json.dumps(about))
+    return path
+
+  def config(student, teacher):
+    return {'student': {'path': student}, 'teacher': {'path': teacher}}
+
+  runs = {
+    'teacher': run('a', file='config', config=config('large', 'large')),
+    'student': run('b', file='config', config=config('small', 'large')),
+    'alone': run('c', file='config', config=config('small', None)),
+    'nothing': run('d', file='config', config=config(None, None)),
+    'evaluated': run('e', file='model', is_teacher=True),
+    'other': run('f', file='model', is_teacher=False),
+  }
+  runs['unknown'] = _run(tmp_path / 'g', {'loss/reverse_kl': 0.0})
+  assert results.teachers(runs) == {'teacher', 'evaluated'}
+  first, _ = results.tables(results.read(runs), results.teachers(runs))
+  best = {first.rows[i][0] for i, _ in first.best()}
+  assert best == {'student', 'alone', 'nothing', 'other', 'unknown'}

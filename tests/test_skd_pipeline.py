@@ -56,7 +56,7 @@ def test_gsm8k_from_public_files_to_a_table(shared_dir, tmp_path, monkeypatch):
 
   trained = ['teacher', *skd.WRITERS]
   tests = {name: Path('run', f'test_{name}') for name in trained}
-  table, _ = results.tables(results.read(tests))
+  table, _ = results.tables(results.read(tests), results.teachers(tests))
   assert [name for name, _ in table.rows] == trained
   assert ('gsm8k', 'accuracy') in table.columns
   assert None not in [cell for _, cells in table.rows for cell in cells]
