@@ -1,4 +1,4 @@
-"""The final results of runs as one table: on screen, in Markdown, in LaTeX.
+"""The final results of runs as one table; `tables` writes it.
 
 results.json of a run has '<set>/<metric>', '<set>/<metric>_std' (over the seeds
 of sampling), and '<set>/<metric>_11-50' of the references of so many tokens.
@@ -147,15 +147,51 @@ def _about(directory):
   return {}
 
 
+def _sets(runs):
+  """{run: {set: what it is called}}; with other rows, one of a name is another.
+
+  As validation and test rows are, whatever evaluator they were given to.
+  """
+  digests, titles = {}, {}
+  for run, directory in runs.items():
+    about = _about(directory)
+    found = about.get('data') or about.get('contents') or {}
+    digests[run] = {
+      key.removeprefix('config.evals.'): x for key, x in found.items()
+    }
+    for name, digest in digests[run].items():
+      of_name = titles.setdefault(name, {})
+      title = f'{name} ({_data(about, name) or len(of_name) + 1})'
+      if title in of_name.values():
+        title = f'{title} {len(of_name) + 1}'
+      of_name.setdefault(digest, title)
+  return {
+    run: {
+      name: titles[name][digest] if len(titles[name]) > 1 else name
+      for name, digest in found.items()
+    }
+    for run, found in digests.items()
+  }
+
+
+def _data(about, name):
+  """Where the rows of an evaluator come from, as short as it can be told."""
+  config = about.get('config') or {}
+  settings = (config.get('evals') or {}).get(name) or {}
+  spec = settings.get('data') or (config.get('data') or {}).get('validation')
+  return '/'.join(Path(spec).parts[-2:]) if isinstance(spec, str) else None
+
+
 def read(runs):
   """{label: [{(set, metric, bucket or None): Cell}]}, a dict for each run."""
-  groups, label = {}, labels(runs)
+  groups, label, sets = {}, labels(runs), _sets(runs)
   for name, directory in runs.items():
     cells = {}
     for key, value in rundir.read_results(directory).items():
       match = _KEY.fullmatch(key)
       if match and not key.endswith(('_stderr', '/task_version')):
-        where = match['set'], match['metric'], match['bucket']
+        where = sets[name].get(match['set'], match['set'])
+        where = where, match['metric'], match['bucket']
         old = cells.get(where, Cell(mean=None))
         new = {'std': value} if match['std'] else {'mean': value}
         cells[where] = dataclasses.replace(old, **new)
@@ -274,77 +310,3 @@ def _format(cells):
     pair = (next(texts), next(texts)) if cell else ('-', '')
     shown.append(pair if cell and cell.std is not None else (pair[0], ''))
   return shown
-
-
-def plain(table):
-  """Columns (set, metric) and rows of texts, names first."""
-  columns = [(where, title(m)) for where, m in table.columns]
-  rows = [
-    [name] + [f'{mean} ± {std}' if std else mean for mean, std in texts]
-    for (name, _), texts in zip(table.rows, table.texts(), strict=True)
-  ]
-  return columns, rows
-
-
-def markdown(table):
-  """The table as Markdown, the best of a column in bold."""
-  columns, rows = plain(table)
-  best = table.best()
-  lines = [['', *(' '.join(column) for column in columns)]]
-  lines.append(['---'] + ['---:'] * len(columns))
-  for i, (name, *cells) in enumerate(rows):
-    bold = [
-      f'**{text}**' if (i, j) in best else text for j, text in enumerate(cells)
-    ]
-    lines.append([name, *bold])
-  return ''.join(
-    f'| {" | ".join(text.replace("|", chr(92) + "|") for text in line)} |\n'
-    for line in lines
-  )
-
-
-def latex(table):
-  """The table for LaTeX with booktabs, the best of a column in bold."""
-  best = table.best()
-  heads = [title(metric) for _, metric in table.columns]
-  spans = []  # [metric, first column, columns]
-  for i, head in enumerate(heads, start=2):
-    if spans and spans[-1][0] == head:
-      spans[-1][2] += 1
-    else:
-      spans.append([head, i, 1])
-  lines = ['% Needs \\usepackage{booktabs}.']
-  lines.append(f'\\begin{{tabular}}{{l{"r" * len(heads)}}}\n\\toprule')
-  lines.append(
-    ''.join(
-      f' & \\multicolumn{{{n}}}{{c}}{{{_escape(head)}}}' for head, _, n in spans
-    )
-    + r' \\'
-  )
-  lines.append(
-    ' '.join(f'\\cmidrule(lr){{{i}-{i + n - 1}}}' for _, i, n in spans)
-  )
-  lines.append(
-    ''.join(f' & {_escape(where)}' for where, _ in table.columns) + r' \\'
-  )
-  lines.append('\\midrule')
-  for i, texts in enumerate(table.texts()):
-    cells = [_escape(table.rows[i][0])]
-    for j, (mean, std) in enumerate(texts):
-      if len(mean) > 1 and mean.startswith('-'):
-        mean = f'$-${mean[1:]}'
-      text = f'{mean} $\\pm$ {std}' if std else mean
-      cells.append(f'\\textbf{{{text}}}' if (i, j) in best else text)
-    lines.append(' & '.join(cells) + r' \\')
-  return '\n'.join([*lines, '\\bottomrule', '\\end{tabular}', ''])
-
-
-_SPECIAL = {
-  '\\': r'\textbackslash{}',
-  '~': r'\textasciitilde{}',
-  '^': r'\textasciicircum{}',
-} | {x: '\\' + x for x in '&%$#_{}'}
-
-
-def _escape(text):
-  return ''.join(_SPECIAL.get(x, x) for x in text)

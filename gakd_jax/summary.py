@@ -5,7 +5,7 @@ import math
 import statistics
 from pathlib import Path
 
-from gakd_jax import fingerprint, page, report, results, rundir
+from gakd_jax import fingerprint, page, report, results, rundir, tables
 from gakd_jax.page import answers as answers_lib
 from gakd_jax.page import figures, rollouts, training
 
@@ -44,7 +44,7 @@ def write(path, runs, answers=6, comparisons=()):
   sets = answers_lib.collect(runs) if answers else []
   palette = figures.colours(groups)
   keys = [f'{where}/{metric}' for where, metric in first.columns]
-  report.print_table(['run', *keys], results.plain(first)[1], 'Results')
+  report.print_table(['run', *keys], tables.plain(first)[1], 'Results')
   sections = [
     ('Results', _table(first) + page.details('Other metrics', _table(rest))),
     ('Comparisons', _comparisons(comparisons)),
@@ -85,12 +85,12 @@ def write_tables(folder, runs):
 
 def markdown(runs):
   """The table of the runs' results, for a README."""
-  return results.markdown(_first(runs))
+  return tables.markdown(_first(runs))
 
 
 def latex(runs):
   """The table of the runs' results, for a paper."""
-  return results.latex(_first(runs))
+  return tables.latex(_first(runs))
 
 
 def _first(runs):
@@ -109,7 +109,7 @@ def _about(runs, sets):
 def _table(table):
   if not table.columns:
     return ''
-  columns, rows = results.plain(table)
+  columns, rows = tables.plain(table)
   best = {(i, j + 1) for i, j in table.best()}
   notes = []
   if best:

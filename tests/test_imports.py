@@ -32,6 +32,7 @@ LEVELS = (
     'rundir',
     'summary',
     'results',
+    'tables',
     'page',
     'report',
     'binary',

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gakd_jax import fingerprint, results
+from gakd_jax import fingerprint, results, tables
 from gakd_jax.results import Cell
 
 
@@ -134,11 +134,11 @@ def test_a_column_has_one_number_of_decimals():
 
 def test_unknown_metrics_are_words():
   table = results.Table((('x', 'answer_tokens'),), (('a_b', (Cell(1.0),)),))
-  assert results.plain(table) == ([('x', 'answer tokens')], [['a_b', '1.000']])
+  assert tables.plain(table) == ([('x', 'answer tokens')], [['a_b', '1.000']])
 
 
 def test_markdown():
-  assert results.markdown(TABLE) == (
+  assert tables.markdown(TABLE) == (
     '|  | self_inst ROUGE-L | average ROUGE-L | a\\|b CE |\n'
     '| --- | ---: | ---: | ---: |\n'
     '| sft_1 | 9.50 ± 0.25 | **9.500** | - |\n'
@@ -148,7 +148,7 @@ def test_markdown():
 
 def test_latex():
   assert (
-    results.latex(TABLE)
+    tables.latex(TABLE)
     == r"""% Needs \usepackage{booktabs}.
 \begin{tabular}{lrrr}
 \toprule
@@ -166,7 +166,7 @@ r\&d 50\% & \textbf{12.00 $\pm$ 1.00} & 8.000 & $-$0.500 \\
 
 def test_latex_escapes_what_it_reads_itself():
   table = results.Table((('\\~^{}', 'ce'),), (('$#_', (None,)),))
-  text = results.latex(table)
+  text = tables.latex(table)
   escaped = r'\textbackslash{}\textasciitilde{}\textasciicircum{}\{\}'
   assert f' & {escaped} \\\\' in text
   assert r'\$\#\_ & - \\' in text
@@ -282,3 +282,41 @@ def test_the_teacher_is_who_is_said_to_be(tmp_path):
   first, _ = results.tables(results.read(runs), results.teachers(runs))
   best = {first.rows[i][0] for i, _ in first.best()}
   assert best == {'student', 'alone', 'nothing', 'other', 'unknown'}
+
+
+def test_sets_of_one_name_with_other_rows_are_others(tmp_path):
+  def run(name, digest, data=None):
+    path = _run(tmp_path / name, {'generation/rouge_l': 1.0, 'loss/ce': 2.0})
+    config = {'evals': {'generation': {}}, 'data': {'validation': data}}
+    contents = {'config.evals.generation': digest, 'config.evals.loss': 'l'}
+    about = {'config': config, 'contents': contents | {'config.student': 's'}}
+    (path / 'config.json').write_text(json.dumps(about))
+    return path
+
+  runs = {
+    'teacher': run('a', 'one', 'data/dolly/dev.jsonl'),
+    'student': run('b', 'two', 'data/dolly/test.jsonl'),
+    'other': run('c', 'two', 'data/dolly/test.jsonl'),
+    'changed': run('d', 'three', 'data/dolly/test.jsonl'),
+  }
+  evaluated = _run(tmp_path / 'e', {'generation/rouge_l': 3.0})
+  (evaluated / 'model.json').write_text(
+    json.dumps({'data': {'generation': 'two'}})
+  )
+  runs['evaluated'] = evaluated
+  columns = {
+    name: [where for where, metric, _ in cells if metric == 'rouge_l']
+    for name, (cells,) in results.read(runs).items()
+  }
+  assert columns == {
+    'teacher': ['generation (dolly/dev.jsonl)'],
+    'student': ['generation (dolly/test.jsonl)'],
+    'other': ['generation (dolly/test.jsonl)'],
+    'changed': ['generation (dolly/test.jsonl) 3'],
+    'evaluated': ['generation (dolly/test.jsonl)'],
+  }
+  # What all have in common keeps its name.
+  ((loss, _, _),) = [k for k in results.read(runs)['student'][0] if 'ce' in k]
+  assert loss == 'loss'
+  alone = {name: runs[name] for name in ('student', 'evaluated')}
+  assert {k[0] for k in results.read(alone)['evaluated'][0]} == {'generation'}
