@@ -45,7 +45,7 @@ ALL_FILES = [
 
 # Of GAKD's kinds, some are trained by default.
 LONG = re.compile(
-  'quickstart|tiny_teacher|fidelity_math|skd|pipeline|fkl_|sft_8b'
+  'quickstart|tiny_teacher|fidelity_math|skd|on_policy|pipeline|fkl_|sft_8b'
 )
 
 # Of configs with an argument, others than the default.

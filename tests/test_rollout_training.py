@@ -122,6 +122,7 @@ def assert_same_run(workdir, whole):
   assert ours == theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('settings', 'at', 'goes_on_from'),
   [
@@ -130,12 +131,7 @@ def assert_same_run(workdir, whole):
       5,
       4,  # A checkpoint is due at 3, and waits for what was written to be used.
     ),
-    pytest.param(
-      {'writer': 'student', 'begin': 0.3, 'end': 0.8},
-      4,
-      3,
-      marks=pytest.mark.slow,
-    ),
+    ({'writer': 'student', 'begin': 0.3, 'end': 0.8}, 4, 3),
   ],
   ids=['speculative', 'student'],
 )

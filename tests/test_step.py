@@ -559,6 +559,7 @@ def _pairs(distance, steps):
     yield metrics
 
 
+@pytest.mark.slow
 def test_without_a_difference_a_critic_is_at_chance_and_pushes_nobody():
   same, different = (next(_pairs(d, 1)) for d in (0.0, 1.0))
   assert same['critic/accuracy'] == 0.5
