@@ -19,14 +19,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gakd_jax import UserError, __version__, report
+from gakd_jax import UserError, __version__, partial, report
 
 # Settings that say how a result comes about, and not which: where, in what
 # pieces, and how often it is looked at.
 HOW = re.compile(
   r'report\..*|mesh\..*|stages|attention|eval_every|checkpoint\.(every|keep)|'
   r'data\.workers|student\.remat|train\.(microbatch_size|head_chunk)|'
-  r'evals\.\w+\.(every|batch_size)'
+  r'evals\.[^.]+\.(every|batch_size)'
 )
 # What scores, token ids and parameters depend on.
 _PACKAGES = (
@@ -78,9 +78,7 @@ def recipe(config):
     for key, value in flatten(config).items()
     if key != 'seed' and not HOW.fullmatch(key)
   }
-  text = json.dumps(what, sort_keys=True, default=str)
-  digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-  return {'recipe': digest, 'seed': seed}
+  return {'recipe': partial.digest(sorted(what.items())), 'seed': seed}
 
 
 def check_contents(workdir, contents, force=False):

@@ -64,6 +64,11 @@ class Row:
   where: str = ''
   answer: str = ''
 
+  @property
+  def text(self):
+    """What the user says, of a single turn."""
+    return '\n'.join(filter(None, (self.instruction, self.input)))
+
 
 def read(where, record, need_response):
   """The Row of a record, which may be a BadRow itself; raises BadRow."""
@@ -130,10 +135,9 @@ def _pair(where, record, need_response):
   turns = _system(where, record) + _history(where, record)
   if not turns:
     return row
-  text = '\n'.join(filter(None, (row.instruction, row.input)))
-  turns.append({'role': 'user', 'content': text})
+  turns.append({'role': 'user', 'content': row.text})
   return dataclasses.replace(
-    row, instruction=text, input='', messages=tuple(turns)
+    row, instruction=row.text, input='', messages=tuple(turns)
   )
 
 

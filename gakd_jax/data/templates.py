@@ -64,10 +64,11 @@ def chat(row, tokenizer, variant=None):
 def raw(row, tokenizer):
   """The prompt as it is, special tokens included."""
   _refuse_turns(row)
-  return _user_text(row)
+  return row.text
 
 
 TEMPLATES = {t.__name__: t for t in (qwen3, gakd, alpaca, chat, raw)}
+_RENDERED = ('qwen3', 'chat')  # by the tokenizer's own template
 # These write every special token themselves; the others leave it to the
 # tokenizer to put its BOS before the prompt.
 _CHAT_TEMPLATES = ('qwen3', 'gakd', 'chat')
@@ -83,6 +84,11 @@ def prompt_text(name, row, tokenizer):
   if variant:
     return TEMPLATES[base](row, tokenizer, variant)
   return TEMPLATES[base](row, tokenizer)
+
+
+def has_turns(name):
+  """Whether a template can hold more than one user turn."""
+  return _split(name)[0] in _RENDERED
 
 
 def start(name, tokenizer):
@@ -111,7 +117,7 @@ def eos_id(name, tokenizer):
   end = None
   if base == 'gakd':
     end = token_id(tokenizer, '<|im_end|>')
-  elif base in ('chat', 'qwen3'):
+  elif base in _RENDERED:
     end = _turn_end(tokenizer, variant)
   if end is None:
     end = tokenizer.eos_token_id
@@ -152,7 +158,7 @@ def as_jinja(name, tokenizer):
   which is no chat template holds a single turn, without `input`.
   """
   base, variant = _split(name)
-  if base in ('chat', 'qwen3'):
+  if base in _RENDERED:
     text = _template_of(tokenizer, variant)
     if base == 'qwen3':
       text = _NO_THINKING + text
@@ -179,7 +185,7 @@ def as_jinja(name, tokenizer):
 def _split(name):
   """('chat', 'rag') for 'chat:rag'; the second is None for most."""
   base, _, variant = str(name).partition(':')
-  if base not in TEMPLATES or (variant and base not in ('chat', 'qwen3')):
+  if base not in TEMPLATES or (variant and base not in _RENDERED):
     close = difflib.get_close_matches(base, TEMPLATES, n=1)
     hint = f'did you mean {close[0]!r}? ' if close else ''
     raise UserError(
@@ -192,10 +198,6 @@ def _sections(row):
   _refuse_turns(row)
   extra = f'### Input:\n{row.input}\n\n' if row.input else ''
   return f'### Instruction:\n{row.instruction}\n\n{extra}### Response:\n'
-
-
-def _user_text(row):
-  return '\n'.join(text for text in (row.instruction, row.input) if text)
 
 
 def _refuse_turns(row):
@@ -244,7 +246,7 @@ def _apply(tokenizer, variant, turns, **options):
 
 
 def _render(row, tokenizer, variant=None, **options):
-  turns = row.messages or ({'role': 'user', 'content': _user_text(row)},)
+  turns = row.messages or ({'role': 'user', 'content': row.text},)
   try:
     text = _apply(
       tokenizer, variant, list(turns), add_generation_prompt=True, **options

@@ -124,7 +124,7 @@ class Generation:
     most = subject.max_prompt_length
     if not tasks.get(self.task).examples:
       return tokenizer_lib.fit_prompt(tokenizer, row, template, most)
-    shown = tasks.asked(self.task, row, turns=_has_turns(template))
+    shown = tasks.asked(self.task, row, turns=templates.has_turns(template))
     ids, _ = tokenizer_lib.encode(
       tokenizer, dataclasses.replace(shown, references=()), template
     )
@@ -260,15 +260,13 @@ class Generation:
 
   def _settings(self):
     """What an answer depends on, but for its seed."""
-    return {'stop': self._stops()} | {
+    scored = ('name', 'rows', 'left_out', 'task', 'seeds', 'first_reference')
+    settings = {
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
-      if field.name
-      not in (
-        *('name', 'rows', 'left_out', 'task', 'seeds', 'first_reference'),
-        'stop',
-      )
+      if field.name not in scored
     }
+    return settings | {'stop': self._stops()}
 
   def _summary(self, lines, buckets):
     metrics = collections.defaultdict(list)
@@ -286,10 +284,6 @@ class Generation:
       [line['answer'] for line in lines],
       self.first_reference,
     )
-
-
-def _has_turns(template):
-  return template.partition(':')[0] in ('qwen3', 'chat')
 
 
 def _record_speed(workdir, name, speed):

@@ -27,19 +27,18 @@ def rouge_l(prediction, references):
 
 def exact_match(prediction, references):
   """100 if the texts agree after SQuAD's normalisation, else 0."""
-  answer = _normalise(prediction)
-  return _best(
-    lambda reference: 100.0 * (answer == _normalise(reference)),
-    prediction,
-    references,
-  )
+  return _agreement(_normalise, prediction, references)
 
 
 def minillm_exact_match(prediction, references):
   """100 if the texts agree as MiniLLM's code has it: articles count."""
-  answer = _without_signs(prediction)
+  return _agreement(_without_signs, prediction, references)
+
+
+def _agreement(normalise, prediction, references):
+  answer = normalise(prediction)
   return _best(
-    lambda reference: 100.0 * (answer == _without_signs(reference)),
+    lambda reference: 100.0 * (answer == normalise(reference)),
     prediction,
     references,
   )

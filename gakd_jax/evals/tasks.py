@@ -135,9 +135,8 @@ def asked(name, row, *, turns):
   examples = TASKS[name].examples
   if not examples:
     return row
-  question = '\n'.join(x for x in (row.instruction, row.input) if x)
   if turns:
-    own = row.messages or ({'role': 'user', 'content': question},)
+    own = row.messages or ({'role': 'user', 'content': row.text},)
     system = [turn for turn in own[:1] if turn['role'] == 'system']
     shown = [
       {'role': role, 'content': text}
@@ -148,7 +147,7 @@ def asked(name, row, *, turns):
     return dataclasses.replace(row, messages=messages)
   texts = [f'Q: {asks}\nA: {answer}\n\n' for asks, answer in examples]
   return dataclasses.replace(
-    row, instruction=f'{"".join(texts)}Q: {question}\nA:', input=''
+    row, instruction=f'{"".join(texts)}Q: {row.text}\nA:', input=''
   )
 
 

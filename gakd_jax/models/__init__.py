@@ -9,6 +9,7 @@
 
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import itertools
 import json
@@ -82,6 +83,7 @@ def tokenizer_dir(path):
   return path if has_its_own else resolve_base(path, _TOKENIZER)
 
 
+@functools.cache  # An export does not ask the hub.
 def revision(path):
   """The commit that a hub id stands for, or its directory; of others, None."""
   origin = hub.origin(resolve(path, _CONFIG))
@@ -105,7 +107,7 @@ def identity(path):
           digest.update(piece)
       elif file.name == peft.CONFIG:
         # Where its base lies is no part of it.
-        rest = convert.read_json(file) | {'base_model_name_or_path': ''}
+        rest = weight_files.read_json(file) | {'base_model_name_or_path': ''}
         digest.update(json.dumps(rest, sort_keys=True).encode())
       else:
         digest.update(file.read_bytes())
@@ -114,7 +116,7 @@ def identity(path):
 
 def _samples(file):
   """What each tensor of a safetensors file is, and pieces of it, as bytes."""
-  with convert.open_safetensors(file):  # Readable, as far as it can tell.
+  with weight_files.open_safetensors(file):  # Readable, as far as it can tell.
     pass
   with file.open('rb', buffering=0) as f:
     size = int.from_bytes(f.read(8), 'little')
@@ -136,7 +138,7 @@ def read_config(path, **shape) -> DecoderConfig:
   """
   path = resolve_base(path, '*config.json')
   file = path / 'config.json'
-  config = families.config_from_hf(convert.read_json(file), file)
+  config = families.config_from_hf(weight_files.read_json(file), file)
   if config.tied_head:
     family = families.FAMILIES[config.family]
     head = config.vocab_size, config.width
@@ -299,7 +301,9 @@ def write_config(model, path):
   Its dtype is that of the computation, whatever single parameters have.
   """
   file = Path(model.source) / 'config.json'
-  source = convert.read_json(file) if model.source and file.exists() else {}
+  source = (
+    weight_files.read_json(file) if model.source and file.exists() else {}
+  )
   hf = families.config_to_hf(model.config, source)
   hf |= dict.fromkeys(('dtype', 'torch_dtype'), model.dtype.name)
   (Path(path) / 'config.json').write_text(json.dumps(hf, indent=2) + '\n')

@@ -21,8 +21,6 @@ from gakd_jax import sharding
 from gakd_jax.models import families, quantized, weight_files
 from gakd_jax.models.tensor_names import Part
 from gakd_jax.models.weight_files import INDEX
-from gakd_jax.models.weight_files import open_safetensors as open_safetensors
-from gakd_jax.models.weight_files import read_json as read_json
 
 _STORED = {name: stored for stored, name in weight_files.DTYPES.items()}
 _PIECES = 8  # of a tensor, to be read at once

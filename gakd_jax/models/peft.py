@@ -31,6 +31,7 @@ from gakd_jax.models import (
   lora,
   peft_settings,
   transformer,
+  weight_files,
 )
 from gakd_jax.models.tensor_names import Part
 
@@ -111,7 +112,7 @@ def load_into(model, path, place=None):
 def _settings(path):
   """What is computed of an adapter's options, all of which are checked."""
   file = Path(path) / CONFIG
-  settings = convert.read_json(file)
+  settings = weight_files.read_json(file)
   if not isinstance(settings, dict):
     raise UserError(f'{file}: not a JSON object')
   return peft_settings.check(settings, file)

@@ -3,6 +3,7 @@
 Also what is wrong with them, in one line.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -138,8 +139,14 @@ def has_own_head(path, family, shape):
   a, b = both
   if {a.shape, b.shape} != {shape} or not {a.dtype, b.dtype} <= DTYPES.keys():
     return True  # `check` says what is wrong.
+  return _differ(a, b, a.file.stat().st_mtime_ns, b.file.stat().st_mtime_ns)
+
+
+@functools.lru_cache  # A config is read many times, and these may be gigabytes.
+def _differ(a, b, *changed):
+  del changed
+  rows = max(1, 2**22 // a.shape[1])
   a, b = a.mapped(), b.mapped()
-  rows = max(1, 2**22 // shape[1])
   return any(
     np.any(a[i : i + rows] != b[i : i + rows]) for i in range(0, len(a), rows)
   )
