@@ -58,7 +58,14 @@ def get_config():
   # refuse: a response with thoughts under a template that has closed them (or
   # without, under one that has opened them) is a bad row; keep: trained on.
   c.data.thinking = 'refuse'
-  c.data.workers = 0  # processes that build batches; 0: a thread
+  # Of several parts of `train`, how often an epoch has each: (1.0, 0.25), say,
+  # every fourth row of the second, and in the next epoch the following ones.
+  c.data.weights = config_dict.placeholder(tuple)
+  # Of a conversation, train on the last answer, or on all: each is then a row.
+  c.data.turns = 'last'
+  c.data.drop_last = False  # the rows of an epoch that fill no batch
+  # Where token ids are kept, once a data set; None: ~/.cache/gakd_jax/data.
+  c.data.cache = config_dict.placeholder(str)
 
   # Who writes the responses: 'dataset' trains on those of data.train;
   # 'teacher' has the teacher answer its prompts first (sequence-level KD,

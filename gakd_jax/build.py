@@ -24,6 +24,7 @@ from gakd_jax import (
   step,
 )
 from gakd_jax.data import templates
+from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import evaluator as evaluator_lib
 from gakd_jax.models import lora, pair, quantized, transformer
@@ -44,7 +45,7 @@ class Run:
   # Of a run that is only planned, there are none of these.
   workdir: Path | None = None
   evaluators: dict = dataclasses.field(default_factory=dict)
-  examples: list | None = None  # None: the writer makes them
+  texts: texts_lib.Texts | None = None  # None: the writer makes them
 
   def subject_of(self, evaluator):
     """The run as an evaluator sees it."""
@@ -112,9 +113,9 @@ def build(config, workdir, mesh):
     )
 
   writer = writer.for_tokenizer(config.data.template, tokenizers[0])
-  examples = None
+  texts = None
   if not writer.makes_rows and config.train.steps != 0:
-    examples = inputs.examples(config, config.data.train, tokenizers[0], writer)
+    texts = inputs.texts(config, config.data.train, tokenizers[0], writer)
 
   def load(part, dtype):
     settings = {'dtype': dtype, 'mesh': mesh, 'quantize': part.quantize}
@@ -132,7 +133,7 @@ def build(config, workdir, mesh):
     tokenizers=tokenizers,
     workdir=workdir,
     evaluators=evaluators,
-    examples=examples,
+    texts=texts,
   )
   constants = objective.constants(run.models)
   if not constants:

@@ -8,7 +8,6 @@ on with anything.
 
 import contextlib
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import platform
@@ -17,7 +16,6 @@ import subprocess
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from gakd_jax import UserError, __version__, partial, report
 
@@ -25,12 +23,12 @@ from gakd_jax import UserError, __version__, partial, report
 # pieces, and how often it is looked at.
 HOW = re.compile(
   r'report\..*|mesh\..*|stages|attention|eval_every|checkpoint\.(every|keep)|'
-  r'data\.workers|student\.remat|train\.(microbatch_size|head_chunk)|'
+  r'data\.cache|student\.remat|train\.(microbatch_size|head_chunk)|'
   r'evals\.[^.]+\.(every|batch_size)'
 )
 # What scores, token ids and parameters depend on.
 _PACKAGES = (
-  *('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy'),
+  *('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy'),
   *('transformers', 'tokenizers', 'sacrebleu', 'rouge-score'),
 )
 
@@ -123,15 +121,6 @@ def _write(path, content):
     return
   if not path.exists() or path.read_text() != text:
     report.write_atomically(path, text)
-
-
-def of_arrays(arrays):
-  """A short text that differs between sequences of integer arrays."""
-  digest = hashlib.sha256()
-  for array in arrays:
-    digest.update(len(array).to_bytes(4, 'little'))
-    digest.update(np.asarray(array, np.int32).tobytes())
-  return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager

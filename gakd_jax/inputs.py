@@ -1,68 +1,99 @@
-"""From a config to the data of a run: examples, batches, a teacher's answers.
+"""From a config to the data of a run: texts, batches, a teacher's answers.
 
 `run` is a `build.Run`.
 """
 
-import dataclasses
-import math
-
 import jax
+import numpy as np
 
 from gakd_jax import UserError, answering, models
 from gakd_jax.data import pipeline, sources
+from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.models import decoding
 
 
-def examples(config, spec, tokenizer, writer):
+def rows(config, writer, places):
+  """The rows of the training data at some places."""
+  return sources.at(config.data.train, _rules(config, writer), places)
+
+
+def _rules(config, writer):
+  c = config.data
+  return sources.Rules(c.on_bad_row, writer.needs_responses, c.turns)
+
+
+def texts(config, spec, tokenizer, writer):
   """The tokenised rows of a data spec; says what was left out and why."""
   if spec is None:
     raise UserError('config.data.train is not set: name a data file')
   c = config.data
-  rows, bad = sources.load(
-    spec, on_bad_row=c.on_bad_row, need_response=writer.needs_responses
-  )
-  encoded, bad_too = pipeline.encode_rows(
-    rows,
+  _check(c, spec)
+  rules = _rules(config, writer)
+  every, bad = texts_lib.load(
+    spec,
     tokenizer,
     template=c.template,
-    max_length=c.max_length,
-    max_prompt_length=c.max_prompt_length,
-    on_bad_row=c.on_bad_row,
+    rules=rules,
     thinking=c.thinking,
+    root=c.cache,
   )
-  if writer.prefix is not None:
-    encoded = [_first(writer.prefix, e) for e in encoded]
-  size = pipeline.stats(encoded)
+  found, cut = every.fit(c.max_length, c.max_prompt_length, writer.prefix)
+  n = len(every) - len(found)
+  if n:
+    bad['prompt too long'] = n
+    _refuse_long(rules, spec, every, c.max_prompt_length)
+  if not len(found):
+    reasons = ', '.join(f'{n} {reason}' for reason, n in bad.most_common())
+    raise UserError(
+      f'{spec}: no row is left ({reasons}); max_prompt_length is '
+      f'{c.max_prompt_length} and the template {c.template!r}'
+    )
+  size = found.stats
   facts = [
-    f'data: {size["examples"]:,} rows',
+    f'data: {size["rows"]:,} rows',
     f'tokens: {size["prompt_tokens"]:,} of prompts, '
     f'{size["response_tokens"]:,} of responses',
-    *([f'{size["truncated"]} truncated'] if size['truncated'] else []),
-    *(f'{n} skipped: {why}' for why, n in sorted((bad + bad_too).items())),
+    *([f'{cut:,} truncated'] if cut else []),
+    *(f'{n:,} skipped: {why}' for why, n in sorted(bad.items())),
   ]
   print('; '.join(facts), flush=True)
-  return encoded
+  return found
 
 
-def _first(n, example):
-  return dataclasses.replace(
-    example,
-    response_ids=example.response_ids[:n],
-    truncated=example.truncated or len(example.response_ids) > n,
-  )
+def _check(settings, spec):
+  c = settings
+  if not 0 < c.max_prompt_length < c.max_length:
+    raise UserError(
+      f'config.data.max_prompt_length is {c.max_prompt_length} and max_length '
+      f'{c.max_length}: the prompt must leave room for a response'
+    )
+  n = len(sources.parts(spec))
+  if c.weights is not None and (
+    len(c.weights) != n or any(not w > 0 for w in c.weights)
+  ):
+    raise UserError(
+      f'config.data.weights={c.weights}: give a positive number for each of '
+      f'the {n} parts of config.data.train'
+    )
+
+
+def _refuse_long(rules, spec, texts, most):
+  """Raises the first row whose prompt is too long, if rows are not skipped."""
+  if rules.on_bad_row == 'fail':
+    first = np.flatnonzero(texts.prompts > most)[0]
+    (row,) = sources.at(spec, rules, [texts.places[first]])
+    raise sources.BadRow(row.where, 'prompt too long')
 
 
 def training_batches(run):
   """The data iterator."""
   c = run.config
-  encoded = run.examples
-  if encoded is None:
-    encoded = examples(
-      c, teacher_answers(run), run.models.tokenizer, run.writer
-    )
+  found = run.texts
+  if found is None:
+    found = texts(c, teacher_answers(run), run.models.tokenizer, run.writer)
   batches = pipeline.batches(
-    encoded,
+    found,
     batch_size=c.train.batch_size,
     max_length=c.data.max_length - run.writer.room,
     room=run.writer.room,
@@ -70,23 +101,27 @@ def training_batches(run):
     buckets=c.data.buckets,
     packing=c.data.packing,
     seed=c.seed,
-    workers=c.data.workers,
+    weights=c.data.weights,
+    drop_last=c.data.drop_last,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  print(
-    f'batches: {batches.steps_per_epoch} an epoch, '
+  facts = [
+    f'batches: {batches.steps_per_epoch:,} an epoch',
     f'{batches.padding:.0%} of their slots empty',
-    flush=True,
-  )
+  ]
+  if batches.empty:
+    n = c.train.batch_size
+    facts.append(f'one of them has {n - batches.empty} of {n} rows')
+  print('; '.join(facts), flush=True)
   return batches
 
 
-def total_steps(config, steps_per_epoch):
+def total_steps(config, batches):
   """How many optimizer steps the run takes."""
   if config.train.steps is not None:
     return config.train.steps
-  return math.ceil(config.train.epochs * steps_per_epoch)
+  return batches.steps(config.train.epochs)
 
 
 def teacher_answers(run):

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gakd_jax import keys, report, rundir, sharding
+from gakd_jax import inputs, keys, report, rundir, sharding
 from gakd_jax.data import pipeline
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers
@@ -39,31 +39,34 @@ class RolloutLog:
     self._path = run.workdir / 'rollouts.jsonl'
     self._every = max(1, total // _TIMES)
     self._total = total
-    n = run.config.report.rollouts
-    self._examples = run.examples[:n] if run.writer.room else []
-    if self._examples and jax.process_index() == 0:
+    self._prompts, self._rows = [], []
+    if run.writer.room:
+      n = run.config.report.rollouts
+      self._prompts = [run.texts[i][0] for i in range(min(n, len(run.texts)))]
+      self._rows = inputs.rows(run.config, run.writer, run.texts.places[:n])
+    if self._prompts and jax.process_index() == 0:
       lines = rundir.read_rollouts(run.workdir)
       self._replace([x for x in lines if x['step'] < start])
 
   def write(self, params, step):
     """Has the student of `step` write, if it is due."""
-    if not self._examples:
+    if not self._prompts:
       return
     if step % self._every and step != self._total:
       return
     run = self._run
     tokens, by_teacher_BT = run.writer.sample(
-      run.models, params, self._prompts(), keys.of(run.config.seed, 'writer')
+      run.models, params, self._batch(), keys.of(run.config.seed, 'writer')
     )
     whole = NamedSharding(run.mesh, P())
     tokens, by_teacher_BT = jax.device_get(
       jax.device_put((tokens, by_teacher_BT), whole)
     )
     lines = []
-    for i, example in enumerate(self._examples):
+    for i, row in enumerate(self._rows):
       response_T = tokens.mask_BT[i]
       ids = tokens.ids_BT[i][response_T]
-      line = answers.prompt(i, example.row, step)
+      line = answers.prompt(i, row, step)
       del line['references']
       lines.append(
         line
@@ -78,19 +81,19 @@ class RolloutLog:
     if jax.process_index() == 0:
       self._replace(rundir.read_rollouts(run.workdir) + lines)
 
-  def _prompts(self):
-    """The batch of prompts, on the mesh; empty rows fill it up."""
+  def _batch(self):
+    """The prompts on the mesh; empty rows fill the batch up."""
     ways = sharding.batch_ways(self._run.mesh)
-    n = -(-len(self._examples) // ways) * ways
-    length = max(len(e.prompt_ids) for e in self._examples)
-    bins = [[(e.prompt_ids, [])] for e in self._examples]
+    n = -(-len(self._prompts) // ways) * ways
+    length = max(map(len, self._prompts))
+    bins = [[(ids, [])] for ids in self._prompts]
     bins += [[]] * (n - len(bins))
     tokens = pipeline.collate(
       bins,
       length + self._run.writer.room,
       tokenizer_lib.pad_id(self._run.models.tokenizer),
     )
-    rows_B = np.where(np.arange(n) < len(self._examples), np.arange(n), -1)
+    rows_B = np.where(np.arange(n) < len(self._prompts), np.arange(n), -1)
     batch = pipeline.Batch(tokens, tokens, rows_B=rows_B.astype(np.int32))
     share = n // jax.process_count()
     own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)

@@ -120,10 +120,8 @@ def _contents(run):
     'config.critic': c.critic.init_from,
   }
   contents = {name: models.identity(p) for name, p in paths.items() if p}
-  if run.examples is not None:
-    contents['config.data.train'] = fingerprint.of_arrays(
-      ids for x in run.examples for ids in (x.prompt_ids, x.response_ids)
-    )
+  if run.texts is not None:
+    contents['config.data.train'] = run.texts.digest
   return contents | {
     f'config.evals.{name}': digest
     for name, digest in evaluator_lib.contents(run.evaluators).items()
@@ -143,13 +141,13 @@ def _evaluate_only(run):
 def _train(run):
   c = run.config
   batches = inputs.training_batches(run)
-  total = inputs.total_steps(c, batches.steps_per_epoch)
+  total = inputs.total_steps(c, batches)
   training = build.training(run, batches.steps_per_epoch, total)
   checkpoints = checkpoint_lib.Checkpoints(
     run.workdir / 'checkpoints', c.checkpoint.keep
   )
   host = {'best': None, 'is_best': False, 'results': {}}
-  with contextlib.closing(checkpoints), contextlib.closing(batches):
+  with contextlib.closing(checkpoints):
     if checkpoints.latest_step() is None:
       state = training.init()
     else:

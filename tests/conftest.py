@@ -11,6 +11,8 @@ from pathlib import Path
 # Before anything initialises a backend or opens a hub client.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['HF_HUB_OFFLINE'] = '1'
+# What is kept of data sets, by these tests alone.
+os.environ['GAKD_JAX_CACHE'] = tempfile.mkdtemp()
 # A third off the compilation of what most tests spend their time compiling.
 # XLA ends a process over a flag that it does not know: only where it is known.
 if importlib.metadata.version('jaxlib').startswith('0.10.'):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gakd_jax import rollout, rollout_log, rundir, sharding
-from gakd_jax.data import pipeline, sources
+from gakd_jax.data import pipeline, texts
 from gakd_jax.data import tokenizer as tokenizer_lib
 
 TEXT = 'né 日本 \U0001f600'
@@ -51,6 +51,7 @@ class _Writer:
   """Writes 'ab<|im_end|>', or 'ab' and its step; the teacher wrote the 'b'."""
 
   room = 3
+  needs_responses = True
 
   def __init__(self, tokenizer):
     self._ids = tokenizer('ab')['input_ids']
@@ -74,17 +75,19 @@ class _Writer:
 
 @pytest.fixture
 def run(tokenizer, tmp_path):
-  def example(prompt):
-    ids = np.array(tokenizer(prompt)['input_ids'], np.int32)
-    row = sources.Row(prompt, 'in', ['reference'])
-    return pipeline.Example(ids, np.array([], np.int32), row)
-
+  prompts = ['short', 'a longer one', 'x', 'x', 'x']
+  rows = [{'instruction': p, 'input': 'in', 'output': 'ref'} for p in prompts]
+  data = tmp_path / 'data.jsonl'
+  data.write_text('\n'.join(map(json.dumps, rows)))
+  settings = {'train': str(data), 'on_bad_row': 'skip', 'turns': 'last'}
   return types.SimpleNamespace(
     workdir=tmp_path,
     config=types.SimpleNamespace(
-      seed=0, report=types.SimpleNamespace(rollouts=3)
+      seed=0,
+      report=types.SimpleNamespace(rollouts=3),
+      data=types.SimpleNamespace(**settings),
     ),
-    examples=[example('short'), example('a longer one'), *[example('x')] * 3],
+    texts=texts.of([(tokenizer(p)['input_ids'], []) for p in prompts]),
     writer=_Writer(tokenizer),
     models=types.SimpleNamespace(tokenizer=tokenizer),
     mesh=sharding.make_mesh(),
@@ -145,7 +148,7 @@ def test_without_writer_or_prompts_there_is_no_file(run, part):
     run.config.report.rollouts = 0
   log = rollout_log.RolloutLog(run, 0, 1)
   log.write(None, 0)
-  assert [*run.workdir.iterdir()] == []
+  assert [p.name for p in run.workdir.iterdir()] == ['data.jsonl']
   assert rundir.read_rollouts(run.workdir) == []
 
 

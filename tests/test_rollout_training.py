@@ -66,8 +66,8 @@ def test_responses_of_the_data_are_there_as_far_as_they_are_read(
 
   def sizes(**settings):
     writer = rollout.make('student', max_new_tokens=8, **settings)
-    found = inputs.examples(c, str(path), tokens, writer)
-    return [len(e.response_ids) for e in found]
+    found = inputs.texts(c, str(path), tokens, writer)
+    return [len(response) for _, response in found]
 
   (whole,) = sizes(share=0.5)
   assert whole > 8

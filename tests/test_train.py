@@ -206,7 +206,7 @@ def unfinished(whole_run, tmp_path):
 
 def test_a_run_goes_on_with_other_means_and_says_so(unfinished, config, capsys):
   config.train.microbatch_size = 4
-  config.data.workers = 1
+  config.data.cache = str(unfinished / 'cache')
   config.evals.loss.batch_size = 4
   train.run(config, unfinished)
   said = capsys.readouterr().out

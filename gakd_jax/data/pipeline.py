@@ -1,26 +1,20 @@
-"""From rows to batches, as a pure function of (rows, seed, epoch, step).
+"""From texts to batches, as a pure function of (texts, seed, step).
 
-`arrange` decides which rows share a batch; a batch is then looked up by its
-step alone. So the order cannot depend on workers, and the whole state of the
-iterator is one integer: a run resumes with any number of workers or hosts.
+`arrange` decides which texts share a batch of an epoch; a batch is then looked
+up by its step alone. So the whole state of the iterator is one integer, and a
+run resumes with any number of hosts. A batch is some slices of ids in memory,
+or in a file: workers that would make it ahead of time were slower than none.
 """
 
-import collections
-import dataclasses
 import functools
+import math
 
 import flax.struct
-import grain
-import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 
 from gakd_jax import UserError
-from gakd_jax.data import tokenizer as tokenizer_lib
-from gakd_jax.data.sources import BadRow, Row
-
-_CHUNK = 4096  # Rows tokenised at once: bounds memory, keeps all cores busy.
+from gakd_jax.data.arrange import arrange
 
 
 @flax.struct.dataclass
@@ -69,156 +63,11 @@ class Batch:
   written_B: np.ndarray | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-  """A row as int32 ids; `truncated`: the response lost its end and its EOS."""
-
-  prompt_ids: np.ndarray
-  response_ids: np.ndarray
-  row: Row
-  truncated: bool = False
-
-  @property
-  def length(self):
-    return len(self.prompt_ids) + len(self.response_ids)
-
-
-def encode_rows(
-  rows,
-  tokenizer,
-  *,
-  template,
-  max_length,
-  max_prompt_length,
-  on_bad_row='skip',
-  thinking='refuse',
-):
-  """Returns (examples of at most max_length tokens, Counter of bad rows).
-
-  A row with a longer prompt than max_prompt_length is bad; a response that does
-  not fit in what the prompt leaves is cut. Raises UserError if no row is left,
-  and at the first bad row if on_bad_row is 'fail'.
-  """
-  if not 0 < max_prompt_length < max_length:
-    raise UserError(
-      f'max_prompt_length is {max_prompt_length} and max_length {max_length}: '
-      'the prompt must leave room for a response'
-    )
-  examples, bad = [], collections.Counter()
-
-  def refuse(error):
-    if on_bad_row == 'fail':
-      raise error
-    bad[error.reason] += 1
-
-  for start in range(0, len(rows), _CHUNK):
-    some = rows[start : start + _CHUNK]
-    encoded = tokenizer_lib.encode_batch(tokenizer, some, template, thinking)
-    for row, found in zip(some, encoded, strict=True):
-      if isinstance(found, BadRow):
-        refuse(found)
-        continue
-      prompt, response = found
-      if len(prompt) > max_prompt_length:
-        refuse(BadRow(row.where, 'prompt too long'))
-        continue
-      room = max_length - len(prompt)
-      examples.append(
-        Example(
-          np.array(prompt, np.int32),
-          np.array(response[:room], np.int32),
-          row,
-          truncated=len(response) > room,
-        )
-      )
-  if not examples:
-    reasons = ', '.join(f'{n} {reason}' for reason, n in bad.most_common())
-    raise UserError(
-      f'none of {len(rows)} rows is left ({reasons}); max_prompt_length is '
-      f'{max_prompt_length} and the template {template!r}'
-    )
-  return examples, bad
-
-
 def default_buckets(max_length):
   """A quarter, a half and all of max_length: each is one more compilation."""
   lengths = {-(-max_length // part) for part in (4, 2)}
   short = sorted(8 * -(-n // 8) for n in lengths if n >= 32)
   return (*(n for n in short if n < max_length), max_length)
-
-
-def arrange(lengths, *, batch_size, buckets, packing=False, seed=None, epoch=0):
-  """Which examples share a batch, for one epoch; every example is in one bin.
-
-  lengths: tokens of each example. buckets: batch lengths T, ascending.
-  packing: fill bins of the last bucket, instead of one example a bin.
-  seed: shuffles rows and batches anew each epoch; None keeps their order.
-  Returns a list of (T, batch_size bins), a bin being a list of indices; the
-  last bins may be empty. Its length is the same in every epoch.
-  """
-  if max(lengths) > buckets[-1]:
-    raise ValueError(f'{max(lengths)} tokens do not fit buckets {buckets}')
-  order = np.arange(len(lengths))
-  rng = None if seed is None else np.random.default_rng((seed, epoch))
-  if rng is not None:
-    rng.shuffle(order)
-  if packing:
-    bins = _pack(lengths, order, buckets[-1])
-    if rng is not None:
-      rng.shuffle(bins)
-    batches = [(buckets[-1], group) for group in _split(bins, batch_size)]
-  else:
-    batches = _bucket(lengths, order, buckets, batch_size)
-  if rng is not None:
-    rng.shuffle(batches)
-  return [
-    (length, bins + [[] for _ in range(batch_size - len(bins))])
-    for length, bins in batches
-  ]
-
-
-def _bucket(lengths, order, buckets, batch_size):
-  """Full batches of the shortest bucket that fits; the rest moves one up."""
-  by_bucket = np.searchsorted(buckets, np.asarray(lengths)[order])
-  batches, left = [], []
-  for b, length in enumerate(buckets):
-    left += [[i] for i in order[by_bucket == b].tolist()]
-    full = len(left) - len(left) % batch_size
-    batches += [(length, bins) for bins in _split(left[:full], batch_size)]
-    left = left[full:]
-  if left:
-    longest = max(lengths[i] for (i,) in left)
-    batches.append((buckets[np.searchsorted(buckets, longest)], left))
-  return batches
-
-
-def _pack(lengths, order, size):
-  """Best fit, longest first: bins of indices with at most `size` tokens.
-
-  The number of bins follows from the lengths alone, hence is the same in every
-  epoch; the order decides which of equally long examples go where.
-  """
-  bins_by_room = [[] for _ in range(size + 1)]
-  bins = []
-  roomy = 0  # Bit r is set while there are bins with room r.
-  for i in sorted(order.tolist(), key=lambda i: -lengths[i]):
-    fitting = roomy >> lengths[i] << lengths[i]
-    if fitting:
-      room = (fitting & -fitting).bit_length() - 1  # The lowest bit.
-      chosen = bins_by_room[room].pop()
-      if not bins_by_room[room]:
-        roomy ^= 1 << room
-    else:
-      room, chosen = size, []
-      bins.append(chosen)
-    chosen.append(i)
-    bins_by_room[room - lengths[i]].append(chosen)
-    roomy |= 1 << (room - lengths[i])
-  return bins
-
-
-def _split(items, size):
-  return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def collate(bins, length, pad_id):
@@ -240,99 +89,72 @@ def collate(bins, length, pad_id):
   return Tokens(ids_BT=ids_BT, segments_BT=segments_BT, mask_BT=mask_BT)
 
 
-class Source:
-  """Batches by step: what Grain's workers read from. Holds ids, not text."""
+class Batches:
+  """Endless iterator over Batch, or over those of some epochs.
 
-  def __init__(self, examples, arrange_epoch, epochs, pad_id, rows, room=0):
-    self._documents = [(e.prompt_ids, e.response_ids) for e in examples]
-    self._arrange_epoch = arrange_epoch
-    self._epochs = epochs
-    self._pad_id = pad_id
-    self._room = room
-    self._rows = rows  # The part of a global batch that is this process's.
-    self._arranged = 0, arrange_epoch(epoch=0)
-    self.steps_per_epoch = len(self._arranged[1])
-    slots = sum((n + room) * len(bins) for n, bins in self._arranged[1])
-    self.padding = 1 - sum(e.length for e in examples) / slots
-
-  def __len__(self):
-    # Endless: longer than any run, and still an index to Grain.
-    epochs = 2**32 if self._epochs is None else self._epochs
-    return epochs * self.steps_per_epoch
-
-  def __getitem__(self, step):
-    epoch, i = divmod(int(step), self.steps_per_epoch)
-    arranged = self._arranged
-    if arranged[0] != epoch:
-      self._arranged = arranged = epoch, self._arrange_epoch(epoch=epoch)
-    length, bins = arranged[1][i]
-    bins = bins[self._rows]
-    documents = [[self._documents[j] for j in b] for b in bins]
-    tokens = collate(documents, length + self._room, self._pad_id)
-    return tokens, np.array([b[0] if b else -1 for b in bins], np.int32)
-
-
-class Batches(grain.DatasetIterator):
-  """Iterator over Batch; its state is the step, whatever made the batches.
-
-  steps_per_epoch: batches until every example was seen. padding: the share of
-  all positions that no example fills.
-
-  Grain's own state differs with the number of workers and cannot be restored
-  under another, so the workers are started anew at the step instead.
+  Its state is the step. steps_per_epoch: of the first. padding: the share of
+  all its positions that no text fills. empty: its rows without a text.
   """
 
-  def __init__(self, source, workers):
-    super().__init__()
-    self.steps_per_epoch = source.steps_per_epoch
-    self.padding = source.padding
-    self._source = source
-    self._workers = workers
-    self._step = 0
-    self._running = None
+  def __init__(self, texts, plan, epochs, pad_id, rows, room):
+    self._texts = texts
+    self._plan = plan  # epoch -> arrange.Plan
+    self._pad_id = pad_id
+    self._rows = rows  # The part of a global batch that is this process's.
+    self._room = room
+    self._epochs = epochs
+    self._starts = [0]  # First step of each epoch, as far as is known.
+    self.set_state({'step': 0})
+    first = plan(0)
+    self.steps_per_epoch = len(first)
+    self.empty = first.empty
+    slots = first.slots + room * first.bins_SB.size
+    self.padding = 1 - texts.lengths[first.documents].sum() / slots
+
+  def __iter__(self):
+    return self
 
   def __next__(self):
-    if self._running is None:
-      self._running = self._start()
-    # Copied: workers send views of shared memory, which is theirs to free.
-    tokens, rows_B = jax.tree.map(np.array, next(self._running))
+    while self._epoch != self._epochs and (
+      self._step >= self._first_step(self._epoch + 1)
+    ):
+      self._epoch += 1
+    if self._epoch == self._epochs:
+      raise StopIteration
+    i = self._step - self._first_step(self._epoch)
+    length, bins = self._plan(self._epoch)[i]
+    bins = bins[self._rows]
+    tokens = collate(
+      [[self._texts[i] for i in b] for b in bins],
+      length + self._room,
+      self._pad_id,
+    )
     self._step += 1
+    rows_B = np.array([b[0] if len(b) else -1 for b in bins], np.int32)
     return Batch(student=tokens, teacher=tokens, rows_B=rows_B)
+
+  def _first_step(self, epoch):
+    """Epochs differ in length where weights choose what is packed."""
+    while len(self._starts) <= epoch:
+      n = len(self._plan(len(self._starts) - 1))
+      self._starts.append(self._starts[-1] + n)
+    return self._starts[epoch]
+
+  def steps(self, epochs):
+    """How many steps some epochs are; there may be a part of one."""
+    whole = int(epochs)
+    first, end = self._first_step(whole), self._first_step(whole + 1)
+    return first + math.ceil((epochs - whole) * (end - first))
 
   def get_state(self):
     return {'step': self._step}
 
   def set_state(self, state):
-    self._stop()
-    self._step = int(state['step'])
-
-  def close(self):
-    """Ends the workers; safe to call twice."""
-    self._stop()
-    super().close()
-
-  def _start(self):
-    steps = grain.MapDataset.source(self._source)[self._step :]
-    steps = steps.to_iter_dataset(
-      grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    )
-    if self._workers:
-      # Grain reads absl flags for its workers, also where no binary has any.
-      if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-      steps = steps.mp_prefetch(
-        grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
-      )
-    return iter(steps)
-
-  def _stop(self):
-    if self._running is not None:
-      self._running.close()
-      self._running = None
+    self._step, self._epoch = int(state['step']), 0
 
 
 def batches(
-  examples,
+  texts,
   *,
   batch_size,
   max_length,
@@ -342,19 +164,21 @@ def batches(
   room=0,
   seed=None,
   epochs=None,
-  workers=0,
+  weights=None,
+  drop_last=False,
   process_index=0,
   process_count=1,
 ):
   """Returns the Batches of some epochs (None: endless) as numpy arrays.
 
+  texts: `texts.Texts`, of which none is longer than max_length and room.
   batch_size: rows of the global batch, of which this process gets its slice.
   buckets: batch lengths, ascending to max_length (None: default_buckets).
   room: tokens that every batch has beyond its bucket, for responses that are
     still to be written: rows are then bucketed by their prompts, or by as much
     of a response as does not fit there.
-  packing, seed: see `arrange`.
-  workers: processes that build batches; 0 for none.
+  packing, seed, drop_last: see `arrange`.
+  weights: how often an epoch has each text of each set; None: once.
   Raises UserError if these do not fit together.
   """
   buckets = tuple(buckets or default_buckets(max_length))
@@ -374,27 +198,29 @@ def batches(
       f'batch_size is {batch_size}: it must be a multiple of the '
       f'{process_count} processes'
     )
-  if not examples:
-    raise UserError('there are no examples to make batches of')
-  arrange_epoch = functools.partial(
-    arrange,
-    [max(len(e.prompt_ids), e.length - room) for e in examples],
-    batch_size=batch_size,
-    buckets=buckets,
-    packing=packing,
-    seed=seed,
-  )
+  if not len(texts):
+    raise UserError('there are no texts to make batches of')
+  lengths = np.maximum(texts.prompts, texts.lengths - room)
+
+  @functools.lru_cache(maxsize=1)
+  def plan(epoch):
+    return arrange(
+      lengths,
+      batch_size=batch_size,
+      buckets=buckets,
+      packing=packing,
+      seed=seed,
+      epoch=epoch,
+      times=None if weights is None else np.asarray(weights)[texts.sets],
+      drop_last=drop_last,
+    )
+
+  if not len(plan(0)):
+    raise UserError(
+      f'batch_size is {batch_size}, and an epoch has {len(lengths)} texts: '
+      'nothing is left of it without its last batch; set config.data.drop_last '
+      'to False'
+    )
   share = batch_size // process_count
   rows = slice(process_index * share, (process_index + 1) * share)
-  source = Source(examples, arrange_epoch, epochs, pad_id, rows, room)
-  return Batches(source, workers)
-
-
-def stats(examples):
-  """What a report says of the data, beside the padding of its Batches."""
-  return {
-    'examples': len(examples),
-    'truncated': sum(e.truncated for e in examples),
-    'prompt_tokens': sum(len(e.prompt_ids) for e in examples),
-    'response_tokens': sum(len(e.response_ids) for e in examples),
-  }
+  return Batches(texts, plan, epochs, pad_id, rows, room)

@@ -70,8 +70,74 @@ class Row:
     return '\n'.join(filter(None, (self.instruction, self.input)))
 
 
-def read(where, record, need_response):
-  """The Row of a record, which may be a BadRow itself; raises BadRow."""
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """Which rows a record is, and what happens to bad ones.
+
+  on_bad_row: 'skip' counts a bad row by reason, 'fail' raises it.
+  need_response: whether a row without a response is a bad row.
+  turns: of a conversation, 'last' asks for its last answer; 'all' for each of
+  its answers, as rows of their own: each is asked for as it will be, after the
+  turns before it.
+  """
+
+  on_bad_row: str = 'skip'
+  need_response: bool = True
+  turns: str = 'last'
+
+  def __post_init__(self):
+    for name, known in (
+      ('on_bad_row', ('skip', 'fail')),
+      ('turns', ('last', 'all')),
+    ):
+      value = getattr(self, name)
+      if value not in known:
+        expected = ' or '.join(map(repr, known))
+        raise UserError(f'config.data.{name}={value!r}: use {expected}')
+
+  def refuse(self, bad):
+    """A function that takes bad rows: into the Counter `bad`, or raises."""
+
+    def refuse(row):
+      if self.on_bad_row == 'fail':
+        raise row
+      bad[row.reason] += 1
+
+    return refuse
+
+
+def read(where, record, rules):
+  """The Rows of a record, which may be a BadRow itself; raises BadRow."""
+  row, weights = _read(where, record, rules.need_response)
+  rows = [row]
+  if weights[-1] == 0:
+    rows = [dataclasses.replace(row, references=())]
+  if rules.turns == 'all':
+    rows = [*_earlier(row, weights), *rows]
+  if rules.need_response:
+    rows = [row for row in rows if row.references]
+  if not rows:
+    raise BadRow(where, 'empty response')
+  return rows
+
+
+def _earlier(row, weights):
+  """Yields a Row for each answer among the turns of a Row."""
+  turns = row.messages or ()
+  for i, turn in enumerate(turns[1:], start=1):
+    asks = turns[i - 1]['role'] == 'user' and turns[i - 1]['content'].strip()
+    answers = turn['role'] == 'assistant' and turn['content'].strip()
+    if asks and answers and weights[i]:
+      yield Row(
+        instruction=turns[i - 1]['content'],
+        references=(turn['content'],),
+        messages=turns[:i] if i > 1 else None,
+        where=row.where,
+      )
+
+
+def _read(where, record, need_response):
+  """A Row, and the weights of its turns, of which the answer is the last."""
   if isinstance(record, BadRow):
     raise record
   if not isinstance(record, dict):
@@ -85,14 +151,11 @@ def read(where, record, need_response):
   record = {key: value for key, value in record.items() if value is not None}
   _refuse(where, record, _UNSEEN)
   if 'messages' in record or 'conversations' in record:
-    row = _conversation(where, record)
-  elif 'dialogue' in record:
-    row = _pair(where, _dialogue(record), need_response)
-  else:
-    row = _pair(where, record, need_response)
-  if need_response and not row.references:
-    raise BadRow(where, 'empty response')
-  return row
+    return _conversation(where, record)
+  if 'dialogue' in record:
+    record = _dialogue(record)
+  row = _pair(where, record, need_response)
+  return row, [1] * (1 + len(row.messages or ()))
 
 
 def _refuse(where, record, keys):
@@ -200,9 +263,11 @@ def _conversation(where, record):
   if not isinstance(messages, list) or not messages:
     raise BadRow(where, f'{key} is not a list')
   turns = [_turn(where, message) for message in messages]
+  weights = [_weight(where, message) for message in messages]
   system = _system(where, record)
   if system and turns[0]['role'] != 'system':
     turns = system + turns
+    weights = [1, *weights]
   elif system and turns[0] != system[0]:
     raise BadRow(where, f'system beside the one of {key}')
   _refuse(where, record, ['history'])
@@ -212,6 +277,7 @@ def _conversation(where, record):
   else:
     references = _references(where, record, 'output')
     answer = str(record.get('answer', ''))
+    weights.append(1)
   if not turns or turns[-1]['role'] != 'user':
     raise BadRow(where, 'messages without a last user turn')
   question = turns[-1]['content']
@@ -223,7 +289,16 @@ def _conversation(where, record):
     messages=tuple(turns) if len(turns) > 1 else None,
     where=where,
     answer=answer,
-  )
+  ), weights
+
+
+def _weight(where, message):
+  """Whether an assistant's turn is trained on, as OpenAI's files have it."""
+  weight = message.get('weight')
+  weight = 1 if weight is None else weight
+  if weight not in (0, 1):
+    raise BadRow(where, "a turn's weight is neither 0 nor 1")
+  return weight
 
 
 def _turn(where, message):

@@ -11,6 +11,8 @@ in `rows`.
 
 import collections
 import gzip
+import hashlib
+import itertools
 import json
 import pathlib
 import re
@@ -20,6 +22,7 @@ from gakd_jax import UserError
 from gakd_jax.data import rows as rows_lib
 from gakd_jax.data.rows import BadRow as BadRow
 from gakd_jax.data.rows import Row as Row
+from gakd_jax.data.rows import Rules as Rules
 
 SUFFIXES = ('.jsonl', '.json', '.jsonl.gz', '.json.gz', '.parquet', '.arrow')
 # Beside the data of a directory; none of it is a row.
@@ -40,60 +43,119 @@ _HUB_ID = re.compile(
 def load(spec, *, on_bad_row='skip', need_response=True):
   """Returns (the usable rows of a spec or of several, Counter of bad rows).
 
-  on_bad_row: 'skip' counts a bad row by reason, 'fail' raises it.
-  need_response: whether a row without a response is a bad row.
-  Raises UserError if the spec cannot be read or has no usable row.
+  For the settings see `rows.Rules`. Raises UserError if the spec cannot be read
+  or has no usable row.
   """
-  if on_bad_row not in ('skip', 'fail'):
-    raise UserError(f"on_bad_row is {on_bad_row!r}: use 'skip' or 'fail'")
+  rules = Rules(on_bad_row, need_response)
   rows, bad = [], collections.Counter()
-  for part in spec if isinstance(spec, list | tuple) else [spec]:
-    some, reasons = _load_one(str(part), on_bad_row, need_response)
-    rows += some
-    bad += reasons
+  refuse = rules.refuse(bad)
+  for _, _, row in stream(spec, rules):
+    if isinstance(row, BadRow):
+      refuse(row)
+    else:
+      rows.append(row)
   if not rows:
+    raise UserError(nothing_left(spec, bad))
+  return rows, bad
+
+
+def stream(spec, rules):
+  """Yields (number of the spec, place, Row or BadRow) of a spec or of several.
+
+  A row's place counts all rows, of all specs, bad ones among them.
+  """
+  place = itertools.count()
+  for number, part in enumerate(parts(spec)):
+    for where, record in _records(part):
+      try:
+        rows = rows_lib.read(where, record, rules)
+      except BadRow as error:
+        rows = [error]
+      for row in rows:
+        yield number, next(place), row
+
+
+def at(spec, rules, places):
+  """The rows at some places, by reading up to the last of them."""
+  wanted = {int(place): i for i, place in enumerate(places)}
+  found = [None] * len(places)
+  some = itertools.islice(stream(spec, rules), 1 + max(wanted, default=-1))
+  for _, place, row in some:
+    if place in wanted:
+      found[wanted[place]] = row
+  return found
+
+
+def parts(spec):
+  """The specs of a spec, which may be several."""
+  several = spec if isinstance(spec, list | tuple) else [spec]
+  if not several:
     raise UserError(f'no data: {spec!r} names no file; give at least one')
-  return rows, bad
+  return [str(part) for part in several]
 
 
-def _load_one(spec, on_bad_row, need_response):
-  rows, bad = [], collections.Counter()
-  for where, record in _records(spec):
+def nothing_left(spec, bad):
+  """What to say where there is no usable row."""
+  reasons = ', '.join(f'{n} {reason}' for reason, n in bad.most_common())
+  return (
+    f'{" and ".join(parts(spec))}: no usable row ({reasons or "it is empty"}); '
+    'see the row schemas in gakd_jax/data/rows.py'
+  )
+
+
+def identity(spec):
+  """Of each part, a text that differs between different contents."""
+  return [_identity(part) for part in parts(spec)]
+
+
+def _identity(spec):
+  path = pathlib.Path(spec)
+  if path.exists():
+    files = _files(path) if path.is_dir() else [path]
+  else:
+    records = _by_name(spec)
+    # A data set of the hub lies in files.
+    files = [x['filename'] for x in getattr(records, 'cache_files', ())]
+  digest = hashlib.blake2b(digest_size=16)
+  if not files:
+    for record in records:
+      digest.update(json.dumps(record, default=str).encode())
+  for file in map(pathlib.Path, files):
+    # What a file is called says how it is read.
+    digest.update(''.join(file.suffixes).encode())
     try:
-      rows.append(rows_lib.read(where, record, need_response))
-    except BadRow as error:
-      if on_bad_row == 'fail':
-        raise
-      bad[error.reason] += 1
-  if not rows:
-    reasons = ', '.join(f'{n} {reason}' for reason, n in bad.most_common())
-    raise UserError(
-      f'{spec}: no usable row ({reasons or "it is empty"}); '
-      f'see the row schemas in gakd_jax/data/rows.py'
-    )
-  return rows, bad
+      with file.open('rb') as content:
+        digest.update(hashlib.file_digest(content, 'blake2b').digest())
+    except OSError as error:
+      raise _unreadable(file, error) from error
+  return digest.hexdigest()
 
 
 def _records(spec):
   """Yields (where, record) of one spec; a record is a dict or a BadRow."""
   path = pathlib.Path(spec)
-  hub = _HUB_ID.fullmatch(spec)
-  if spec.startswith('synthetic:'):
-    yield from _synthetic(spec)
-  elif path.is_dir():
+  if path.is_dir():
     for file in _files(path):
       yield from _file(file)
   elif path.exists():
     if not _is_data(path):
       raise UserError(f'{spec}: unknown kind of file; expected {_expected()}')
     yield from _file(path)
-  elif hub and not _is_data(path) and not path.parent.exists():
-    yield from _hub(spec, *hub.groups())
   else:
-    raise UserError(
-      f'{spec}: no such file or directory, and not a hub id '
-      '(org/name[/config][@revision][:split])'
-    )
+    yield from _indexed(spec, _by_name(spec))
+
+
+def _by_name(spec):
+  """The records of what is no file."""
+  path, hub = pathlib.Path(spec), _HUB_ID.fullmatch(spec)
+  if spec.startswith('synthetic:'):
+    return _synthetic(spec)
+  if hub and not _is_data(path) and not path.parent.exists():
+    return _hub(spec, *hub.groups())
+  raise UserError(
+    f'{spec}: no such file or directory, and not a hub id '
+    '(org/name[/config][@revision][:split])'
+  )
 
 
 def _is_data(path):
@@ -180,9 +242,13 @@ def _file(path):
         else:
           yield from _lines(path, file)
   except (OSError, EOFError, zlib.error) as error:
-    raise UserError(
-      f'{path}: cannot read it ({error}); check the file, or fetch it again'
-    ) from error
+    raise _unreadable(path, error) from error
+
+
+def _unreadable(path, error):
+  return UserError(
+    f'{path}: cannot read it ({error}); check the file, or fetch it again'
+  )
 
 
 def _starts_array(file):
@@ -218,23 +284,25 @@ def _table(path):
   import pyarrow  # Slow to import, and most data is JSON.
   import pyarrow.parquet
 
-  try:
+  def records():
     if path.suffix == '.parquet':
-      table = pyarrow.parquet.ParquetFile(path).read()
+      batches = pyarrow.parquet.ParquetFile(path).iter_batches()
     else:  # A stream, as `datasets` writes it.
-      with pyarrow.OSFile(str(path)) as file:
-        table = pyarrow.ipc.open_stream(file).read_all()
-    records = table.to_pylist()
+      batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
+    for batch in batches:
+      yield from batch.to_pylist()
+
+  try:
+    yield from _indexed(path, records())
   except pyarrow.ArrowException as error:
     raise OSError(str(error).splitlines()[0]) from error
-  yield from _indexed(path, records)
 
 
 def _hub(spec, name, config, revision, split):
   import datasets  # Slow to import, and only wanted here.
 
   try:
-    records = datasets.load_dataset(
+    return datasets.load_dataset(
       name, config, revision=revision, split=split or 'train'
     )
   except Exception as error:  # Its errors have no common class.
@@ -245,7 +313,6 @@ def _hub(spec, name, config, revision, split):
       f'({type(error).__name__}: {reason}); check the connection and the '
       'name (org/name[/config][@revision][:split])'
     ) from error
-  yield from _indexed(spec, records)
 
 
 def _synthetic(spec):
@@ -254,12 +321,11 @@ def _synthetic(spec):
   try:
     _, split, n, *seed = spec.split(':')
     (seed,) = map(int, seed or ['0'])
-    records = synthetic.rows(split, int(n), seed)
+    return synthetic.rows(split, int(n), seed)
   except ValueError as error:
     raise UserError(
       f'{spec}: expected synthetic:<split>:<n>[:<seed>] ({error})'
     ) from error
-  yield from _indexed(spec, records)
 
 
 def _indexed(source, records):

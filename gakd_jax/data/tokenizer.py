@@ -6,10 +6,13 @@ a text that looks like one (`</s>`, say) stays text, but for template `raw`.
 """
 
 import dataclasses
+import hashlib
 import os
 import re
+import tempfile
+from pathlib import Path
 
-from gakd_jax import UserError
+from gakd_jax import UserError, partial
 from gakd_jax.data import templates
 from gakd_jax.data.sources import BadRow
 
@@ -62,6 +65,16 @@ def pad_id(tokenizer):
 def size(tokenizer):
   """How many ids there are, up to the largest; some may have no token."""
   return 1 + max(tokenizer.get_vocab().values())
+
+
+def identity(tokenizer):
+  """A text that differs between tokenizers, wherever they lie."""
+  with tempfile.TemporaryDirectory() as directory:
+    tokenizer.save_pretrained(directory)
+    files = sorted(Path(directory).rglob('*.*'))
+    return partial.digest(
+      [[f.name, hashlib.sha256(f.read_bytes()).hexdigest()] for f in files]
+    )
 
 
 def check_same(student, teacher, student_path, teacher_path):

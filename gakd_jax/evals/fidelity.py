@@ -14,10 +14,7 @@ import dataclasses
 import statistics
 from typing import ClassVar
 
-import numpy as np
-
 from gakd_jax import UserError
-from gakd_jax.data import pipeline
 from gakd_jax.evals import answers, extract, loss, scores, tasks
 from gakd_jax.evals.generation import Generation
 
@@ -57,10 +54,10 @@ class Fidelity:
     }
     prompts = self.of.prompts(subject)
     for name, lines in written.items():
-      examples = self._examples(prompts, lines, subject.max_length)
-      if examples:
+      pairs = self._pairs(prompts, lines, subject.max_length)
+      if pairs:
         measured[name] = loss.measure_ids(
-          subject, params, examples, self.batch_size
+          subject, params, pairs, self.batch_size
         )
     for name, metrics in measured.items():
       result |= {f'{key}_{name}': value for key, value in metrics.items()}
@@ -70,10 +67,10 @@ class Fidelity:
     """The lines of all prompts, for each seed."""
     return [answers.read(workdir, self.of.name, seed) for seed in self.of.seeds]
 
-  def _examples(self, prompts, lines, max_length):
+  def _pairs(self, prompts, lines, max_length):
     """The answers of which anything was written."""
-    examples = []
-    for prompt, row, line in zip(prompts, self.of.rows, lines, strict=True):
+    pairs = []
+    for prompt, line in zip(prompts, lines, strict=True):
       if 'ids' not in line:
         raise UserError(
           f'config.evals.{self.name}: the answers to {self.of.name!r} have no '
@@ -81,9 +78,8 @@ class Fidelity:
         )
       ids = line['ids'][: max_length - len(prompt)]
       if ids:
-        prompt = np.array(prompt, np.int32)
-        examples.append(pipeline.Example(prompt, np.array(ids, np.int32), row))
-    return examples
+        pairs.append((prompt, ids))
+    return pairs
 
   def _compare(self, student, teacher):
     task = self.of.task

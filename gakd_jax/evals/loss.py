@@ -21,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gakd_jax import sharding
-from gakd_jax.data import pipeline
+from gakd_jax.data import pipeline, texts
 from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.data.sources import BadRow
 from gakd_jax.objectives import divergences, head
 
 _BINS = 15
@@ -44,23 +45,24 @@ class Loss:
 
 def measure(subject, params, rows, batch_size):
   """{metric: mean over response tokens} of the rows' texts; see above."""
-  examples, bad = pipeline.encode_rows(
-    rows,
-    subject.models.tokenizer,
-    template=subject.template,
-    max_length=subject.max_length,
-    max_prompt_length=subject.max_prompt_length,
-    thinking=subject.thinking,
+  encoded = tokenizer_lib.encode_batch(
+    subject.models.tokenizer, rows, subject.template, subject.thinking
   )
-  means = measure_ids(subject, params, examples, batch_size)
-  return means | ({'left_out': bad.total()} if bad else {})
+  pairs = [
+    (prompt, response[: subject.max_length - len(prompt)])
+    for prompt, response in (x for x in encoded if not isinstance(x, BadRow))
+    if len(prompt) <= subject.max_prompt_length
+  ]
+  means = measure_ids(subject, params, pairs, batch_size)
+  left_out = len(rows) - len(pairs)
+  return means | ({'left_out': left_out} if left_out else {})
 
 
-def measure_ids(subject, params, examples, batch_size):
-  """{metric: mean over response tokens} of `pipeline.Example`s."""
+def measure_ids(subject, params, pairs, batch_size):
+  """{metric: mean over response tokens} of (prompt ids, response ids)."""
   ways = sharding.batch_ways(subject.mesh)
   batches = pipeline.batches(
-    examples,
+    texts.of(pairs),
     # Empty rows fill up what the mesh cannot divide.
     batch_size=-(-batch_size // ways) * ways,
     max_length=subject.max_length,

@@ -16,10 +16,10 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gakd_jax import UserError, sharding
 from gakd_jax.data import pipeline
+from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers, extract, tasks
 from gakd_jax.evals import statistics as statistics_lib
@@ -60,7 +60,7 @@ class MultipleChoice:
 
     Choices go to <workdir>/answers.
     """
-    score_of = iter(self._scores(subject, params, self._examples(subject)))
+    score_of = iter(self._scores(subject, params))
     lines = []
     for i, row in enumerate(self.rows):
       texts = self._options(row)
@@ -93,69 +93,38 @@ class MultipleChoice:
       return {label: f'the correct answer is {label}' for label in labels}
     return dict(zip(labels, extract.option_texts(row), strict=True))
 
-  def _examples(self, subject):
-    """Each row's prompt with each of its options as the response."""
-    examples = []
+  def _scores(self, subject, params):
+    """The score of each option of each row: see above."""
+    pairs, sizes = [], []
+    tokenizer = subject.models.tokenizer
     for row in self.rows:
       prompt = tokenizer_lib.fit_prompt(
-        subject.models.tokenizer,
-        row,
-        subject.template,
-        subject.max_prompt_length,
+        tokenizer, row, subject.template, subject.max_prompt_length
       )
-      prompt = np.array(prompt, np.int32)
       for text in self._options(row).values():
-        ids = subject.models.tokenizer.encode(text, add_special_tokens=False)
-        option = dataclasses.replace(row, references=(text,))
-        examples.append(
-          pipeline.Example(prompt, np.array(ids, np.int32), option)
-        )
-    return examples
-
-  def _scores(self, subject, params, examples):
-    """Log-probability of each example's response, by `normalise`."""
-    longest = max(example.length for example in examples)
+        pairs.append((prompt, tokenizer.encode(text, add_special_tokens=False)))
+        size = {'tokens': len(pairs[-1][1]), 'bytes': len(text.encode())}
+        sizes.append(size.get(self.normalise, 1))
     ways = sharding.batch_ways(subject.mesh)
-    batches = pipeline.arrange(
-      [example.length for example in examples],
+    batches = pipeline.batches(
+      texts_lib.of(pairs),
       batch_size=-(-self.batch_size // ways) * ways,
-      buckets=pipeline.default_buckets(longest),
+      max_length=max(len(prompt) + len(option) for prompt, option in pairs),
+      pad_id=tokenizer_lib.pad_id(tokenizer),
+      epochs=1,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
     )
-    scores = [None] * len(examples)
-    for length, bins in batches:
-      tokens = pipeline.collate(
-        [
-          [(examples[i].prompt_ids, examples[i].response_ids) for i in rows]
-          for rows in _share(bins)
-        ],
-        length,
-        tokenizer_lib.pad_id(subject.models.tokenizer),
-      )
-      batch = pipeline.Batch(student=tokens, teacher=tokens)
-      sums = _sums(
-        subject.models.alone(),
-        params,
-        sharding.put_batch(batch, subject.mesh),
-        subject.head_chunk,
-      )
-      whole = sharding.replicated(subject.mesh)
-      sums_B = jax.device_get(jax.device_put(sums, whole))
-      for rows, total in zip(bins, sums_B, strict=True):
-        for i in rows:
-          scores[i] = float(total) / self._length(examples[i])
+    whole = sharding.replicated(subject.mesh)
+    scores = [None] * len(pairs)
+    for batch in batches:
+      batch = sharding.put_batch(batch, subject.mesh)
+      sums_B = _sums(subject.models.alone(), params, batch, subject.head_chunk)
+      found = jax.device_get(jax.device_put((batch.rows_B, sums_B), whole))
+      for i, total in zip(*found, strict=True):
+        if i >= 0:
+          scores[i] = float(total) / sizes[i]
     return scores
-
-  def _length(self, example):
-    if self.normalise == 'tokens':
-      return len(example.response_ids)
-    text = example.row.references[0]
-    return len(text.encode()) if self.normalise == 'bytes' else 1
-
-
-def _share(bins):
-  """The rows of a global batch that this process holds."""
-  n = len(bins) // jax.process_count()
-  return bins[jax.process_index() * n :][:n]
 
 
 @functools.partial(jax.jit, static_argnames='head_chunk')

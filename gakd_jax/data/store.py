@@ -1,0 +1,123 @@
+"""Arrays that are made once, and are read from a file ever after.
+
+What an array was made of is its key. <root>/<digest of the key> has about.json
+(the key, sizes, facts) and a file for each array, which is mapped into memory:
+processes of a machine share it, and none holds it whole.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from gakd_jax import UserError, partial
+
+
+def default_root():
+  """What is kept for all runs of a user; GAKD_JAX_CACHE overrides."""
+  cache = os.environ.get('GAKD_JAX_CACHE', '~/.cache/gakd_jax')
+  return Path(cache).expanduser() / 'data'
+
+
+def load(root, key, make):
+  """Returns (arrays, facts) of a key.
+
+  Args:
+    root: directory of all keys.
+    key: a JSON value, of everything that the arrays depend on.
+    make: called where there are none yet, with a function that appends to
+      arrays of one dimension, `add(name=array, ...)`; returns facts, a dict of
+      JSON values.
+
+  Returns:
+    Read-only arrays by name, and the facts, with `digest`, that of all arrays'
+    contents.
+
+  Raises:
+    UserError: if root cannot be written to.
+  """
+  directory = Path(root) / partial.digest(key)
+  with _locked(directory.with_suffix('.lock')):
+    about = _read(directory)
+    if about is None:
+      shutil.rmtree(directory, ignore_errors=True)
+      _write(directory, key, make)
+      about = _read(directory)
+  arrays = {
+    name: np.memmap(directory / f'{name}.bin', dtype, 'r')
+    if size
+    else np.empty(0, dtype)
+    for name, (dtype, size) in about['arrays'].items()
+  }
+  return arrays, about['facts'] | {'digest': about['digest']}
+
+
+@contextlib.contextmanager
+def _locked(path):
+  """Others wait meanwhile, where the file system has locks."""
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open('w')
+  except OSError as error:
+    if error.errno == errno.ENOSPC:
+      raise
+    raise UserError(
+      f'{path.parent}: cannot write there ({error.strerror}); name another '
+      'directory for config.data.cache'
+    ) from error
+  with file:
+    with contextlib.suppress(OSError):
+      fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+def _read(directory):
+  """about.json; None if there is none, or if a file is not as it says."""
+  try:
+    about = json.loads((directory / 'about.json').read_text())
+    whole = all(
+      (directory / f'{name}.bin').stat().st_size == size
+      for name, (_, size) in about['arrays'].items()
+    )
+  except (OSError, ValueError, KeyError):
+    return None
+  return about if whole else None
+
+
+def _write(directory, key, make):
+  """Makes the directory, which appears when it is complete."""
+  new = directory.with_suffix(f'.{os.uname().nodename}.{os.getpid()}.tmp')
+  new.mkdir()
+  with contextlib.ExitStack() as stack:
+    stack.callback(shutil.rmtree, new, ignore_errors=True)
+    files, hashes, dtypes = {}, {}, {}
+
+    def add(**arrays):
+      for name, array in arrays.items():
+        if name not in files:
+          file = (new / f'{name}.bin').open('wb')
+          files[name] = stack.enter_context(file)
+          hashes[name] = hashlib.blake2b(digest_size=16)
+          dtypes[name] = array.dtype.str
+        content = np.ascontiguousarray(array, dtypes[name]).data
+        files[name].write(content)
+        hashes[name].update(content)
+
+    facts = make(add)
+    sizes = {name: file.tell() for name, file in files.items()}
+    for file in files.values():
+      file.close()
+    about = {
+      'key': key,
+      'facts': facts,
+      'arrays': {name: (dtypes[name], sizes[name]) for name in files},
+      'digest': partial.digest([hashes[name].hexdigest() for name in files]),
+    }
+    (new / 'about.json').write_text(json.dumps(about, indent=2) + '\n')
+    new.rename(directory)
