@@ -1,0 +1,106 @@
+"""What a large data set costs before the first step, and its batches.
+
+  python -m tools.bench.data --tokenizer=DIR --data=FILE.jsonl --rows=1000000
+
+Repeats the rows of a file, numbered, up to so many; reads them as a training
+run does, twice, each in a process of its own: the first tokenises, the second
+finds what the first left. Prints seconds, the process's own memory (what is
+mapped from files is shared and can be dropped) and tokens a second of batches.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+
+def main():
+  args = _arguments()
+  if args.run:
+    print(json.dumps(_run(args)))
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder) / 'rows.jsonl'
+    _write(file, args.data, args.rows)
+    print(f'{args.rows:,} rows, {file.stat().st_size / 1e6:,.0f} MB')
+    for start in ('first', 'second'):
+      command = [sys.executable, '-m', 'tools.bench.data', '--run']
+      command += [f'--tokenizer={args.tokenizer}', f'--data={file}']
+      done = subprocess.run(
+        [*command, *(['--packing'] if args.packing else [])],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env=os.environ | {'GAKD_JAX_CACHE': folder},
+      )
+      found = json.loads(done.stdout.splitlines()[-1])
+      print(start, '  '.join(f'{k}: {v:,.4g}' for k, v in found.items()))
+
+
+def _arguments():
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--tokenizer', required=True)
+  parser.add_argument('--data', required=True)
+  parser.add_argument('--rows', type=int, default=1_000_000)
+  parser.add_argument('--packing', action='store_true')
+  parser.add_argument('--run', action='store_true', help='one of the two')
+  return parser.parse_args()
+
+
+def _write(file, source, n):
+  lines = Path(source).read_text().splitlines()
+  with file.open('w') as out:
+    for i, line in zip(range(n), itertools.cycle(lines), strict=False):
+      row = json.loads(line)
+      key = 'instruction' if 'instruction' in row else 'question'
+      out.write(json.dumps(row | {key: f'{i}. {row[key]}'}) + '\n')
+
+
+def _run(args):
+  from gakd_jax.data import pipeline, texts
+  from gakd_jax.data import tokenizer as tokenizer_lib
+  from gakd_jax.data.sources import Rules
+
+  tokenizer = tokenizer_lib.load(args.tokenizer)
+  imported, start = _memory(), time.perf_counter()
+  every, _ = texts.load(
+    args.data, tokenizer, template='qwen3', rules=Rules(), thinking='refuse'
+  )
+  found, _ = every.fit(512, 256)
+  batches = pipeline.batches(
+    found,
+    batch_size=32,
+    max_length=512,
+    pad_id=tokenizer_lib.pad_id(tokenizer),
+    packing=args.packing,
+    seed=0,
+  )
+  next(batches)
+  first = time.perf_counter() - start
+  memory = _memory() - imported
+  start, tokens, n = time.perf_counter(), 0, 2000
+  for batch in itertools.islice(batches, n):
+    tokens += (batch.student.segments_BT > 0).sum()
+  seconds = time.perf_counter() - start
+  return {
+    'seconds to the first batch': first,
+    'MB': memory / 1e6,
+    'ms a batch': 1e3 * seconds / n,
+    'tokens/s': float(tokens / seconds),
+  }
+
+
+def _memory():
+  """Bytes that are this process's alone."""
+  status = Path('/proc/self/status').read_text()
+  return 1024 * int(re.search(r'RssAnon:\s+(\d+)', status)[1])
+
+
+if __name__ == '__main__':
+  main()
