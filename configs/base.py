@@ -42,8 +42,8 @@ def get_config():
 
   c.data = ml_collections.ConfigDict()
   # A file (.jsonl, .json, .parquet, .gz), a directory, a hub id
-  # (org/name/config@revision:split), synthetic:<split>:<rows>, or a tuple of
-  # these.
+  # (org/name/config@revision:split), python:<module>:<function>:<arguments>, or
+  # a tuple of these.
   c.data.train = config_dict.placeholder(object)
   c.data.validation = config_dict.placeholder(object)
   # qwen3, gakd, alpaca, chat, chat:<name of several>, raw (see

@@ -15,8 +15,8 @@ ROUGE-L.
 
 from configs import base, tiny_teacher
 
-GOLD = 'synthetic:train:600'
-TEST = 'synthetic:test:240'
+GOLD = 'python:tools.synthetic:rows:train:600'
+TEST = 'python:tools.synthetic:rows:test:240'
 MIXED = (GOLD, 'stage:teacher')
 NEW_TOKENS = 72  # of an answer at most; a prompt has at most 80
 
@@ -90,7 +90,7 @@ def teacher(prompts):
   """No training: the teacher's answers, and its scores."""
   c = _common()
   c.student.path = tiny_teacher.PATH
-  c.data.train = f'synthetic:prompts:{prompts}'
+  c.data.train = f'python:tools.synthetic:rows:prompts:{prompts}'
   c.train.steps = 0
   c.rollout = {
     'writer': 'teacher',
@@ -130,7 +130,7 @@ def sft_continued(seed, start):
   c = student(GOLD, STEPS + ON_POLICY_STEPS, seed, start)
   c.evals.validation = {
     'kind': 'loss',
-    'data': 'synthetic:validation:240',
+    'data': 'python:tools.synthetic:rows:validation:240',
     'batch_size': 60,
     'every': 50,
   }

@@ -18,8 +18,8 @@ def get_config():
   c.student.path = PATH
   c.student.shape = {}  # random weights in the architecture of PATH
   c.student.remat = False
-  c.data.train = 'synthetic:train:50000'
-  c.data.validation = 'synthetic:validation:240'
+  c.data.train = 'python:tools.synthetic:rows:train:50000'
+  c.data.validation = 'python:tools.synthetic:rows:validation:240'
   c.data.template = 'chat'
   c.data.max_length = 112
   c.data.max_prompt_length = 80

@@ -58,7 +58,7 @@ ARGUMENTS = [
 ]
 
 REFERENCE = {'name': 'gakd', 'reference': True}
-DATA = 'synthetic:train:9'
+DATA = 'python:tools.synthetic:rows:train:9'
 
 
 def shrunk(name, model):

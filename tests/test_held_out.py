@@ -93,7 +93,7 @@ def uses(name):
 
 def source(spec):
   """A split is one source, however many of its rows are taken."""
-  return re.sub(r'(synthetic:\w+):.*', r'\1', spec)
+  return re.sub(r'(python:tools.synthetic:rows:\w+):.*', r'\1', spec)
 
 
 @pytest.mark.parametrize('name', ALL)
@@ -157,7 +157,7 @@ def prompts_of(prepared, shared_dir):
 
   @functools.cache
   def read(spec):
-    if not spec.startswith('synthetic:'):
+    if not spec.startswith('python:tools.synthetic:rows:'):
       part = spec.replace('test.', 'test_partial.')  # of UnNI
       places = (directory / spec, shared_dir / spec, shared_dir / part)
       spec = next((x for x in places if x.exists()), None)

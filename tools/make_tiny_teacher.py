@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs import tiny_teacher
 from gakd_jax import binary, train
-from gakd_jax.data import synthetic
 from gakd_jax.models import DecoderConfig, families
+from tools import synthetic
 
 WORKDIR = 'runs/tiny_teacher'
 SHAPE = DecoderConfig(

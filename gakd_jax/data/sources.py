@@ -1,17 +1,18 @@
-"""Rows of text from files, the Hugging Face hub or the synthetic task.
+"""Rows of text from files, the Hugging Face hub or a function.
 
 A spec names where rows come from: a JSON Lines file, a JSON array (either may
 end in .gz), a Parquet or Arrow file, a directory of such files, a directory
 that `datasets` saved to disk, a data set of the hub as
 `org/name[/config][@revision][:split]` (split `train`, if none is named), or
-`synthetic:<split>:<n>[:<seed>]`. Of a directory of several splits (a snapshot
-of the hub, say) these are the rows of `train` as well. What a row may hold is
-in `rows`.
+`python:<module>:<function>[:<argument>...]`, a function that returns records.
+Of a directory of several splits (a snapshot of the hub, say) these are the rows
+of `train` as well. What a row may hold is in `rows`.
 """
 
 import collections
 import gzip
 import hashlib
+import importlib
 import itertools
 import json
 import pathlib
@@ -148,8 +149,8 @@ def _records(spec):
 def _by_name(spec):
   """The records of what is no file."""
   path, hub = pathlib.Path(spec), _HUB_ID.fullmatch(spec)
-  if spec.startswith('synthetic:'):
-    return _synthetic(spec)
+  if spec.startswith('python:'):
+    return _function(spec)
   if hub and not _is_data(path) and not path.parent.exists():
     return _hub(spec, *hub.groups())
   raise UserError(
@@ -315,16 +316,15 @@ def _hub(spec, name, config, revision, split):
     ) from error
 
 
-def _synthetic(spec):
-  from gakd_jax.data import synthetic
-
+def _function(spec):
   try:
-    _, split, n, *seed = spec.split(':')
-    (seed,) = map(int, seed or ['0'])
-    return synthetic.rows(split, int(n), seed)
-  except ValueError as error:
+    _, module, name, *arguments = spec.split(':')
+    arguments = [int(x) if x.isdecimal() else x for x in arguments]
+    return getattr(importlib.import_module(module), name)(*arguments)
+  except Exception as error:  # It may raise anything.
     raise UserError(
-      f'{spec}: expected synthetic:<split>:<n>[:<seed>] ({error})'
+      f'{spec}: {type(error).__name__}: {error}; expected '
+      'python:<module>:<function>[:<argument>...] that returns rows'
     ) from error
 
 

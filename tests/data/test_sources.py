@@ -483,17 +483,25 @@ def test_hub_failure_is_one_line(monkeypatch, tmp_path):
     sources.load('data/rows/tets')
 
 
-def test_synthetic():
-  rows, bad = sources.load('synthetic:train:3:7')
+def test_a_function_gives_rows():
+  rows, bad = sources.load('python:tools.synthetic:rows:train:3:7')
   assert (len(rows), bad) == (3, {})
-  assert rows == sources.load('synthetic:train:3:7')[0]
-  assert rows[0].where == 'synthetic:train:3:7[0]'
-  zero, _ = sources.load('synthetic:train:3')
+  assert rows == sources.load('python:tools.synthetic:rows:train:3:7')[0]
+  assert rows[0].where == 'python:tools.synthetic:rows:train:3:7[0]'
+  zero, _ = sources.load('python:tools.synthetic:rows:train:3')
   assert [r.instruction for r in zero] == [
-    r.instruction for r in sources.load('synthetic:train:3:0')[0]
+    r.instruction
+    for r in sources.load('python:tools.synthetic:rows:train:3:0')[0]
   ]
-  with pytest.raises(UserError, match='expected synthetic:<split>:<n>'):
-    sources.load('synthetic:train')
+  for bad, why in (
+    ('tools.synthetic:rows:train', 'TypeError: .*missing 1 required'),
+    ('tools.synthetic:rows:other:3', "ValueError: split 'other'"),
+    ('tools.synthetic:lines:3', 'AttributeError: .*lines'),
+    ('tools.nothing:rows', 'ModuleNotFoundError'),
+    ('tools', 'ValueError: not enough values'),
+  ):
+    with pytest.raises(UserError, match=f'{why}.*; expected python:<module>'):
+      sources.load(f'python:{bad}')
 
 
 @pytest.mark.parametrize(

@@ -261,6 +261,6 @@ def test_a_data_set_is_what_it_holds(tmp_path):
   before = sources.identity(folder)
   two.rename(folder / 'two.jsonl')
   assert sources.identity(folder) != before
-  names = [f'synthetic:train:{n}' for n in (3, 3, 4)]
+  names = [f'python:tools.synthetic:rows:train:{n}' for n in (3, 3, 4)]
   first, again, other = map(sources.identity, names)
   assert first == again != other

@@ -361,7 +361,7 @@ def test_comet_is_asked_with_source_answer_and_first_reference(
 )
 def test_wrong_settings_are_one_line(evals, message):
   with pytest.raises(UserError, match=message):
-    evaluator.make(evals, 'synthetic:test:3', tuple)
+    evaluator.make(evals, 'python:tools.synthetic:rows:test:3', tuple)
 
 
 @pytest.fixture
@@ -448,7 +448,7 @@ def test_how_many_rows_are_left_out_is_a_result(parts):
 
 def test_what_reads_answers_comes_last():
   evals = {'a': {'kind': 'fidelity', 'of': 'b'}, 'b': {'kind': 'generation'}}
-  made = evaluator.make(evals, 'synthetic:test:3', tuple)
+  made = evaluator.make(evals, 'python:tools.synthetic:rows:test:3', tuple)
   assert list(made) == ['b', 'a']
   assert made['a'].of is made['b']
   assert evals['a'] == {'kind': 'fidelity', 'of': 'b'}

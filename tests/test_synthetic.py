@@ -8,8 +8,8 @@ import re
 import pytest
 import transformers
 
-from gakd_jax.data import synthetic
-from gakd_jax.data.synthetic import knowing, reading, words
+from tools import synthetic
+from tools.synthetic import knowing, reading, words
 
 ONE_ANSWER = ('train', 'prompts')
 HELD_OUT = ('validation', 'test')

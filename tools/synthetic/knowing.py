@@ -3,8 +3,8 @@
 `task` says how their texts are read; `words` holds what they know.
 """
 
-from gakd_jax.data.synthetic import words
-from gakd_jax.data.synthetic.task import Task, a, both, cap
+from tools.synthetic import words
+from tools.synthetic.task import Task, a, both, cap
 
 
 def biography(rng):

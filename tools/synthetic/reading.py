@@ -3,8 +3,8 @@
 `task` says how their texts are read.
 """
 
-from gakd_jax.data.synthetic import words
-from gakd_jax.data.synthetic.task import Task, both, cap
+from tools.synthetic import words
+from tools.synthetic.task import Task, both, cap
 
 
 def addition(rng):

@@ -20,8 +20,8 @@ from collections.abc import Iterator
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from gakd_jax.data.synthetic import knowing, reading
-from gakd_jax.data.synthetic.task import Task, ask, say
+from tools.synthetic import knowing, reading
+from tools.synthetic.task import Task, ask, say
 
 FAMILIES = (
   knowing.biography,

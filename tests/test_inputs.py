@@ -1,0 +1,80 @@
+"""What is read of a run's data, and what is said of it."""
+
+import json
+
+import pytest
+
+from configs import base
+from gakd_jax import UserError, inputs, rollout
+from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.data.sources import BadRow
+
+
+@pytest.fixture(scope='module')
+def tokenizer(tiny_tokenizer_dir):
+  return tokenizer_lib.load(tiny_tokenizer_dir)
+
+
+@pytest.fixture
+def config(tmp_path):
+  c = base.get_config()
+  rows = [('a' * n, 'b' * m) for n, m in [(5, 3), (21, 3), (10, 50), (5, 5)]]
+  file = tmp_path / 'rows.jsonl'
+  file.write_text(
+    '\n'.join(json.dumps({'prompt': p, 'response': r}) for p, r in rows)
+  )
+  c.data.train = str(file)
+  c.data.template = 'raw'
+  c.data.max_length = 40
+  c.data.max_prompt_length = 20
+  return c
+
+
+def texts_of(config, tokenizer, **writer):
+  writer = rollout.make(**({'writer': 'dataset'} | writer))
+  return inputs.texts(config, config.data.train, tokenizer, writer)
+
+
+def test_what_is_read_and_left_out_is_said(config, tokenizer, capsys):
+  found = texts_of(config, tokenizer)
+  assert found.places.tolist() == [0, 2, 3]
+  assert found.lengths.tolist() == [9, 40, 11]
+  assert capsys.readouterr().out == (
+    'data: 3 rows; tokens: 20 of prompts, 40 of responses; 1 truncated; '
+    '1 skipped: prompt too long\n'
+  )
+  config.data.max_prompt_length = 4
+  with pytest.raises(UserError, match=r'no row is left \(4 prompt too long\)'):
+    texts_of(config, tokenizer)
+
+
+def test_a_long_prompt_is_refused_when_bad_rows_are(config, tokenizer):
+  config.data.on_bad_row = 'fail'
+  with pytest.raises(BadRow, match=r'rows.jsonl:2: prompt too long'):
+    texts_of(config, tokenizer)
+  config.data.max_prompt_length = 30
+  assert len(texts_of(config, tokenizer)) == 4
+
+
+@pytest.mark.parametrize(
+  ('settings', 'said'),
+  [
+    ({'max_prompt_length': 40}, 'must leave room for a response'),
+    ({'train': None}, 'config.data.train is not set'),
+    ({'weights': (1.0, 2.0)}, r'weights=\(1.0, 2.0\): .* each of the 1 parts'),
+    ({'weights': (0.0,)}, 'a positive number'),
+    ({'weights': (float('nan'),)}, 'a positive number'),
+    ({'turns': 'first'}, "config.data.turns='first': use 'last' or 'all'"),
+  ],
+)
+def test_settings_that_do_not_fit(config, tokenizer, settings, said):
+  config.data.update(settings)
+  with pytest.raises(UserError, match=said):
+    texts_of(config, tokenizer)
+
+
+def test_rows_are_those_of_the_texts(config, tokenizer):
+  found = texts_of(config, tokenizer)
+  writer = rollout.make('dataset')
+  rows = inputs.rows(config, writer, found.places)
+  assert [len(row.instruction) for row in rows] == [5, 10, 5]
