@@ -125,7 +125,8 @@ def get_config():
   c.mesh.tensor = 1  # heads, feed-forward and vocabulary split
 
   c.report = ml_collections.ConfigDict()
-  c.report.tensorboard = True
+  # Which programs show the metrics: tensorboard, wandb, mlflow.
+  c.report.trackers = ('tensorboard',)
   c.report.answers = 6  # prompts in report.html without JavaScript; 0: none
   c.report.rollouts = 4  # prompts whose rollouts it shows over training
   c.lock()

@@ -22,6 +22,7 @@ from gakd_jax import (
   rollout,
   sharding,
   step,
+  trackers,
 )
 from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
@@ -79,6 +80,7 @@ def check_settings(config):
     objectives.make(**c.objective)
     rollout.make(**c.rollout)
     evaluator_lib.check(c.evals)
+    trackers.check(c.report.trackers)
 
 
 def build(config, workdir, mesh):
@@ -197,6 +199,7 @@ def _checked(config, mesh):
       f'config.student.quantize={config.student.quantize!r} is for a base that '
       'is not trained; set config.student.lora, or quantize to None'
     )
+  trackers.check(config.report.trackers)
   if config.train.steps is None and config.train.epochs is None:
     raise UserError('config.train: set steps or epochs')
   microbatch = config.train.microbatch_size or config.train.batch_size

@@ -35,6 +35,7 @@ LEVELS = (
     'tables',
     'page',
     'report',
+    'trackers',
     'binary',
     'settings',
     'partial',

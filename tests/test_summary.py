@@ -15,7 +15,7 @@ def _run(path, results, metrics=(), **files):
   (path / 'results.json').write_text(json.dumps(results))
   for name, content in files.items():
     (path / f'{name}.json').write_text(json.dumps(content))
-  log = report.Metrics(path, tensorboard=False)
+  log = report.Metrics(path)
   for step, values in enumerate(metrics, start=1):
     log.write(step, values)
   log.close()

@@ -18,6 +18,7 @@ from configs import base
 from gakd_jax import (
   Interrupted,
   UserError,
+  checkpoint,
   fingerprint,
   models,
   report,
@@ -187,6 +188,19 @@ def test_a_killed_run_repeats_the_steps_after_its_checkpoint(
   assert losses(tmp_path / 'run') == losses(whole_run[0])
   # The student comes from the checkpoint alone.
   assert loaded == [config.teacher.path]
+
+
+def test_what_is_saved_has_been_logged(config, tmp_path, monkeypatch):
+  """Killed right then, a run would not log that step again."""
+  logged = []
+
+  def save(this, now, *_):
+    logged.append((now, max(losses(tmp_path / 'run'))))
+
+  monkeypatch.setattr(checkpoint.Checkpoints, 'save', save)
+  config.eval_every = 0
+  train.run(config, tmp_path / 'run')
+  assert logged == [(2, 2), (4, 4), (6, 6)]
 
 
 def test_another_config_is_refused(whole_run, config):
