@@ -141,6 +141,20 @@ def test_leaves_scores_answers_and_comparisons(whole):
   assert 'Comparisons</h2>' in (workdir / 'report.html').read_text()
 
 
+def test_what_was_not_written_at_the_end_is_made_up_for(
+  whole, config, paths, tmp_path, monkeypatch
+):
+  """Nothing is loaded for it."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(whole[0], workdir)
+  for name in ('report.html', 'comparisons.json', 'table.md', 'table.tex'):
+    (workdir / name).unlink()
+  monkeypatch.setattr(models, 'load', pytest.fail)
+  evaluate.run(config, [paths['small'], paths['run']], workdir)
+  assert (workdir / 'report.html').exists()
+  assert contents(workdir) == contents(whole[0])
+
+
 def test_a_line_has_all_about_its_answer(whole):
   text = (whole[0] / 'small' / 'answers' / 'sampled-2.jsonl').read_text()
   lines = [json.loads(line) for line in text.splitlines()]

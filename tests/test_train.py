@@ -442,6 +442,12 @@ def test_stages_build_on_each_other(config, data_file, tmp_path, capsys):
   assert rundir.read_results(tmp_path / 'teacher')['loss/reverse_kl'] == (
     pytest.approx(0, abs=1e-6)
   )
+  # Stopped before its report was written, that of a stage or of all.
+  pages = [tmp_path / 'kd' / 'report.html', tmp_path / 'report.html']
+  for page in pages:
+    page.unlink()
+  train.run_stages(config, tmp_path)
+  assert all(page.exists() for page in pages)
 
 
 def test_a_stage_that_has_not_finished_is_named(config, tmp_path):
