@@ -4,8 +4,8 @@ import configparser
 import fnmatch
 import html.parser
 import json
-import re
 import math
+import re
 from pathlib import Path
 
 import numpy as np
