@@ -46,7 +46,7 @@ def write(path, runs, answers=6, comparisons=()):
   keys = [f'{where}/{metric}' for where, metric in first.columns]
   report.print_table(['run', *keys], tables.plain(first)[1], 'Results')
   sections = [
-    ('Results', _table(first) + page.details('Other metrics', _table(rest))),
+    ('Results', _table(first) + page.details('Other metrics', _by_set(rest))),
     ('Comparisons', _comparisons(comparisons)),
     ('Scores', _bars(first, palette)),
     (
@@ -101,6 +101,25 @@ def _table(table):
     notes.append(_SPREAD)
   return page.table(
     '', ['run', *columns], rows, note=' '.join(notes), best=best
+  )
+
+
+def _by_set(table):
+  """A table of each set: one of all metrics is wider than a page."""
+  by_set = {}
+  for j, (where, _) in enumerate(table.columns):
+    by_set.setdefault(where, []).append(j)
+  return ''.join(
+    _table(
+      results.Table(
+        tuple(table.columns[j] for j in kept),
+        tuple(
+          (name, tuple(cells[j] for j in kept)) for name, cells in table.rows
+        ),
+        table.teachers,
+      )
+    )
+    for kept in by_set.values()
   )
 
 
