@@ -58,7 +58,8 @@ def run(config, workdir, defaults=None):
     with_what = ' that differ from those before' if before else ''
     print(f'settings{with_what} (* by the config, else the default):')
     for key, (value, is_set) in shown.items():
-      _print_setting('*' if is_set else ' ', key, value)
+      line = f'{"*" if is_set else " "} {key:<31} {value!r}'
+      print(textwrap.fill(line, _WIDTH, subsequent_indent=' ' * 34))
     for what in missing:
       print(f'{what} has not run: of its model, the shape is known')
     for what in unread:
@@ -129,13 +130,6 @@ def _settings(config, defaults):
   }
 
 
-def _print_setting(mark, key, value):
-  text = textwrap.wrap(repr(value), _WIDTH - 34) or ['']
-  print(f'{mark} {key:<31} {text[0]}')
-  for line in text[1:]:
-    print(f'{"":34}{line}')
-
-
 def _look(config, workdir, mesh, has_data):
   """Prints what is read, how large it is, and the first batch."""
   c = config
@@ -150,7 +144,8 @@ def _look(config, workdir, mesh, has_data):
       print(f'evals.{name}: {n:,} rows, {left_out:,} left out')
   batches = None
   if run.writer.makes_rows and not (workdir / 'answers.jsonl').exists():
-    _print_prompts(c)
+    if has_data:
+      _print_prompts(c)
   elif trains and has_data:
     batches = inputs.training_batches(run)
   per_epoch = batches.steps_per_epoch if batches else 0
@@ -172,6 +167,8 @@ def _look(config, workdir, mesh, has_data):
 
 
 def _print_prompts(c):
+  if c.data.train is None:
+    raise UserError('config.data.train is not set: name a file of prompts')
   rows, bad = sources.load(
     c.data.train, on_bad_row=c.data.on_bad_row, need_response=False
   )
@@ -209,22 +206,16 @@ def _print_text(tokenizer, ids, indent):
   text = tokenizer.decode(
     ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
   )
-  width = _WIDTH - len(indent)
-  lines = []
-  for line in text.splitlines(keepends=True):
-    shown = ''.join(map(_visible, line))
-    lines += textwrap.wrap(shown, width, drop_whitespace=False)
-  if len(lines) > _LINES:
-    half = _LINES // 2
-    more = f'... {len(lines) - 2 * half} lines more ...'
-    lines = [*lines[:half], more, *lines[-half:]]
+  *lines, last = text.split('\n')
+  lines = [f'{line}⏎' for line in lines] + [last] * bool(last)
+  shown = []
   for line in lines:
+    line = ''.join(x if x.isprintable() else repr(x)[1:-1] for x in line)
+    width = _WIDTH - len(indent)
+    shown += textwrap.wrap(line, width, drop_whitespace=False)
+  if len(shown) > _LINES:
+    half = _LINES // 2
+    more = f'... {len(shown) - 2 * half} lines more ...'
+    shown = [*shown[:half], more, *shown[-half:]]
+  for line in shown:
     print(indent + line)
-
-
-def _visible(character):
-  if character == '\n':
-    return '⏎'
-  if character.isprintable():
-    return character
-  return character.encode('unicode_escape').decode()

@@ -39,7 +39,8 @@ class TensorBoard:
     self._proto, self._crc = proto, record_writer.masked_crc32c
     folder = Path(workdir) / 'tensorboard'
     folder.mkdir(parents=True, exist_ok=True)
-    self._first = resume_step + 1 if any(folder.iterdir()) else 0
+    goes_on = resume_step and any(folder.iterdir())
+    self._first = resume_step + 1 if goes_on else 0
     name = f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}'
     # Unbuffered: what is written outlives the process.
     self._file = (folder / name).open('wb', buffering=0)
@@ -187,7 +188,9 @@ def check(names):
         f'{", ".join(TRACKERS)}'
       )
     package = TRACKERS[name].package
-    if importlib.util.find_spec(package) is None:
+    found = importlib.util.find_spec(package)
+    # A folder of that name, as wandb makes one, is no package.
+    if found is None or found.origin is None:
       raise UserError(
         f'config.report.trackers: {name} needs a package; pip install {package}'
       )

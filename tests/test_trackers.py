@@ -176,11 +176,17 @@ def test_wandb_has_every_step_once(tmp_path, monkeypatch):
 
 
 def test_a_tracker_that_is_not_there_is_said_before_anything_is_read(
-  monkeypatch,
+  monkeypatch, tmp_path
 ):
   c = base.get_config()
   c.report.trackers = ('tensorboard', 'wandb')
   monkeypatch.setitem(sys.modules, 'wandb', None)
+  with pytest.raises(UserError, match='wandb needs a package; pip install'):
+    build.check_settings(c)
+  monkeypatch.undo()
+  (tmp_path / 'wandb_').mkdir()  # As wandb leaves a folder of its name.
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.setattr(trackers.Wandb, 'package', 'wandb_')
   with pytest.raises(UserError, match='wandb needs a package; pip install'):
     build.check_settings(c)
   c.report.trackers = ('clearml',)
