@@ -49,10 +49,10 @@ def run(config, workdir, defaults=None):
   """
   workdir = Path(workdir)
   before, stages = {}, {}
-  for name, stage in config.stages or [('', config)]:
+  for name, given in config.stages or [('', config)]:
     if name:
       print(f'\n== {name}')
-    stage, missing, unread = _resolved(stage, stages, workdir)
+    stage, missing, unread = _resolved(given, stages, workdir)
     settings = _settings(stage, defaults)
     shown = {k: x for k, x in settings.items() if before.get(k) != x}
     with_what = ' that differ from those before' if before else ''
@@ -64,10 +64,12 @@ def run(config, workdir, defaults=None):
       print(f'{what} has not run: of its model, the shape is known')
     for what in unread:
       print(f'{what} has not run: its answers are left out of the data')
-    has_data = not unread or stage.data.train is not None
+    unknown = {'data'} if unread and stage.data.train is None else set()
+    if given.critic.init_from in missing:
+      unknown |= {'critic'}
     mesh = sharding.make_mesh(**stage.mesh)
     with jax.set_mesh(mesh):
-      _look(stage, workdir / name, mesh, has_data)
+      _look(stage, workdir / name, mesh, unknown)
     before, stages = settings, stages | {name: stage}
 
 
@@ -130,11 +132,14 @@ def _settings(config, defaults):
   }
 
 
-def _look(config, workdir, mesh, has_data):
-  """Prints what is read, how large it is, and the first batch."""
+def _look(config, workdir, mesh, unknown):
+  """Prints what is read, how large it is, and the first batch.
+
+  But for what of 'data' and 'critic' is unknown.
+  """
   c = config
   trains = c.train.steps != 0
-  if not has_data:  # As if there were none to train on.
+  if 'data' in unknown:  # As if there were none to train on.
     config = c.copy_and_resolve_references()
     config.train.steps = 0
   run = build.build(config, workdir, mesh, weights=False)
@@ -144,9 +149,9 @@ def _look(config, workdir, mesh, has_data):
       print(f'evals.{name}: {n:,} rows, {left_out:,} left out')
   batches = None
   if run.writer.makes_rows and not (workdir / 'answers.jsonl').exists():
-    if has_data:
+    if 'data' not in unknown:
       _print_prompts(c)
-  elif trains and has_data:
+  elif trains and 'data' not in unknown:
     batches = inputs.training_batches(run)
   per_epoch = batches.steps_per_epoch if batches else 0
   total = inputs.total_steps(c, per_epoch) if batches else c.train.steps
@@ -154,7 +159,8 @@ def _look(config, workdir, mesh, has_data):
   training = build.training(run, per_epoch, total or 10**9)
   sizes = plan.parameters(training.state, run.models.frozen)
   for name, n in sizes.items():
-    print(f'{name}: {n:,} parameters')
+    if name not in unknown:
+      print(f'{name}: {n:,} parameters')
   if trains:
     in_all = 'unknown' if total is None else f'{total:,}'
     an_epoch = f'{per_epoch:,}' if batches else 'unknown'

@@ -117,6 +117,8 @@ def test_stages_are_shown_as_far_as_they_can_be_known(config, tmp_path, capsys):
   assert "data.template                   'chat'" not in more  # As before.
   assert 'stage:answers has not run: its answers are left out' in kd
   assert 'data: 2 rows' in kd
+  assert 'critic: ' in more
+  assert 'critic: ' not in kd  # Its shape is that of the stage.
   assert 'steps: unknown an epoch, 5 in all' in last
   assert 'first batch' not in last
 
