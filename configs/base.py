@@ -132,7 +132,9 @@ def get_config():
   c.mesh.tensor = 1  # heads, feed-forward and vocabulary split
 
   c.report = ml_collections.ConfigDict()
-  c.report.tensorboard = True
+  # Programs that show the metrics: tensorboard, wandb, mlflow; the last two are
+  # told where by environment variables (see gakd_jax/trackers).
+  c.report.trackers = ('tensorboard',)
   c.report.answers = 6  # prompts in report.html without JavaScript; 0: none
   c.report.rollouts = 4  # prompts whose rollouts it shows over training
   c.lock()

@@ -69,7 +69,7 @@ def _common():
   c.train.batch_size = 8  # of about two rows of the data each
   c.eval_every = 0
   c.checkpoint.every = 0
-  c.report.tensorboard = False
+  c.report.trackers = ()
   answers = {
     'kind': 'generation',
     'data': TEST,

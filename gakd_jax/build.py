@@ -4,6 +4,7 @@ Everything that can be wrong is checked before any weight is loaded.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from gakd_jax import (
   rollout,
   sharding,
   step,
+  trackers,
 )
 from gakd_jax.data import templates
 from gakd_jax.data import texts as texts_lib
@@ -80,10 +82,14 @@ def check_settings(config):
     objectives.make(**c.objective)
     rollout.make(**c.rollout)
     evaluator_lib.check(c.evals)
+    trackers.check(c.report.trackers)
 
 
-def build(config, workdir, mesh):
-  """The `Run` of a config; the student's weights are read by its `start`."""
+def build(config, workdir, mesh, weights=True):
+  """The `Run` of a config; the student's weights are read by its `start`.
+
+  Without `weights`, there are shapes in their place.
+  """
   objective, writer = _checked(config, mesh)
   paths = [config.student.path, *filter(None, [config.teacher.path])]
   tokenizers = [
@@ -118,6 +124,8 @@ def build(config, workdir, mesh):
     texts = inputs.texts(config, config.data.train, tokenizers[0], writer)
 
   def load(part, dtype):
+    if not weights:
+      return _shapes(part, dtype, mesh)
     settings = {'dtype': dtype, 'mesh': mesh, 'quantize': part.quantize}
     shape = part.get('shape')
     if shape is None:
@@ -153,12 +161,15 @@ def abstract(config, mesh):
   """
   objective, writer = _checked(config, mesh)
 
-  def load(part, dtype):
-    definition, params = transformer.split(_abstract(part))
-    params = jax.eval_shape(lambda p: transformer.cast(p, dtype), params)
-    return nnx.merge(definition, sharding.abstract(params, mesh))
-
+  load = functools.partial(_shapes, mesh=mesh)
   return _assemble(config, mesh, objective, writer, load)
+
+
+def _shapes(part, dtype, mesh):
+  """The model of `config.student` or `config.teacher`, as placed shapes."""
+  definition, params = transformer.split(_abstract(part))
+  params = jax.eval_shape(lambda p: transformer.cast(p, dtype), params)
+  return nnx.merge(definition, sharding.abstract(params, mesh))
 
 
 def _abstract(part):
@@ -175,6 +186,8 @@ def _abstract(part):
 
 def _checked(config, mesh):
   """(objective, writer); refuses what is wrong whatever models and data are."""
+  if config.student.path is None:
+    raise UserError('config.student.path is not set: name a model directory')
   for key, place in (
     ('head_chunk', 'config.train.head_chunk'),
     ('critic', 'config.critic'),
@@ -198,6 +211,7 @@ def _checked(config, mesh):
       f'config.student.quantize={config.student.quantize!r} is for a base that '
       'is not trained; set config.student.lora, or quantize to None'
     )
+  trackers.check(config.report.trackers)
   if config.train.steps is None and config.train.epochs is None:
     raise UserError('config.train: set steps or epochs')
   microbatch = config.train.microbatch_size or config.train.batch_size

@@ -33,6 +33,7 @@ from gakd_jax import (
   rundir,
   sharding,
   summary,
+  tables,
 )
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers, tasks
@@ -119,7 +120,7 @@ def _run(config, paths, workdir):
       answers=config.report.answers,
       comparisons=comparisons,
     )
-    summary.write_tables(workdir, runs)
+    tables.write(workdir, runs)
   return results
 
 

@@ -3,7 +3,8 @@
   python -m gakd_jax.main --config=configs/quickstart.py --workdir=runs/first
 
 `--config.a.b=value` overrides a setting. Run again, the same command continues
-where it stopped. `--plan` says what it would take, and runs nothing.
+where it stopped. `--check` shows what it would do, `--plan` what it would take;
+both run nothing.
 """
 
 import sys
@@ -11,7 +12,7 @@ import sys
 import jax
 from absl import flags
 
-from gakd_jax import UserError, binary, build, plan, train
+from gakd_jax import UserError, binary, build, check, plan, train
 
 _CONFIG = binary.config_flag('The experiment.')
 _WORKDIR = flags.DEFINE_string(
@@ -21,6 +22,9 @@ _FORCE = flags.DEFINE_bool(
   'force',
   False,
   'Go on in a --workdir that was begun with other settings, data or models.',
+)
+_CHECK = flags.DEFINE_bool(
+  'check', False, 'Show settings, data, sizes and the first batch; run nothing.'
 )
 _PLAN = flags.DEFINE_bool(
   'plan', False, 'Print memory, operations and time of a step; run nothing.'
@@ -47,6 +51,8 @@ def _main(argv):
   binary.use_compilation_cache()
   config = _CONFIG.value
   build.check_settings(config)
+  if _CHECK.value and _PLAN.value:
+    raise UserError('--check and --plan: give one of them')
   if _PLAN.value:
     if _PLAN_DEVICES.value is not None:
       # In time: the backend has not started.
@@ -58,6 +64,11 @@ def _main(argv):
     if flag.value is not None:
       raise UserError(f'--{flag.name} is of --plan; give both, or none')
   workdir = _WORKDIR.value or binary.default_workdir()
+  if _CHECK.value:
+    # What the package does not import, a config of ours has.
+    base = sys.modules.get('configs.base')
+    check.run(config, workdir, base and base.get_config())
+    return
   if config.stages:
     train.run_stages(config, workdir, _FORCE.value)
   else:

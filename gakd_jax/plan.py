@@ -75,8 +75,6 @@ def run(config, memory_gb=None, tflops=None):
 
 def make(config, mesh):
   """The `Plan` of a config whose paths are directories or hub ids."""
-  if config.student.path is None:
-    raise UserError('config.student.path is not set: name a model directory')
   run = build.abstract(config, mesh)
   # How many steps there are changes no shape; 0 an epoch fit any warm-up.
   total = config.train.steps or 10**9
@@ -108,7 +106,7 @@ def make(config, mesh):
     rows=rows // microbatches // sharding.batch_ways(mesh),
     tokens=rows * length,
     devices=mesh.size,
-    parameters=_parameters(state, frozen),
+    parameters=parameters(state, frozen),
     bytes=parts,
     flops=flops.of_step(
       run.objective,
@@ -175,7 +173,8 @@ def _trees(state, frozen):
   return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
 
-def _parameters(state, frozen):
+def parameters(state, frozen):
+  """{part: numbers in it}, of a `TrainState` and `Models.frozen`."""
   return {name: count(tree) for name, tree in _trees(state, frozen).items()}
 
 

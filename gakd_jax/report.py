@@ -28,27 +28,21 @@ _PLAIN_INTERVAL_S = 10.0  # Between two lines of progress in a log file.
 
 
 class Metrics:
-  """Writes metrics by step to <workdir>/metrics.jsonl and to TensorBoard.
+  """Writes metrics by step to <workdir>/metrics.jsonl and to trackers.
 
   A run that continues from `resume_step` writes the later steps again, so
   what an earlier attempt wrote about them is dropped; 0 starts afresh.
   """
 
-  def __init__(self, workdir, *, tensorboard=True, resume_step=0):
+  def __init__(self, workdir, trackers=(), resume_step=0):
     path = _metrics_path(workdir)
     kept = read_metrics(workdir) if resume_step else []
     kept = [row for row in kept if row['step'] <= resume_step]
     write_atomically(path, ''.join(map(_to_line, kept)))
     self._file = path.open('a', encoding='utf-8')
-    self._tensorboard = None
-    if tensorboard:
-      import tensorboardX
-
-      self._tensorboard = tensorboardX.SummaryWriter(
-        str(path.parent / 'tensorboard'),
-        purge_step=resume_step + 1 if resume_step else 0,
-        flush_secs=30,
-      )
+    self._trackers = trackers
+    for row in kept:
+      self._track(**row)
 
   def write(self, step, values):
     """Appends one line.
@@ -62,31 +56,16 @@ class Metrics:
     }
     self._file.write(_to_line({'step': int(step)} | values))
     self._file.flush()
-    if self._tensorboard:
-      for name, value in values.items():
-        if isinstance(value, list):
-          self._add_histogram(name, np.array(value), int(step))
-        else:
-          self._tensorboard.add_scalar(name, value, int(step))
+    self._track(int(step), **values)
 
-  def _add_histogram(self, name, counts, step):
-    middles = (HISTOGRAM_EDGES[1:] + HISTOGRAM_EDGES[:-1]) / 2
-    self._tensorboard.add_histogram_raw(
-      name,
-      min=HISTOGRAM_EDGES[0],
-      max=HISTOGRAM_EDGES[-1],
-      num=counts.sum(),
-      sum=counts @ middles,
-      sum_squares=counts @ middles**2,
-      bucket_limits=HISTOGRAM_EDGES[1:].tolist(),
-      bucket_counts=counts.tolist(),
-      global_step=step,
-    )
+  def _track(self, step, **values):
+    for tracker in self._trackers:
+      tracker.write(step, values)
 
   def close(self):
     self._file.close()
-    if self._tensorboard:
-      self._tensorboard.close()
+    for tracker in self._trackers:
+      tracker.close()
 
 
 def read_metrics(workdir):

@@ -133,10 +133,15 @@ def teachers(runs):
 
 
 def _is_teacher(about):
-  """An evaluation says so; a run of a teacher is a student of itself."""
+  """An evaluation says so; a run of a teacher is a student of itself.
+
+  One that was not trained: from the same path others start.
+  """
   config = about.get('config') or {}
   paths = [(config.get(x) or {}).get('path') for x in ('student', 'teacher')]
-  return about.get('is_teacher') or (paths[0] == paths[1] is not None)
+  is_itself = paths[0] == paths[1] is not None
+  is_trained = (config.get('train') or {}).get('steps', 0) != 0
+  return about.get('is_teacher') or (is_itself and not is_trained)
 
 
 def _about(directory):

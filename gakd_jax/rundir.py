@@ -36,10 +36,11 @@ def resolve_stages(config, root):
   return config
 
 
-def stage_shapes(config, stages):
+def stage_shapes(config, stages, root=None):
   """A copy whose 'stage:<name>' models are what these stages start from.
 
-  Those have not run, but the shape of what they will write is known.
+  Those have not run, but the shape of what they will write is known. Of those
+  that have finished in `root`, it is what they wrote.
   """
   config = config.copy_and_resolve_references()
 
@@ -51,6 +52,8 @@ def stage_shapes(config, stages):
       raise UserError(
         f'{path}: config.stages has no stage {name} to start from'
       )
+    if root is not None and is_finished(Path(root) / name):
+      return f'{Path(root) / name}/best', shape
     student = stages[name].student
     below = student.shape
     if below is not None or shape is not None:

@@ -46,7 +46,7 @@ def write(path, runs, answers=6, comparisons=()):
   keys = [f'{where}/{metric}' for where, metric in first.columns]
   report.print_table(['run', *keys], tables.plain(first)[1], 'Results')
   sections = [
-    ('Results', _table(first) + page.details('Other metrics', _table(rest))),
+    ('Results', _table(first) + page.details('Other metrics', _by_set(rest))),
     ('Comparisons', _comparisons(comparisons)),
     ('Scores', _bars(first, palette)),
     (
@@ -77,26 +77,6 @@ def write(path, runs, answers=6, comparisons=()):
   print(f'report: {path}', flush=True)
 
 
-def write_tables(folder, runs):
-  """The table of results for a README (table.md) and a paper (table.tex)."""
-  report.write_atomically(Path(folder) / 'table.md', markdown(runs))
-  report.write_atomically(Path(folder) / 'table.tex', latex(runs))
-
-
-def markdown(runs):
-  """The table of the runs' results, for a README."""
-  return tables.markdown(_first(runs))
-
-
-def latex(runs):
-  """The table of the runs' results, for a paper."""
-  return tables.latex(_first(runs))
-
-
-def _first(runs):
-  return results.tables(results.read(runs), results.teachers(runs))[0]
-
-
 def _about(runs, sets):
   about = 'one run' if len(runs) == 1 else f'{len(runs)} runs'
   if sets:
@@ -121,6 +101,25 @@ def _table(table):
     notes.append(_SPREAD)
   return page.table(
     '', ['run', *columns], rows, note=' '.join(notes), best=best
+  )
+
+
+def _by_set(table):
+  """A table of each set: one of all metrics is wider than a page."""
+  by_set = {}
+  for j, (where, _) in enumerate(table.columns):
+    by_set.setdefault(where, []).append(j)
+  return ''.join(
+    _table(
+      results.Table(
+        tuple(table.columns[j] for j in kept),
+        tuple(
+          (name, tuple(cells[j] for j in kept)) for name, cells in table.rows
+        ),
+        table.teachers,
+      )
+    )
+    for kept in by_set.values()
   )
 
 
@@ -153,47 +152,45 @@ def _comparisons(comparisons):
 
 
 def _bars(table, palette):
+  """Figures of the columns of a table in which several runs have a score."""
   shown = []
   for j, (where, metric) in enumerate(table.columns):
-    rows = []
-    for (name, cells), texts in zip(table.rows, table.texts(), strict=True):
-      if cells[j] and math.isfinite(cells[j].mean):
-        mean, std = texts[j]
-        text = f'{mean} ± {std}' if std else mean
-        rows.append((name, cells[j].mean, cells[j].std, text))
-    title = f'{where} {results.title(metric)}'
+    rows = [(name, name, *score) for name, *score in _scores(table, j)]
     if where != 'average' and len(rows) > 1:
-      shown.append(page.bars(title, rows, palette))
+      title = f'{where} {results.title(metric)}'
+      shown.append(figures.bars(title, rows, palette))
   return page.grid(shown)
 
 
 def _by_length(groups, palette, *, metrics):
   """Figures of the scores by the length of the reference."""
   shown = []
-  for column, rows in results.by_length(groups).items():
-    # What is compared over a single length, or no length, is in the table.
-    seen = [i for i in range(4) if any(row[i] for row in rows.values())]
-    if column not in metrics or len(seen) < 2:
-      continue
-    cells = {
-      name: [row[i] or results.Cell(float('nan')) for i in seen]
-      for name, row in rows.items()
-    }
-    series = {
-      name: [(cell.mean, cell.std or 0) for cell in row]
-      for name, row in cells.items()
-    }
-    where, metric = column
-    shown.append(
-      figures.bars(
-        f'{where} {results.title(metric)}',
-        'tokens of the reference',
-        [results.BUCKETS[i] for i in seen],
-        series,
-        palette,
-      )
+  for (where, metric), runs in results.by_length(groups).items():
+    table = results.Table(
+      tuple((bucket, metric) for bucket in results.BUCKETS),
+      tuple((name, tuple(cells)) for name, cells in runs.items()),
     )
+    rows, lengths = [], 0
+    for j, bucket in enumerate(results.BUCKETS):
+      scores = _scores(table, j)
+      lengths += bool(scores)
+      names = [f'{bucket} tokens', *[''] * len(scores)]
+      rows += [(x, *score) for x, score in zip(names, scores, strict=False)]
+    # What is compared over a single length, or no length, is in the table.
+    if (where, metric) in metrics and lengths > 1:
+      title = f'{where} {results.title(metric)}'
+      shown.append(figures.bars(title, rows, palette))
   return page.grid(shown)
+
+
+def _scores(table, column):
+  """[(run, mean, deviation, text of both)] of those that are finite."""
+  found = []
+  for (name, cells), texts in zip(table.rows, table.texts(), strict=True):
+    cell, text = cells[column], tables.with_deviation(*texts[column])
+    if cell and math.isfinite(cell.mean):
+      found.append((name, cell.mean, cell.std, text))
+  return found
 
 
 def _speed_table(runs):

@@ -1,16 +1,33 @@
 """A table of results as texts: for the screen, in Markdown, in LaTeX."""
 
-from gakd_jax import results
+import itertools
+from pathlib import Path
+
+from gakd_jax import report, results
+
+
+def write(folder, runs):
+  """What of the runs is compared first, for a README and for a paper.
+
+  Those are table.md and table.tex; `runs` are {name: directory}.
+  """
+  table, _ = results.tables(results.read(runs), results.teachers(runs))
+  report.write_atomically(Path(folder) / 'table.md', markdown(table))
+  report.write_atomically(Path(folder) / 'table.tex', latex(table))
 
 
 def plain(table):
   """Columns (set, metric) and rows of texts, names first."""
   columns = [(where, results.title(m)) for where, m in table.columns]
   rows = [
-    [name] + [f'{mean} ± {std}' if std else mean for mean, std in texts]
+    [name, *itertools.starmap(with_deviation, texts)]
     for (name, _), texts in zip(table.rows, table.texts(), strict=True)
   ]
   return columns, rows
+
+
+def with_deviation(mean, std, sign='±'):
+  return f'{mean} {sign} {std}' if std else mean
 
 
 def markdown(table):
@@ -60,7 +77,7 @@ def latex(table):
     for j, (mean, std) in enumerate(texts):
       if len(mean) > 1 and mean.startswith('-'):
         mean = f'$-${mean[1:]}'
-      text = f'{mean} $\\pm$ {std}' if std else mean
+      text = with_deviation(mean, std, r'$\pm$')
       cells.append(f'\\textbf{{{text}}}' if (i, j) in best else text)
     lines.append(' & '.join(cells) + r' \\')
   return '\n'.join([*lines, '\\bottomrule', '\\end{tabular}', ''])

@@ -31,6 +31,7 @@ from gakd_jax import (
   rundir,
   sharding,
   summary,
+  trackers,
 )
 from gakd_jax import checkpoint as checkpoint_lib
 from gakd_jax import results as results_lib
@@ -197,6 +198,7 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
       wants_to_save |= due(c.checkpoint.every, now) or stop.requested
       if wants_to_save and not texts.ahead:
         wants_to_save = False
+        log.flush()  # What is saved is not logged again.
         checkpoints.save(now, state, host | {'data': batches.get_state()})
       if host['is_best']:  # Only then: an export that fails loses no step.
         _export(run, state.params['student'], int(state.step), host['best'])
@@ -246,11 +248,11 @@ class _Log:
   """Metrics to disk and screen, each fetched while the next step runs."""
 
   def __init__(self, run, start, total):
-    self._metrics = report.Metrics(
-      run.workdir,
-      tensorboard=run.config.report.tensorboard,
-      resume_step=start,
-    )
+    self._metrics = None
+    if jax.process_index() == 0:
+      c = run.config
+      made = trackers.make(c.report.trackers, run.workdir, c, start)
+      self._metrics = report.Metrics(run.workdir, made, start)
     self._progress = report.Progress(total, start, run.workdir.name)
     self._watch = rollout_log.Watch()
     self._late = None
@@ -263,7 +265,8 @@ class _Log:
   def __exit__(self, *exception):
     self.flush()
     self._progress.__exit__(*exception)
-    self._metrics.close()
+    if self._metrics:
+      self._metrics.close()
 
   def step(self, now, metrics, tokens):
     """Takes the step that was just started, writes the one before."""
@@ -278,7 +281,8 @@ class _Log:
     self._late = self._time = None
 
   def write(self, now, results):
-    self._metrics.write(now, results)
+    if self._metrics:
+      self._metrics.write(now, results)
 
   def _write_step(self, now, metrics, tokens):
     metrics, tokens = jax.device_get((metrics, tokens))
@@ -291,7 +295,7 @@ class _Log:
     for line in self._watch.warnings(metrics):
       print(line, flush=True)
     named = {f'train/{name}': value for name, value in metrics.items()}
-    self._metrics.write(now, named)
+    self.write(now, named)
     self._progress.update(now, loss=metrics['loss'], tokens_per_second=speed)
 
 

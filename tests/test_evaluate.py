@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,20 @@ def test_leaves_scores_answers_and_comparisons(whole):
     difference = results[x['a']][key] - results[x['b']][key]
     assert x['difference'] == pytest.approx(difference)
   assert 'Comparisons</h2>' in (workdir / 'report.html').read_text()
+
+
+def test_what_was_not_written_at_the_end_is_made_up_for(
+  whole, config, paths, tmp_path, monkeypatch
+):
+  """Nothing is loaded for it."""
+  workdir = tmp_path / 'run'
+  shutil.copytree(whole[0], workdir)
+  for name in ('report.html', 'comparisons.json', 'table.md', 'table.tex'):
+    (workdir / name).unlink()
+  monkeypatch.setattr(models, 'load', pytest.fail)
+  evaluate.run(config, [paths['small'], paths['run']], workdir)
+  assert (workdir / 'report.html').exists()
+  assert contents(workdir) == contents(whole[0])
 
 
 def test_a_line_has_all_about_its_answer(whole):

@@ -17,7 +17,7 @@ ALL = PACKAGE + [
 # From the top; what stands on one line may import each other, in no circle.
 LEVELS = (
   ('main', 'evaluate', 'generate'),
-  ('train', 'plan'),
+  ('train', 'plan', 'check'),
   ('rollout_log',),
   ('build', 'inputs', 'best'),
   ('step', 'rollout', 'writing', 'answering', 'evals'),
@@ -35,6 +35,7 @@ LEVELS = (
     'tables',
     'page',
     'report',
+    'trackers',
     'binary',
     'settings',
     'partial',

@@ -11,7 +11,7 @@ from gakd_jax import UserError, report
 
 
 def _write(workdir, steps, **kwargs):
-  metrics = report.Metrics(workdir, tensorboard=False, **kwargs)
+  metrics = report.Metrics(workdir, **kwargs)
   for step in steps:
     metrics.write(step, {'train/loss': step})
   metrics.close()
@@ -23,7 +23,7 @@ def _steps(workdir):
 
 def test_metrics_are_on_disk_as_soon_as_they_are_written(tmp_path):
   assert report.read_metrics(tmp_path / 'new') == []
-  metrics = report.Metrics(tmp_path / 'new', tensorboard=False)
+  metrics = report.Metrics(tmp_path / 'new')
   metrics.write(np.int32(3), {'train/loss': np.float32(0.5)})
   metrics.write(3, {'eval/ce': 2})
   got = report.read_metrics(tmp_path / 'new')
@@ -34,7 +34,7 @@ def test_metrics_are_on_disk_as_soon_as_they_are_written(tmp_path):
 def test_histograms_are_lists_of_counts(tmp_path):
   counts = np.zeros(len(report.HISTOGRAM_EDGES) - 1, np.float32)
   counts[3] = 2
-  metrics = report.Metrics(tmp_path, tensorboard=True)
+  metrics = report.Metrics(tmp_path)
   metrics.write(1, {'scores': counts, 'a': 0.5})
   metrics.close()
   (row,) = report.read_metrics(tmp_path)
@@ -51,7 +51,7 @@ def test_null_stands_for_what_is_not_finite_however_deep():
 
 
 def test_what_is_not_finite_is_strict_json(tmp_path):
-  metrics = report.Metrics(tmp_path, tensorboard=False)
+  metrics = report.Metrics(tmp_path)
   metrics.write(1, {'a': math.nan, 'b': -math.inf, 'c': 1})
   metrics.close()
   line = (tmp_path / 'metrics.jsonl').read_text()
@@ -87,14 +87,6 @@ def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
   path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
   with pytest.raises(UserError, match=r'metrics\.jsonl:2: not JSON'):
     report.read_metrics(tmp_path)
-
-
-def test_tensorboard_gets_the_same_names(tmp_path):
-  metrics = report.Metrics(tmp_path)
-  metrics.write(1, {'train/loss': 0.5})
-  metrics.close()
-  (events,) = (tmp_path / 'tensorboard').iterdir()
-  assert b'train/loss' in events.read_bytes()
 
 
 def test_progress_prints_a_line_now_and_then_to_a_file(capsys, monkeypatch):

@@ -29,7 +29,7 @@ def shrink(c):
   if c.train.steps is None:
     c.train.steps, c.train.epochs = 2, None
   c.train.head_chunk = 256
-  c.report.tensorboard = False
+  c.report.trackers = ()
   c.mesh.fsdp = 1
   for settings in c.evals.values():
     if 'max_new_tokens' in settings:

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from gakd_jax import report, summary
+from gakd_jax import report, summary, tables
 from gakd_jax.page import training
 
 
@@ -15,7 +15,7 @@ def _run(path, results, metrics=(), **files):
   (path / 'results.json').write_text(json.dumps(results))
   for name, content in files.items():
     (path / f'{name}.json').write_text(json.dumps(content))
-  log = report.Metrics(path, tensorboard=False)
+  log = report.Metrics(path)
   for step, values in enumerate(metrics, start=1):
     log.write(step, values)
   log.close()
@@ -72,7 +72,8 @@ def test_what_is_not_finite_has_a_page(tmp_path):
   (answer,) = row['answers']['0'].values()
   assert answer['scores'] == {}
   assert answer['extracted'] is row['gold'] is None
-  assert '| nan ± nan |' in summary.markdown(runs)
+  tables.write(tmp_path, runs)
+  assert '| nan ± nan |' in (tmp_path / 'table.md').read_text()
 
 
 def test_seeds_share_a_row_and_a_look(tmp_path):
@@ -90,11 +91,13 @@ def test_seeds_share_a_row_and_a_look(tmp_path):
   summary.write(tmp_path / 'report.html', runs)
   page = (tmp_path / 'report.html').read_text()
   assert '2.000 ± 1.000' in page
-  assert summary.markdown(runs).splitlines()[2:] == [
+  tables.write(tmp_path, runs)
+  assert (tmp_path / 'table.md').read_text().splitlines()[2:] == [
     '| gakd | **2.000 ± 1.000** |',
     '| sft | 4.000 |',
   ]
-  assert r'gakd & \textbf{2.000 $\pm$ 1.000} \\' in summary.latex(runs)
+  latex = (tmp_path / 'table.tex').read_text()
+  assert r'gakd & \textbf{2.000 $\pm$ 1.000} \\' in latex
   (keys,) = re.findall('<ul class="keys">(.*?)</ul>', page)
   assert keys.count('<li') == 1
   assert 'gakd-seed' not in keys

@@ -18,6 +18,7 @@ from configs import base
 from gakd_jax import (
   Interrupted,
   UserError,
+  checkpoint,
   fingerprint,
   models,
   report,
@@ -187,6 +188,19 @@ def test_a_killed_run_repeats_the_steps_after_its_checkpoint(
   assert losses(tmp_path / 'run') == losses(whole_run[0])
   # The student comes from the checkpoint alone.
   assert loaded == [config.teacher.path]
+
+
+def test_what_is_saved_has_been_logged(config, tmp_path, monkeypatch):
+  """Killed right then, a run would not log that step again."""
+  logged = []
+
+  def save(this, now, *_):
+    logged.append((now, max(losses(tmp_path / 'run'))))
+
+  monkeypatch.setattr(checkpoint.Checkpoints, 'save', save)
+  config.eval_every = 0
+  train.run(config, tmp_path / 'run')
+  assert logged == [(2, 2), (4, 4), (6, 6)]
 
 
 def test_another_config_is_refused(whole_run, config):
@@ -428,6 +442,12 @@ def test_stages_build_on_each_other(config, data_file, tmp_path, capsys):
   assert rundir.read_results(tmp_path / 'teacher')['loss/reverse_kl'] == (
     pytest.approx(0, abs=1e-6)
   )
+  # Stopped before its report was written, that of a stage or of all.
+  pages = [tmp_path / 'kd' / 'report.html', tmp_path / 'report.html']
+  for page in pages:
+    page.unlink()
+  train.run_stages(config, tmp_path)
+  assert all(page.exists() for page in pages)
 
 
 def test_a_stage_that_has_not_finished_is_named(config, tmp_path):

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from absl import flags
 
-from gakd_jax import UserError, binary, rundir, summary
+from gakd_jax import UserError, binary, rundir, summary, tables
 
 _OUTPUT = flags.DEFINE_string('output', None, 'The page to write.')
 
@@ -68,7 +68,7 @@ def _main(argv):
   if path.is_dir():
     path = path / 'report.html'
   summary.write(path, runs, comparisons=find_comparisons(paths, runs))
-  summary.write_tables(path.parent, runs)
+  tables.write(path.parent, runs)
 
 
 if __name__ == '__main__':

@@ -85,14 +85,20 @@ def check(config):
   return {name: _checked(name, line) for name, line in config.items()}
 
 
-def _checked(name, line):
+def kind_of(name, line):
+  """The class of a line of `config.evals`."""
   kind = line.get('kind', name)
   if kind not in _KINDS:
     raise UserError(
       f'config.evals: no evaluator {kind!r}; known are {", ".join(_KINDS)}'
     )
+  return _KINDS[kind]
+
+
+def _checked(name, line):
+  kind = line.get('kind', name)
   known = {'kind': str, 'every': int}
-  known |= settings_lib.types_of(_KINDS[kind], 'name', 'left_out')
+  known |= settings_lib.types_of(kind_of(name, line), 'name', 'left_out')
   if known.pop('rows', None):
     known |= {'data': object, 'limit': int | None}
   where = f'config.evals.{name}: {kind}'

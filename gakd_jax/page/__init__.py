@@ -91,32 +91,6 @@ class Html:
     self.text, self.html = text, html
 
 
-def bars(title, rows, palette):
-  """A figure of horizontal bars, with error bars.
-
-  Args:
-    title: its heading.
-    rows: (label, mean, deviation or None, text of both).
-    palette: {label: colour}.
-  """
-  top = max((mean + (std or 0) for _, mean, std, _ in rows), default=0) or 1
-  body = ''
-  for label, mean, std, text in rows:
-    error = ''
-    if std:
-      low, high = max(0, mean - std), mean + std
-      error = f'<i style="{_span(low / top, high / top)}"></i>'
-    body += (
-      f'<li><span>{html.escape(label)}</span><div class="track">'
-      f'<b style="{_span(0, max(0, mean) / top)};'
-      f' background: {figures.css(palette[label])}"></b>{error}</div>'
-      f'<span class="number">{html.escape(text)}</span></li>\n'
-    )
-  return f"""<figure class="card"><figcaption><h3>{html.escape(title)}</h3>
-</figcaption><ul class="bars">{body}</ul></figure>
-"""
-
-
 def interval(middle, low, high, reach):
   """A point and its interval around 0, on a scale of -reach to reach."""
 
@@ -126,7 +100,7 @@ def interval(middle, low, high, reach):
   return Html(
     str(middle),
     '<div class="interval" aria-hidden="true"><u></u>'
-    f'<i style="{_span(place(low), place(high))}"></i>'
+    f'<i style="{figures.span(place(low), place(high))}"></i>'
     f'<b style="left: {100 * place(middle):.1f}%"></b></div>',
   )
 
@@ -217,10 +191,6 @@ def _head(name):
   if isinstance(name, str):
     return html.escape(name)
   return ' '.join(f'<span>{html.escape(part)}</span>' for part in name if part)
-
-
-def _span(low, high):
-  return f'left: {100 * low:.1f}%; width: {100 * (high - low):.1f}%'
 
 
 def _read(name):

@@ -1,7 +1,7 @@
-"""Plots of a page: SVG in the colours and the font of the page.
+"""Plots of a page: curves in SVG, bars in HTML, in its colours and its font.
 
-A figure holds only axes, lines and bars: the texts of users stand in HTML
-beside it, as there they can be escaped.
+A drawing holds only axes and lines: the texts of users stand in HTML beside it,
+as there they can be escaped.
 """
 
 import collections
@@ -27,10 +27,6 @@ def colours(labels):
   """{label: colour}, the same in all figures of a page."""
   labels = dict.fromkeys(labels)
   return dict(zip(labels, itertools.cycle(_COLOURS), strict=False))
-
-
-def css(colour):
-  return colour.replace(_INK, 'currentColor')
 
 
 def curves(title, xlabel, series, palette):
@@ -66,36 +62,41 @@ def curves(title, xlabel, series, palette):
   return _figure(title, styles, _svg(draw, xlabel))
 
 
-def bars(title, xlabel, groups, series, palette):
-  """A figure of bars, side by side in each group, with error bars.
+def bars(title, rows, palette):
+  """A figure of horizontal bars, with error bars.
 
   Args:
     title: its heading.
-    xlabel: what the groups are.
-    groups: their names, which must be no text of users.
-    series: {label: [(height, deviation)]}, one for each group; a height may be
-      NaN, and a deviation 0.
-    palette: {label: colour}.
+    rows: (row's name, whose, mean, deviation or None, text of both). Rows that
+      have another name than whose they are have a key, and '' goes on with the
+      name of the row before.
+    palette: {whose: colour}.
   """
-  width = 0.8 / len(series)
+  top = max((mean + (std or 0) for _, _, mean, std, _ in rows), default=0) or 1
+  body = ''
+  for name, whose, mean, std, text in rows:
+    error = ''
+    if std:
+      low, high = max(0, mean - std), mean + std
+      error = f'<i style="{span(low / top, high / top)}"></i>'
+    body += (
+      f'<li><span>{html.escape(name)}</span><div class="track">'
+      f'<b style="{span(0, max(0, mean) / top)};'
+      f' background: {_css(palette[whose])}"></b>{error}</div>'
+      f'<span class="number">{html.escape(text)}</span></li>\n'
+    )
+  keyed = dict.fromkeys(whose for name, whose, *_ in rows if name != whose)
+  styles = {label: (palette[label], 'solid') for label in keyed}
+  return _figure(title, styles, f'<ul class="bars">{body}</ul>')
 
-  def draw(axes):
-    for i, (label, cells) in enumerate(series.items()):
-      heights, deviations = np.array(cells, float).T
-      axes.bar(
-        np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width,
-        heights,
-        width * 0.9,
-        color=palette[label],
-        yerr=np.where(deviations > 0, deviations, np.nan),
-        error_kw={'ecolor': _INK, 'elinewidth': 1, 'capsize': 2},
-      )
-    axes.set_xticks(range(len(groups)), groups)
-    axes.tick_params(axis='x', length=0, pad=6)
-    axes.set_ylim(bottom=0)
 
-  styles = {label: (palette[label], 'solid') for label in series}
-  return _figure(title, styles, _svg(draw, xlabel))
+def span(low, high):
+  """Style of what goes from `low` to `high`, in shares of the width."""
+  return f'left: {100 * low:.1f}%; width: {100 * (high - low):.1f}%'
+
+
+def _css(colour):
+  return colour.replace(_INK, 'currentColor')
 
 
 def _styles(labels, palette):
@@ -108,15 +109,16 @@ def _styles(labels, palette):
   return styles
 
 
-def _figure(title, styles, svg):
+def _figure(title, styles, body):
   keys = ''.join(
-    f'<li style="--key: {dash} {css(colour)}">{html.escape(label)}</li>'
+    f'<li style="--key: {dash} {_css(colour)}">{html.escape(label)}</li>'
     for label, (colour, dash) in styles.items()
   )
+  keys = f'<ul class="keys">{keys}</ul>' if keys else ''
   return f"""<figure class="card"><figcaption>
 <h3>{html.escape(title)}</h3>
-<ul class="keys">{keys}</ul></figcaption>
-{svg}</figure>"""
+{keys}</figcaption>
+{body}</figure>"""
 
 
 def _svg(draw, xlabel):

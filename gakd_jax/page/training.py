@@ -8,13 +8,12 @@ from gakd_jax import report
 from gakd_jax.page import figures
 
 _SCORES = ('train/critic/histogram_teacher', 'train/critic/histogram_student')
-_EMPTY = 'train/rollout/empty'
 _FIRST = (
   'train/loss',
   'train/ce',
   'train/rollout/tokens',
   'train/rollout/unfinished',
-  _EMPTY,
+  'train/rollout/empty',
   'train/rollout/repetition',
 )
 _SECTIONS = {
@@ -51,15 +50,20 @@ def curves(metrics, palette, section=None):
           ys.append(value)
   shown = []
   first = {metric: i for i, metric in enumerate(_FIRST)}
-  for metric in sorted(found, key=lambda m: (first.get(m, len(first)), m)):
+
+  def place(metric):
+    is_evaluation = not metric.startswith('train/')
+    return first.get(metric, len(first)), is_evaluation, metric
+
+  for metric in sorted(found, key=place):
     series = {
       label: list(lines.values()) for label, lines in found[metric].items()
     }
-    moves = any(len(xs) > 1 for lines in series.values() for xs, _ in lines)
-    # Where no text was empty, there is nothing to see.
-    moves &= metric != _EMPTY or any(
-      any(ys) for lines in series.values() for _, ys in lines
-    )
+    lines = [line for lines in series.values() for line in lines]
+    moves = any(len(xs) > 1 for xs, _ in lines)
+    moves &= any(
+      any(ys) for _, ys in lines
+    )  # Of zeros, there is nothing to see.
     if moves and _section(metric) == section and not _NO_CURVE.match(metric):
       shown.append(figures.curves(metric, 'step', series, palette))
   return shown

@@ -5,6 +5,7 @@ import fnmatch
 import html.parser
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -142,12 +143,9 @@ def test_text_of_users_is_escaped_everywhere(tmp_path):
   shown = _page(
     tmp_path / 'x.html',
     ('a', page.table(EVIL, [EVIL, (EVIL, EVIL)], [[EVIL, EVIL]], note=EVIL)),
-    ('b', page.bars(EVIL, [(EVIL, 1.0, 0.1, EVIL)], palette)),
+    ('b', figures.bars(EVIL, [('', EVIL, 1.0, 0.1, EVIL)], palette)),
+    ('d', figures.bars(EVIL, [(EVIL, EVIL, 1.0, 0.1, EVIL)], palette)),
     ('c', figures.curves(EVIL, EVIL, {EVIL: [([1], [1])]}, palette)),
-    (
-      'd',
-      figures.bars(EVIL, 'x', ['0-10'], {EVIL: [(1.0, 0.1)]}, palette),
-    ),
     ('e', page.browser([answers], {EVIL: EVIL}, 1)),
     ('f', page.settings([(EVIL, EVIL)]) + page.details(EVIL, 'x')),
     ('g', rollouts.texts({EVIL: tmp_path})),
@@ -156,14 +154,14 @@ def test_text_of_users_is_escaped_everywhere(tmp_path):
   )
   assert shown.tags.count('script') == 2  # the page's, and the answers
   whole = [text for text in shown.texts if EVIL in text]
-  head, table, bars, curves, by_length = 3, 7, 3, 3, 2
+  head, table, keyed, bars, curves = 3, 7, 3, 3, 3
   note, answer, configuration, rollout = 1, 4, 3, 4
   assert len(whole) == (
     head
     + table
+    + keyed
     + bars
     + curves
-    + by_length
     + note
     + answer
     + configuration
@@ -223,26 +221,25 @@ def test_a_long_run_stays_a_small_page():
 
 def test_bars_are_as_long_as_their_numbers():
   palette = figures.colours('ab')
-  text = page.bars(
-    't', [('a', 40.0, 10.0, 'A'), ('b', 20.0, None, 'B')], palette
+  text = figures.bars(
+    't', [('a', 'a', 40.0, 10.0, 'A'), ('b', 'b', 20.0, None, 'B')], palette
   )
+  assert 'class="keys"' not in text
   assert 'left: 0.0%; width: 80.0%' in text
   assert 'left: 60.0%; width: 40.0%' in text  # 30 to 50 of 50
   assert 'left: 0.0%; width: 40.0%' in text
-  nothing = page.bars('t', [('a', 0.0, None, '0')], palette)
+  nothing = figures.bars('t', [('a', 'a', 0.0, None, '0')], palette)
   assert 'width: 0.0%' in nothing
 
 
-def test_bars_of_groups_may_be_missing():
-  text = figures.bars(
-    't',
-    'tokens',
-    ['0-10', '101+'],
-    {'a': [(1.0, 0.5), (math.nan, 0)], 'b': [(2.0, 0), (3.0, 1.0)]},
-    figures.colours('ab'),
-  )
-  shown = _Page(text).texts
-  assert {'0-10', '101+', 'tokens', 'a', 'b'} <= set(shown)
+def test_bars_of_groups_have_a_key():
+  rows = [('0-10', 'a', 1.0, 0.5, '1'), ('', 'b', 2.0, None, '2')]
+  rows += [('101+', 'b', 3.0, None, '3')]
+  text = figures.bars('t', rows, figures.colours('ab'))
+  keys, _, bars = text.partition('class="bars"')
+  assert re.findall('<li.*?>(.)</li>', keys) == ['a', 'b']
+  shown = re.findall('<span>(.*?)</span>.*?(.)</span></li>', bars)
+  assert shown == [('0-10', '1'), ('', '2'), ('101+', '3')]
 
 
 def test_every_file_of_the_page_is_installed():
