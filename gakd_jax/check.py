@@ -6,7 +6,6 @@ It is built as it would be, and refused as it would be, with shapes in the place
 of weights. Nothing is written.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import textwrap
@@ -154,7 +153,7 @@ def _look(config, workdir, mesh, unknown):
   elif trains and 'data' not in unknown:
     batches = inputs.training_batches(run)
   per_epoch = batches.steps_per_epoch if batches else 0
-  total = inputs.total_steps(c, per_epoch) if batches else c.train.steps
+  total = inputs.total_steps(c, batches) if batches else c.train.steps
   # How many there are changes no shape; so many fit any warm-up.
   training = build.training(run, per_epoch, total or 10**9)
   sizes = plan.parameters(training.state, run.models.frozen)
@@ -168,8 +167,7 @@ def _look(config, workdir, mesh, unknown):
   else:
     print('it trains nothing')
   if batches:
-    with contextlib.closing(batches):
-      _print_batch(next(batches).student, run)
+    _print_batch(next(batches).student, run)
 
 
 def _print_prompts(c):

@@ -75,7 +75,7 @@ def test_a_run_is_shown_and_neither_read_nor_written(config, tmp_path, capsys):
 
 def test_what_is_wrong_is_said_as_the_run_would(config, tmp_path):
   config.data.max_prompt_length = 2
-  with pytest.raises(UserError, match='none of 3 rows is left'):
+  with pytest.raises(UserError, match='no row is left'):
     check.run(config, tmp_path / 'run')
   config.student.path = 'stage:sft'
   with pytest.raises(UserError, match='no stage sft before this'):

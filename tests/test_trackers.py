@@ -199,7 +199,7 @@ def test_a_run_that_is_killed_has_every_step_once(tiny_model_dir, tmp_path):
   workdir = tmp_path / 'run'
   settings = {
     'student.path': tiny_model_dir(),
-    'data.train': 'synthetic:train:40',
+    'data.train': 'python:tools.synthetic:rows:train:40',
     'data.template': 'chat',
     'data.max_length': 96,
     'data.max_prompt_length': 64,
