@@ -21,6 +21,7 @@ def get_config():
     'loss': {'batch_size': 32},
     'generation': {'seeds': (10,), 'batch_size': 128},
   }
+  c.eval_first = True
   c.checkpoint.best_metric = 'generation/rouge_l'
   return c
 

@@ -43,11 +43,12 @@ class Run:
   shapes: dict  # of these
   # Of a run that is only planned, there are none of these.
   workdir: Path | None = None
+  force: bool = False  # what is half written goes on, see `fingerprint.check`
   evaluators: dict = dataclasses.field(default_factory=dict)
   examples: list | None = None  # None: the writer makes them
 
-  def subject_of(self, evaluator):
-    """The run as an evaluator sees it."""
+  def subject_of(self, evaluator, workdir):
+    """The run as an evaluator sees it; `workdir` is where answers go."""
     c = self.config
     models = self.models
     if evaluator.teacher_reads_student_ids and not self.objective.one_tokenizer:
@@ -60,7 +61,7 @@ class Run:
       max_prompt_length=c.data.max_prompt_length,
       head_chunk=c.train.head_chunk,
       mesh=self.mesh,
-      workdir=self.workdir,
+      workdir=workdir,
     )
 
 
@@ -81,7 +82,7 @@ def check_settings(config):
     evaluator_lib.check(c.evals)
 
 
-def build(config, workdir, mesh):
+def build(config, workdir, mesh, force=False):
   """The `Run` of a config; the student's weights are read by its `start`."""
   objective, writer = _checked(config, mesh)
   paths = [config.student.path, *filter(None, [config.teacher.path])]
@@ -102,15 +103,13 @@ def build(config, workdir, mesh):
     config.data.validation,
     lambda: [(config.data.template, tokenizers[0])],
     config.data.on_bad_row,
+    config.data.thinking,
   )
-
-  best = config.checkpoint.best_metric
-  if best is not None and best.partition('/')[0] not in evaluators:
-    raise UserError(
-      f'config.checkpoint.best_metric={best!r} names no evaluator; they are '
-      f'{", ".join(evaluators) or "none"}, and a metric is <evaluator>/<name>'
-    )
-
+  _check_choice(
+    config.checkpoint,
+    evaluators,
+    has_teacher=len(paths) == 2 and objective.one_tokenizer,
+  )
   writer = writer.for_tokenizer(config.data.template, tokenizers[0])
   examples = None
   if not writer.makes_rows and config.train.steps != 0:
@@ -131,6 +130,7 @@ def build(config, workdir, mesh):
     load,
     tokenizers=tokenizers,
     workdir=workdir,
+    force=force,
     evaluators=evaluators,
     examples=examples,
   )
@@ -142,6 +142,17 @@ def build(config, workdir, mesh):
   return dataclasses.replace(
     run, models=dataclasses.replace(run.models, frozen=frozen)
   )
+
+
+def exported(run):
+  """The parameters that are trained, as they were exported to best/."""
+  config = run.config.student
+  settings = {'dtype': 'float32'}
+  if config.lora is not None:
+    settings = {'dtype': config.dtype, 'quantize': config.quantize}
+  model = models.load(run.workdir / 'best', mesh=run.mesh, **settings)
+  _, params = transformer.split(model)
+  return lora.partition(params)[0] if lora.adapters(model) else params
 
 
 def abstract(config, mesh):
@@ -266,6 +277,18 @@ def _put_adapters(model, config, mesh):
   else:
     place = sharding.replicated(mesh)
     lora.attach(model, settings, config.seed, place)
+
+
+def _check_choice(config, evaluators, has_teacher):
+  """Of `config.checkpoint`: what best/ is chosen by, and when it is enough."""
+  evaluator_lib.check_metric(config.best_metric, evaluators, has_teacher)
+  if config.patience is not None and (
+    config.best_metric is None or config.patience < 1
+  ):
+    raise UserError(
+      f'config.checkpoint.patience={config.patience}: expected 1 or more, and '
+      'a config.checkpoint.best_metric'
+    )
 
 
 def _check_vocabulary(path, tokenizer, shape):

@@ -17,11 +17,7 @@ _CONFIG = binary.config_flag('The experiment.')
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where it all goes; default: runs/<name of the config>.'
 )
-_FORCE = flags.DEFINE_bool(
-  'force',
-  False,
-  'Go on in a --workdir that was begun with other settings, data or models.',
-)
+_FORCE = binary.force_flag()
 _PLAN = flags.DEFINE_bool(
   'plan', False, 'Print memory, operations and time of a step; run nothing.'
 )

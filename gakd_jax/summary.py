@@ -162,7 +162,7 @@ def _bars(table, palette):
         text = f'{mean} ± {std}' if std else mean
         rows.append((name, cells[j].mean, cells[j].std, text))
     title = f'{where} {results.title(metric)}'
-    if where != 'average' and len(rows) > 1:
+    if len(rows) > 1:
       shown.append(page.bars(title, rows, palette))
   return page.grid(shown)
 

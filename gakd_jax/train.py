@@ -7,6 +7,7 @@ runs that build on each other.
 
 import contextlib
 import functools
+import math
 import re
 import resource
 import signal
@@ -34,7 +35,10 @@ from gakd_jax import (
 )
 from gakd_jax import checkpoint as checkpoint_lib
 from gakd_jax import results as results_lib
+from gakd_jax.evals import answers
 from gakd_jax.evals import evaluator as evaluator_lib
+
+LAST = 'last'  # <workdir>/last/answers are of the last evaluation
 
 
 def run_stages(config, workdir, force=False):
@@ -70,7 +74,7 @@ def run(config, workdir, root=None, force=False):
 
 def _run(config, workdir, root, force):
   _forget_peak_memory()
-  fingerprint.record(config, workdir, force)
+  fingerprint.begin(workdir, force, config=fingerprint.as_json(config))
   if rundir.is_finished(workdir):
     if not (workdir / 'report.html').exists():  # It was stopped just there.
       _write_report(config, workdir)
@@ -84,14 +88,31 @@ def _run(config, workdir, root, force):
     best.template_of(config.teacher.path, config.data.template)
   mesh = sharding.make_mesh(**config.mesh)
   with jax.set_mesh(mesh):
-    current = build.build(config, workdir, mesh)
-    fingerprint.note(workdir, models=_origins(config))
-    fingerprint.check_contents(workdir, _contents(current), force)
+    current = build.build(config, workdir, mesh, force)
+    contents = _contents(current)
+    fingerprint.begin(
+      workdir, force, contents=contents, models=_origins(config)
+    )
     evaluates_only = config.train.steps == 0
-    results = (_evaluate_only if evaluates_only else _train)(current)
+    found = (_evaluate_only if evaluates_only else _train)(current)
+  results = {
+    'step': found['last']['step'],
+    **best.recipe(config),
+    'template': config.data.template,
+    'is_teacher': evaluates_only and _is_teacher(config, contents),
+    'averages': {k: [*x] for k, x in config.report.averages.items()},
+    'peak_memory_gb': _peak_memory_gb(),
+    **found,
+  }
   rundir.finish(workdir, results)
   _write_report(config, workdir)
-  return results
+  return rundir.read_results(workdir)
+
+
+def _is_teacher(config, contents):
+  """Whether the student, as it is, is its own teacher."""
+  student, teacher = contents['config.student'], contents.get('config.teacher')
+  return student == teacher and config.student.shape is None
 
 
 def _write_report(config, workdir):
@@ -112,7 +133,7 @@ def _origins(config):
 
 
 def _contents(run):
-  """What the files of a run hold; see `fingerprint.check_contents`."""
+  """What the files of a run hold; see `fingerprint.begin`."""
   c = run.config
   paths = {
     'config.student': c.student.path,
@@ -124,10 +145,7 @@ def _contents(run):
     contents['config.data.train'] = fingerprint.of_arrays(
       ids for x in run.examples for ids in (x.prompt_ids, x.response_ids)
     )
-  return contents | {
-    f'config.evals.{name}': digest
-    for name, digest in evaluator_lib.contents(run.evaluators).items()
-  }
+  return contents | evaluator_lib.contents(run.evaluators)
 
 
 def _evaluate_only(run):
@@ -135,9 +153,9 @@ def _evaluate_only(run):
   if run.writer.makes_rows:
     inputs.teacher_answers(run)
   params = run.start()
-  results = _evaluate(run, params, 0, run.evaluators)
-  _export(run, params, 0)
-  return results
+  found = _evaluate(run, params, 0, run.evaluators, run.workdir)
+  _export(run, params, found)
+  return {'best': found, 'last': found}
 
 
 def _train(run):
@@ -148,7 +166,9 @@ def _train(run):
   checkpoints = checkpoint_lib.Checkpoints(
     run.workdir / 'checkpoints', c.checkpoint.keep
   )
-  host = {'best': None, 'is_best': False, 'results': {}}
+  # The evaluation that best/ is of, whether it is of this state, how many were
+  # no better since, and the last.
+  host = {'best': None, 'is_best': False, 'no_better': 0, 'last': None}
   with contextlib.closing(checkpoints), contextlib.closing(batches):
     if checkpoints.latest_step() is None:
       state = training.init()
@@ -156,13 +176,14 @@ def _train(run):
       state, host = checkpoints.restore(training.state)
       batches.set_state(host['data'])
       print(f'continuing from step {int(state.step)}', flush=True)
-      if host.get('is_best'):  # The export may be what was interrupted.
-        _export(run, state.params['student'], int(state.step), host['best'])
-    return _loop(run, state, host, training.step, batches, total, checkpoints)
+      if host['is_best']:  # The export may be what was interrupted.
+        _export(run, state.params['student'], host['best'])
+    state = _loop(run, state, host, training.step, batches, total, checkpoints)
+  return _of_best(run, state, host)
 
 
 def _loop(run, state, host, train_step, batches, total, checkpoints):
-  """Steps to `total`; returns the results of the last evaluation."""
+  """Steps to `total`, or until `host` says that it is enough: the state."""
   c = run.config
   start = int(state.step)
   rollouts = rollout_log.RolloutLog(run, start, total)
@@ -176,7 +197,25 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
     _stop_requests() as stop,
     _Log(run, start, total) as log,
   ):
+
+    def evaluate(params, now, names):
+      log.flush()
+      found = _evaluate(run, params, now, names, run.workdir / LAST)
+      log.write(now, evaluator_lib.curves(found['evaluators']))
+      _choose(c.checkpoint, host, found)
+
+    if start == 0 and c.eval_first:
+      evaluate(state.params['student'], 0, run.evaluators)
+      if host['is_best']:
+        _export(run, state.params['student'], host['best'])
     for now in range(start + 1, total + 1):
+      if _is_enough(c.checkpoint, host) and not texts.ahead:
+        print(
+          f'stopped at step {now - 1} of {total}: {c.checkpoint.best_metric} '
+          f'was no better {host["no_better"]} times',
+          flush=True,
+        )
+        break
       rollouts.write(state.params['student'], now - 1)
       batch, about_text = texts.next(state.params['student'], now)
       size = jnp.count_nonzero(batch.student.segments_BT)
@@ -189,19 +228,14 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
         if due(settings.get('every', c.eval_every), now)
       ]
       if names or due(c.eval_every, now):
-        log.flush()
-        params = state.params['student']
-        host['results'] = _evaluate(run, params, now, names)
-        log.write(now, host['results'])
-        if _is_better(c.checkpoint, host['results'], host['best']):
-          host['is_best'] = True
-          host['best'] = host['results'].get(c.checkpoint.best_metric)
+        evaluate(state.params['student'], now, names)
       wants_to_save |= due(c.checkpoint.every, now) or stop.requested
+      wants_to_save |= _is_enough(c.checkpoint, host)
       if wants_to_save and not texts.ahead:
         wants_to_save = False
         checkpoints.save(now, state, host | {'data': batches.get_state()})
       if host['is_best']:  # Only then: an export that fails loses no step.
-        _export(run, state.params['student'], int(state.step), host['best'])
+        _export(run, state.params['student'], host['best'])
       if stop.requested and now < total and not texts.ahead:
         checkpoints.wait()
         raise Interrupted(
@@ -209,8 +243,50 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
           'continues from there'
         )
     checkpoints.wait()
-  rollouts.write(state.params['student'], total)
-  return host['results'] | {'peak_memory_gb': _peak_memory_gb()}
+  rollouts.write(state.params['student'], int(state.step))
+  return state
+
+
+def _choose(config, host, found):
+  """Notes an evaluation in `host`, and whether it is the best."""
+  host['last'] = found
+  if config.best_metric is None:
+    host['best'], host['is_best'] = found, True
+    return
+  name, _, metric = config.best_metric.rpartition('/')
+  if name not in found['evaluators']:
+    return  # It is not measured at every evaluation.
+  measured = found['evaluators'][name]['metrics'].get(metric, {})
+  value = measured.get('mean', math.nan)
+  best_value = host['best'] and host['best']['value']
+  host['is_best'] = results_lib.is_better(metric, value, best_value)
+  host['no_better'] = 0 if host['is_best'] else host['no_better'] + 1
+  if host['is_best']:
+    host['best'] = found | {'metric': config.best_metric, 'value': value}
+
+
+def _is_enough(config, host):
+  return config.patience is not None and host['no_better'] >= config.patience
+
+
+def _of_best(run, state, host):
+  """{'best', 'last'} of results.json: all evaluators of what was exported."""
+  found = host['best']
+  if found is None:
+    print(
+      f'{run.config.checkpoint.best_metric} was never a number; best/ is the '
+      'last step',
+      flush=True,
+    )
+    found = host['last']
+    _export(run, state.params['student'], found)
+  others = [x for x in run.evaluators if x not in found['evaluators']]
+  if others:
+    params = build.exported(run)
+    more = _evaluate(run, params, found['step'], others, run.workdir)
+    measured = found['evaluators'] | more['evaluators']
+    found = found | {'evaluators': {x: measured[x] for x in run.evaluators}}
+  return {'best': found, 'last': host['last']}
 
 
 class _Texts:
@@ -318,46 +394,36 @@ def _stop_requests():
       signal.signal(number, handler)
 
 
-def _evaluate(run, params, now, names):
-  """{'generation/rouge_l': ...} of the evaluators of these names."""
-  results = {}
+def _evaluate(run, params, step, names, workdir):
+  """{'step', 'evaluators'} of the evaluators of these names.
+
+  workdir: where the answers go.
+  """
+  found = {}
   for name, evaluator in run.evaluators.items():
-    if name not in names:
-      continue
-    subject = run.subject_of(evaluator)
-    results |= evaluator_lib.measure(evaluator, subject, params, now)
-  return results
+    if name in names:
+      subject = run.subject_of(evaluator, workdir)
+      found[name] = evaluator_lib.measure(evaluator, subject, params, step)
+  return {'step': step, 'evaluators': found}
 
 
-def _is_better(config, results, best):
-  if config.best_metric is None:
-    return True
-  name = config.best_metric.partition('/')[0]
-  if not any(key.startswith(f'{name}/') for key in results):
-    return False  # It is not measured at every evaluation.
-  if config.best_metric not in results:
-    raise UserError(
-      f'config.checkpoint.best_metric={config.best_metric!r} is not measured; '
-      f'known are {", ".join(results)}'
-    )
-  return results_lib.is_better(
-    config.best_metric, results[config.best_metric], best
-  )
+def _export(run, params, found):
+  """The student as a Hugging Face directory, best/: its adapters, if any.
 
-
-def _export(run, params, step, value=None):
-  """The student as a Hugging Face directory, best/: its adapters, if any."""
+  `found` is what was measured of it; answers/ are of the same step.
+  """
+  answers.keep(run.workdir / LAST, run.workdir, found['step'])
   params = run.models.whole(params)
   if run.config.student.lora is None:  # Adapters are fp32, as PEFT has them.
     dtype = run.config.student.dtype
     params = jax.tree.map(lambda x: x.astype(dtype), params)
   student = nnx.merge(run.models.student_definition, params)
-  metric = None if value is None else (run.config.checkpoint.best_metric, value)
+  metric = (found['metric'], found['value']) if 'metric' in found else None
   models.save(
     student,
     run.workdir / 'best',
     describe=functools.partial(
-      best.describe, config=run.config, step=step, metric=metric
+      best.describe, config=run.config, step=found['step'], metric=metric
     ),
   )
 

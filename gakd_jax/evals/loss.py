@@ -1,10 +1,9 @@
 """Held-out loss: cross-entropy, and how far the student is from its teacher.
 
-Means over the response tokens of the first reference of every row whose prompt
-is not too long (`left_out` counts the others, if there are any): `ce`
-(nats), `ece`, and with a teacher `forward_kl`, `reverse_kl`, `jsd` (nats, the
-last with beta 0.5) and `agreement`, the share of tokens on which both have the
-same most likely next token.
+Means over the response tokens of the first reference of every row: `ce` (nats),
+`ece`, and with a teacher `forward_kl`, `reverse_kl`, `jsd` (nats, the last with
+beta 0.5) and `agreement`, the share of tokens on which both have the same most
+likely next token.
 
 `ece` is the expected calibration error (arXiv 1706.04599) of next-token
 predictions: with tokens in 15 bins of equal width by the probability of the
@@ -23,8 +22,10 @@ import numpy as np
 from gakd_jax import sharding
 from gakd_jax.data import pipeline
 from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.evals import texts as texts_lib
 from gakd_jax.objectives import divergences, head
 
+METRICS = ('ce', 'ece', 'forward_kl', 'reverse_kl', 'jsd', 'agreement')
 _BINS = 15
 
 
@@ -35,28 +36,28 @@ class Loss:
   name: str
   rows: tuple
   batch_size: int = 16
-  left_out: int = 0
+  about: dict = dataclasses.field(default_factory=dict)  # see `evaluator`
+
+  def metrics(self, has_teacher):
+    return METRICS if has_teacher else METRICS[:2]
 
   def run(self, subject, params, tag):
     del tag
-    return measure(subject, params, self.rows, self.batch_size)
+    texts = texts_lib.encode(subject, self.rows)
+    examples = [
+      texts_lib.example(*ids, row)
+      for *ids, row in zip(
+        texts.prompts, texts.references, self.rows, strict=True
+      )
+    ]
+    return {
+      'shortened': texts.shortened,
+      'truncated': texts.truncated,
+      'metrics': measure(subject, params, examples, self.batch_size),
+    }
 
 
-def measure(subject, params, rows, batch_size):
-  """{metric: mean over response tokens} of the rows' texts; see above."""
-  examples, bad = pipeline.encode_rows(
-    rows,
-    subject.models.tokenizer,
-    template=subject.template,
-    max_length=subject.max_length,
-    max_prompt_length=subject.max_prompt_length,
-    thinking=subject.thinking,
-  )
-  means = measure_ids(subject, params, examples, batch_size)
-  return means | ({'left_out': bad.total()} if bad else {})
-
-
-def measure_ids(subject, params, examples, batch_size):
+def measure(subject, params, examples, batch_size):
   """{metric: mean over response tokens} of `pipeline.Example`s."""
   ways = sharding.batch_ways(subject.mesh)
   batches = pipeline.batches(

@@ -16,13 +16,13 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gakd_jax import UserError, sharding
 from gakd_jax.data import pipeline
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers, extract, tasks
 from gakd_jax.evals import statistics as statistics_lib
+from gakd_jax.evals import texts as texts_lib
 from gakd_jax.objectives import head
 
 
@@ -39,7 +39,7 @@ class MultipleChoice:
   candidates: str = 'text'
   normalise: str = 'tokens'
   batch_size: int = 32
-  left_out: int = 0
+  about: dict = dataclasses.field(default_factory=dict)  # see `evaluator`
 
   def __post_init__(self):
     for setting, known in (
@@ -55,16 +55,19 @@ class MultipleChoice:
     for row in self.rows:  # Bad ones come up before any work.
       tasks.gold('choice', row)
 
-  def run(self, subject, params, tag):
-    """{'accuracy': percentage, 'accuracy_stderr': its standard error}.
+  def metrics(self, has_teacher):
+    del has_teacher
+    return ('accuracy',)
 
-    Choices go to <workdir>/answers.
-    """
-    score_of = iter(self._scores(subject, params, self._examples(subject)))
+  def run(self, subject, params, tag):
+    """'accuracy', a percentage; choices go to <workdir>/answers."""
+    texts = texts_lib.encode(subject, self.rows)
+    examples = self._examples(subject, texts.prompts)
+    score_of = iter(self._scores(subject, params, examples))
     lines = []
     for i, row in enumerate(self.rows):
-      texts = self._options(row)
-      by_label = {label: next(score_of) for label in texts}
+      options = self._options(row)
+      by_label = {label: next(score_of) for label in options}
       answer = max(by_label, key=by_label.get)
       if any(map(math.isnan, by_label.values())):
         answer = None  # The model says nothing: it is wrong.
@@ -72,7 +75,7 @@ class MultipleChoice:
       lines.append(
         answers.prompt(i, row, tag)
         | {
-          'answer': texts.get(answer, ''),
+          'answer': options.get(answer, ''),
           'extracted': answer,
           'gold': gold,
           'log_probs': by_label,
@@ -81,10 +84,11 @@ class MultipleChoice:
       )
     answers.write(subject.workdir, self.name, self.seeds[0], lines)
     right = [line['scores']['accuracy'] for line in lines]
-    return {
-      'accuracy': statistics.fmean(right),
-      'accuracy_stderr': statistics_lib.standard_error(right),
+    accuracy = {
+      'mean': statistics.fmean(right),
+      'stderr': statistics_lib.standard_error(right),
     }
+    return {'shortened': texts.shortened, 'metrics': {'accuracy': accuracy}}
 
   def _options(self, row):
     """{label: what is scored for it}."""
@@ -93,24 +97,18 @@ class MultipleChoice:
       return {label: f'the correct answer is {label}' for label in labels}
     return dict(zip(labels, extract.option_texts(row), strict=True))
 
-  def _examples(self, subject):
+  def _examples(self, subject, prompts):
     """Each row's prompt with each of its options as the response."""
-    examples = []
-    for row in self.rows:
-      prompt = tokenizer_lib.fit_prompt(
-        subject.models.tokenizer,
-        row,
-        subject.template,
-        subject.max_prompt_length,
+    encode = subject.models.tokenizer.encode
+    return [
+      texts_lib.example(
+        prompt,
+        encode(text, add_special_tokens=False),
+        dataclasses.replace(row, references=(text,)),
       )
-      prompt = np.array(prompt, np.int32)
-      for text in self._options(row).values():
-        ids = subject.models.tokenizer.encode(text, add_special_tokens=False)
-        option = dataclasses.replace(row, references=(text,))
-        examples.append(
-          pipeline.Example(prompt, np.array(ids, np.int32), option)
-        )
-    return examples
+      for prompt, row in zip(prompts, self.rows, strict=True)
+      for text in self._options(row).values()
+    ]
 
   def _scores(self, subject, params, examples):
     """Log-probability of each example's response, by `normalise`."""
