@@ -111,10 +111,10 @@ def test_contents_are_compared_by_name(config, tmp_path, capsys):
   begin(data='a', student='b')
   begin(data='a', student='b')
   with pytest.raises(
-    UserError, match="something else: contents.data was 'a' and is 'c'; go on"
+    UserError, match=r"something else: contents.data was 'a' and is 'c'; go on"
   ):
     begin(data='c', student='b')
-  with pytest.raises(UserError, match="contents.more was None and is 'd'; go"):
+  with pytest.raises(UserError, match=r"contents.more was None and is 'd'; go"):
     begin(data='a', student='b', more='d')
   begin(force=True, data='c', student='b')
   assert capsys.readouterr().out == (
@@ -131,7 +131,7 @@ def test_what_is_forced_to_change_has_not_finished(config, tmp_path):
   record(config, tmp_path, force=True)
   assert (tmp_path / 'results.json').exists()
   config.seed = 1
-  with pytest.raises(UserError, match='config.seed was 0 and is 1'):
+  with pytest.raises(UserError, match=r'config.seed was 0 and is 1'):
     record(config, tmp_path)
   record(config, tmp_path, force=True)
   assert not (tmp_path / 'results.json').exists()

@@ -79,8 +79,8 @@ def test_what_is_compared_first():
   assert rest.columns == (
     ('x', 'bleu'),
     ('z', 'chrf'),
-    ('x', 'answer_tokens'),
     ('x', 'agreement'),
+    ('x', 'answer_tokens'),
   )
 
 
@@ -272,7 +272,7 @@ def test_a_metric_that_is_no_number_in_one_seed(tmp_path):
 )
 def test_results_of_earlier_versions_are_one_line(tmp_path, text):
   (tmp_path / 'results.json').write_text(text)
-  with pytest.raises(UserError, match='of an earlier version.*; delete it'):
+  with pytest.raises(UserError, match=r'of an earlier version.*; delete it'):
     results.read({'a': tmp_path})
 
 

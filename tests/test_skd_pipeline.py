@@ -72,5 +72,10 @@ def test_gsm8k_from_public_files_to_a_table(shared_dir, tmp_path, monkeypatch):
     assert not any(' ' in line['answer'] for line in lines)
   assert any(line.get('cut_at') == ' ' for line in lines)
   # No two students were trained alike.
-  losses = {rundir.read_results(tests[x])['loss/ce'] for x in skd.WRITERS}
+  losses = {
+    rundir.read_results(tests[x])['best']['evaluators']['loss']['metrics'][
+      'ce'
+    ]['mean']
+    for x in skd.WRITERS
+  }
   assert len(losses) == len(skd.WRITERS)
