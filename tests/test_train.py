@@ -26,6 +26,7 @@ from gakd_jax import (
   summary,
   train,
 )
+from tests.written import value
 from tools import make_goldens
 
 ROWS = [
@@ -78,12 +79,6 @@ def config(pair, data_file):
 
 
 METRIC = 'loss/reverse_kl'
-
-
-def value(found, metric):
-  """The mean of '<set>/<metric>' in what results.json says of a step."""
-  name, _, metric = metric.rpartition('/')
-  return found['evaluators'][name]['metrics'][metric]['mean']
 
 
 def measured(**values):

@@ -1,4 +1,4 @@
-"""results.json of runs that never were."""
+"""results.json of runs that never were, and numbers of those that were."""
 
 import json
 
@@ -27,3 +27,9 @@ def write_results(path, values, **about):
   text = json.dumps(about | {'best': of_step, 'last': of_step})
   (path / 'results.json').write_text(text)
   return path
+
+
+def value(found, metric):
+  """The mean of '<set>/<metric>' in what results.json says of a step."""
+  name, _, metric = metric.rpartition('/')
+  return found['evaluators'][name]['metrics'][metric]['mean']
