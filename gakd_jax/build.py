@@ -144,17 +144,6 @@ def build(config, workdir, mesh, force=False):
   )
 
 
-def exported(run):
-  """The parameters that are trained, as they were exported to best/."""
-  config = run.config.student
-  settings = {'dtype': 'float32'}
-  if config.lora is not None:
-    settings = {'dtype': config.dtype, 'quantize': config.quantize}
-  model = models.load(run.workdir / 'best', mesh=run.mesh, **settings)
-  _, params = transformer.split(model)
-  return lora.partition(params)[0] if lora.adapters(model) else params
-
-
 def abstract(config, mesh):
   """`build` with shapes for parameters, to plan a run with.
 

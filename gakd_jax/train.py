@@ -6,8 +6,6 @@ runs that build on each other.
 """
 
 import contextlib
-import functools
-import math
 import re
 import resource
 import signal
@@ -16,13 +14,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from gakd_jax import (
   Interrupted,
   UserError,
   best,
   build,
+  chosen,
   fingerprint,
   inputs,
   keys,
@@ -34,11 +32,7 @@ from gakd_jax import (
   summary,
 )
 from gakd_jax import checkpoint as checkpoint_lib
-from gakd_jax import results as results_lib
-from gakd_jax.evals import answers
 from gakd_jax.evals import evaluator as evaluator_lib
-
-LAST = 'last'  # <workdir>/last/answers are of the last evaluation
 
 
 def run_stages(config, workdir, force=False):
@@ -153,8 +147,8 @@ def _evaluate_only(run):
   if run.writer.makes_rows:
     inputs.teacher_answers(run)
   params = run.start()
-  found = _evaluate(run, params, 0, run.evaluators, run.workdir)
-  _export(run, params, found)
+  found = chosen.evaluate(run, params, 0, run.evaluators, run.workdir)
+  chosen.export(run, params, found)
   return {'best': found, 'last': found}
 
 
@@ -166,9 +160,7 @@ def _train(run):
   checkpoints = checkpoint_lib.Checkpoints(
     run.workdir / 'checkpoints', c.checkpoint.keep
   )
-  # The evaluation that best/ is of, whether it is of this state, how many were
-  # no better since, and the last.
-  host = {'best': None, 'is_best': False, 'no_better': 0, 'last': None}
+  host = chosen.start()
   with contextlib.closing(checkpoints), contextlib.closing(batches):
     if checkpoints.latest_step() is None:
       state = training.init()
@@ -177,9 +169,9 @@ def _train(run):
       batches.set_state(host['data'])
       print(f'continuing from step {int(state.step)}', flush=True)
       if host['is_best']:  # The export may be what was interrupted.
-        _export(run, state.params['student'], host['best'])
+        chosen.export(run, state.params['student'], host['best'])
     state = _loop(run, state, host, training.step, batches, total, checkpoints)
-  return _of_best(run, state, host)
+  return chosen.of_best(run, state, host)
 
 
 def _loop(run, state, host, train_step, batches, total, checkpoints):
@@ -200,16 +192,18 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
 
     def evaluate(params, now, names):
       log.flush()
-      found = _evaluate(run, params, now, names, run.workdir / LAST)
+      found = chosen.evaluate(
+        run, params, now, names, run.workdir / chosen.LAST
+      )
       log.write(now, evaluator_lib.curves(found['evaluators']))
-      _choose(c.checkpoint, host, found)
+      chosen.choose(c.checkpoint, host, found)
 
     if start == 0 and c.eval_first:
       evaluate(state.params['student'], 0, run.evaluators)
       if host['is_best']:
-        _export(run, state.params['student'], host['best'])
+        chosen.export(run, state.params['student'], host['best'])
     for now in range(start + 1, total + 1):
-      if _is_enough(c.checkpoint, host) and not texts.ahead:
+      if chosen.is_enough(c.checkpoint, host) and not texts.ahead:
         print(
           f'stopped at step {now - 1} of {total}: {c.checkpoint.best_metric} '
           f'was no better {host["no_better"]} times',
@@ -230,12 +224,12 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
       if names or due(c.eval_every, now):
         evaluate(state.params['student'], now, names)
       wants_to_save |= due(c.checkpoint.every, now) or stop.requested
-      wants_to_save |= _is_enough(c.checkpoint, host)
+      wants_to_save |= chosen.is_enough(c.checkpoint, host)
       if wants_to_save and not texts.ahead:
         wants_to_save = False
         checkpoints.save(now, state, host | {'data': batches.get_state()})
       if host['is_best']:  # Only then: an export that fails loses no step.
-        _export(run, state.params['student'], host['best'])
+        chosen.export(run, state.params['student'], host['best'])
       if stop.requested and now < total and not texts.ahead:
         checkpoints.wait()
         raise Interrupted(
@@ -245,48 +239,6 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
     checkpoints.wait()
   rollouts.write(state.params['student'], int(state.step))
   return state
-
-
-def _choose(config, host, found):
-  """Notes an evaluation in `host`, and whether it is the best."""
-  host['last'] = found
-  if config.best_metric is None:
-    host['best'], host['is_best'] = found, True
-    return
-  name, _, metric = config.best_metric.rpartition('/')
-  if name not in found['evaluators']:
-    return  # It is not measured at every evaluation.
-  measured = found['evaluators'][name]['metrics'].get(metric, {})
-  value = measured.get('mean', math.nan)
-  best_value = host['best'] and host['best']['value']
-  host['is_best'] = results_lib.is_better(metric, value, best_value)
-  host['no_better'] = 0 if host['is_best'] else host['no_better'] + 1
-  if host['is_best']:
-    host['best'] = found | {'metric': config.best_metric, 'value': value}
-
-
-def _is_enough(config, host):
-  return config.patience is not None and host['no_better'] >= config.patience
-
-
-def _of_best(run, state, host):
-  """{'best', 'last'} of results.json: all evaluators of what was exported."""
-  found = host['best']
-  if found is None:
-    print(
-      f'{run.config.checkpoint.best_metric} was never a number; best/ is the '
-      'last step',
-      flush=True,
-    )
-    found = host['last']
-    _export(run, state.params['student'], found)
-  others = [x for x in run.evaluators if x not in found['evaluators']]
-  if others:
-    params = build.exported(run)
-    more = _evaluate(run, params, found['step'], others, run.workdir)
-    measured = found['evaluators'] | more['evaluators']
-    found = found | {'evaluators': {x: measured[x] for x in run.evaluators}}
-  return {'best': found, 'last': host['last']}
 
 
 class _Texts:
@@ -392,40 +344,6 @@ def _stop_requests():
   finally:
     for number, handler in previous.items():
       signal.signal(number, handler)
-
-
-def _evaluate(run, params, step, names, workdir):
-  """{'step', 'evaluators'} of the evaluators of these names.
-
-  workdir: where the answers go.
-  """
-  found = {}
-  for name, evaluator in run.evaluators.items():
-    if name in names:
-      subject = run.subject_of(evaluator, workdir)
-      found[name] = evaluator_lib.measure(evaluator, subject, params, step)
-  return {'step': step, 'evaluators': found}
-
-
-def _export(run, params, found):
-  """The student as a Hugging Face directory, best/: its adapters, if any.
-
-  `found` is what was measured of it; answers/ are of the same step.
-  """
-  answers.keep(run.workdir / LAST, run.workdir, found['step'])
-  params = run.models.whole(params)
-  if run.config.student.lora is None:  # Adapters are fp32, as PEFT has them.
-    dtype = run.config.student.dtype
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
-  student = nnx.merge(run.models.student_definition, params)
-  metric = (found['metric'], found['value']) if 'metric' in found else None
-  models.save(
-    student,
-    run.workdir / 'best',
-    describe=functools.partial(
-      best.describe, config=run.config, step=found['step'], metric=metric
-    ),
-  )
 
 
 def _forget_peak_memory():

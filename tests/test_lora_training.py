@@ -12,7 +12,7 @@ import safetensors.numpy
 from flax import nnx
 
 from configs import base
-from gakd_jax import UserError, models, objectives, optim, step, train
+from gakd_jax import UserError, chosen, models, objectives, optim, step, train
 from gakd_jax.data import pipeline
 from gakd_jax.models import convert, lora, pair, quantized, transformer
 from gakd_jax.objectives.base import Own
@@ -270,9 +270,9 @@ def test_adapters_are_measured_as_they_were_exported(config, tmp_path):
       del found['evaluators']['late']
     return found
 
-  evaluate = train._evaluate
+  evaluate = chosen.evaluate
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train, '_evaluate', late)
+    patch.setattr(chosen, 'evaluate', late)
     best = train.run(config, tmp_path)['best']
   assert best['step'] == 0
   expected = pytest.approx(value(best, 'loss/ce'), rel=1e-5)

@@ -19,6 +19,7 @@ from configs import base
 from gakd_jax import (
   Interrupted,
   UserError,
+  chosen,
   fingerprint,
   models,
   report,
@@ -82,7 +83,7 @@ METRIC = 'loss/reverse_kl'
 
 
 def measured(**values):
-  """`train._evaluate` that finds {set: value of its `ce`, by step or not}."""
+  """`chosen.evaluate` that finds {set: value of its `ce`, by step or not}."""
 
   def evaluate(this, params, step, names, workdir):
     found = {
@@ -298,17 +299,17 @@ def quick(config, monkeypatch):
   A run of six steps that nothing is measured in.
   """
   exported = []
-  export = train._export
+  export = chosen.export
 
   def recorded(run, params, found):
     exported.append(found['step'])
     export(run, params, found)
 
   def prepare(**values):
-    monkeypatch.setattr(train, '_evaluate', measured(**values))
+    monkeypatch.setattr(chosen, 'evaluate', measured(**values))
     return exported
 
-  monkeypatch.setattr(train, '_export', recorded)
+  monkeypatch.setattr(chosen, 'export', recorded)
   config.evals = {'loss': {'limit': 1}}
   config.eval_every = config.checkpoint.every = 1
   config.checkpoint.best_metric = 'loss/ce'
@@ -368,7 +369,7 @@ def test_patience_ends_a_run_wherever_it_is_interrupted(
     with pytest.raises(Killed):
       train.run(config, tmp_path / 'run')
   with monkeypatch.context() as patch:
-    patch.setattr(train, '_of_best', killed)
+    patch.setattr(chosen, 'of_best', killed)
     with pytest.raises(Killed):
       train.run(config, tmp_path / 'run')
   capsys.readouterr()
@@ -406,15 +407,15 @@ def test_results_and_answers_are_of_the_step_that_is_exported(
 ):
   """Also of the sets that were not measured at that step."""
   scores = {2: 5.0, 4: 1.0, 6: 3.0}
-  evaluate = train._evaluate
+  evaluate = chosen.evaluate
 
-  def chosen(run, params, step, names, workdir):
+  def scored(run, params, step, names, workdir):
     found = evaluate(run, params, step, names, workdir)
     if 'loss' in found['evaluators'] and step in scores:
       found['evaluators']['loss']['metrics']['ce']['mean'] = scores[step]
     return found
 
-  monkeypatch.setattr(train, '_evaluate', chosen)
+  monkeypatch.setattr(chosen, 'evaluate', scored)
   config.eval_every = 2
   config.checkpoint.best_metric = 'loss/ce'
   often = config.evals.generation.to_dict() | {'kind': 'generation'}
@@ -490,8 +491,8 @@ def test_an_export_that_fails_loses_nothing(
       raise OSError('disk full')
     exported.append(np.asarray(params['final_norm']['scale']))
 
-  monkeypatch.setattr(train, '_evaluate', evaluated)
-  monkeypatch.setattr(train, '_export', export)
+  monkeypatch.setattr(chosen, 'evaluate', evaluated)
+  monkeypatch.setattr(chosen, 'export', export)
   config.evals = {'loss': {'limit': 8}}
   config.eval_every = config.checkpoint.every = 2
   config.checkpoint.best_metric = 'loss/ce'
@@ -517,9 +518,9 @@ def test_an_evaluator_may_have_a_cadence_of_its_own(
     seen.setdefault(now, []).append(sorted(names))
     return evaluate(this, params, now, names, workdir)
 
-  monkeypatch.setattr(train, '_evaluate', evaluated)
-  monkeypatch.setattr(train.build, 'exported', lambda run: None)
-  monkeypatch.setattr(train, '_export', lambda *_: exported.append(True))
+  monkeypatch.setattr(chosen, 'evaluate', evaluated)
+  monkeypatch.setattr(chosen, '_exported', lambda run: None)
+  monkeypatch.setattr(chosen, 'export', lambda *_: exported.append(True))
   config.eval_every = 2
   config.evals = {
     'loss': {},
