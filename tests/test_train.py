@@ -27,6 +27,7 @@ from gakd_jax import (
   summary,
   train,
 )
+from gakd_jax.evals import answers
 from tests.written import value
 from tools import make_goldens
 
@@ -344,7 +345,7 @@ def test_patience_ends_a_run_wherever_it_is_interrupted(
 ):
   ce = {1: 3.0, 2: 4.0, 3: 2.0, 4: 2.0, 5: float('nan'), 6: 0.0}
   exported = quick(loss=ce)
-  config.checkpoint.patience = 2
+  config.checkpoint.patience, config.checkpoint.every = 2, 4
   results = train.run(config, tmp_path / 'whole')
   said = 'stopped at step 5 of 6: loss/ce was no better 2 times'
   assert said in capsys.readouterr().out
@@ -374,7 +375,9 @@ def test_patience_ends_a_run_wherever_it_is_interrupted(
       train.run(config, tmp_path / 'run')
   capsys.readouterr()
   found = train.run(config, tmp_path / 'run')
-  assert said in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert 'continuing from step 5' in out
+  assert said in out
   assert found | {'peak_memory_gb': 0} == results | {'peak_memory_gb': 0}
   assert losses(tmp_path / 'run') == losses(tmp_path / 'whole')
   ours, theirs = weights(tmp_path / 'run'), weights(tmp_path / 'whole')
@@ -400,6 +403,16 @@ def test_what_nothing_can_be_chosen_by_is_refused_at_once(
   config.checkpoint.patience = patience
   with pytest.raises(UserError, match=re.escape(message)):
     train.run(config, tmp_path / 'run')
+
+
+def test_answers_of_another_step_are_not_kept(tmp_path):
+  """As after a later evaluation than the one that is gone on from."""
+  for name, step in (('a', 4), ('b', 6)):
+    answers.write(tmp_path / 'last', name, 0, [{'step': step}, {'step': step}])
+    answers.write(tmp_path, name, 0, [{'step': 2}])
+  answers.keep(tmp_path / 'last', tmp_path, 4)
+  assert answers.read(tmp_path, 'a', 0) == [{'step': 4}] * 2
+  assert answers.read(tmp_path, 'b', 0) == [{'step': 2}]
 
 
 def test_results_and_answers_are_of_the_step_that_is_exported(
@@ -599,6 +612,7 @@ def test_stages_build_on_each_other(config, data_file, tmp_path, capsys):
   )
   sft = stage()
   sft.objective = {'name': 'sft'}
+  sft.teacher.path = sft.student.path  # It will not be the same.
   kd = stage(**{'student.path': 'stage:sft'})
   with kd.ignore_type():
     kd.data.train = (data_file, 'stage:teacher')
