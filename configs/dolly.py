@@ -45,10 +45,13 @@ def pipeline(teacher, student, methods):
 
 
 def _test(name, teacher):
-  """The best model of a stage on the test set, with the field's protocol."""
+  """The best model of a stage on the test set, with the field's protocol, and
+  how far it is from the teacher there.
+  """
   c = get_config()
   c.data.template = teacher.data.template
   c.student.path = f'stage:{name}'
+  c.teacher.path = 'stage:teacher'
   c.train.steps = 0
   c.data.train = None
   c.evals = {
