@@ -119,12 +119,15 @@ def get_config():
   # name: settings, see gakd_jax/evals/*.py; `kind` if the name is your own.
   c.evals = ml_collections.ConfigDict({'loss': {}})
   c.eval_every = 500  # steps; 0: at the end only; a line's own `every` wins
+  c.eval_first = False  # also at step 0: what the student was before
 
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.every = 500  # steps; 0: at the end and when interrupted only
   c.checkpoint.keep = 1  # newest checkpoints that stay on disk
   # best/ is the model with the best of this metric; None: the last one.
   c.checkpoint.best_metric = config_dict.placeholder(str)
+  # So many measurements of best_metric in a row that are no better end the run.
+  c.checkpoint.patience = config_dict.placeholder(int)
 
   c.mesh = ml_collections.ConfigDict()  # devices an axis; -1: what is left
   c.mesh.data = -1  # copies of the model
@@ -137,10 +140,12 @@ def get_config():
   c.report.trackers = ('tensorboard',)
   c.report.answers = 6  # prompts in report.html without JavaScript; 0: none
   c.report.rollouts = 4  # prompts whose rollouts it shows over training
+  # Averages over sets: {what its column is called: names of `evals`}.
+  c.report.averages = ml_collections.ConfigDict()
   c.lock()
   # These hold what is not the default; whatever else their constructors take
   # may be set, in a config or on the command line.
-  for part in (c.rollout, c.objective, c.evals):
+  for part in (c.rollout, c.objective, c.evals, c.report.averages):
     part.unlock()
   return c
 

@@ -21,6 +21,7 @@ def get_config():
     'loss': {'batch_size': 32},
     'generation': {'seeds': (10,), 'batch_size': 128},
   }
+  c.eval_first = True
   c.checkpoint.best_metric = 'generation/rouge_l'
   return c
 
@@ -44,10 +45,13 @@ def pipeline(teacher, student, methods):
 
 
 def _test(name, teacher):
-  """The best model of a stage on the test set, with the field's protocol."""
+  """The best model of a stage on the test set, with the field's protocol, and
+  how far it is from the teacher there.
+  """
   c = get_config()
   c.data.template = teacher.data.template
   c.student.path = f'stage:{name}'
+  c.teacher.path = 'stage:teacher'
   c.train.steps = 0
   c.data.train = None
   c.evals = {

@@ -18,7 +18,9 @@ from configs import (
 def get_config():
   c = eval_instruct.get_config()
   for suite in (eval_math, eval_commonsense, eval_summary, eval_translation):
-    for name, settings in suite.get_config().evals.items():
+    theirs = suite.get_config()
+    for name, settings in theirs.evals.items():
       if name != 'fidelity':
         c.evals[name] = settings
+    c.report.averages.update(theirs.report.averages)
   return c

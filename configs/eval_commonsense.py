@@ -39,4 +39,8 @@ def get_config():
       'normalise': 'tokens',  # or 'bytes' or 'none': acc_norm, acc of lm-eval
       'batch_size': 32,
     }
+  c.report.averages = {
+    'choice average': tuple(SETS),
+    'likelihood average': tuple(f'{name}_likelihood' for name in SETS),
+  }
   return c

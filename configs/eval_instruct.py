@@ -31,6 +31,7 @@ def get_config(protocol='field'):
   c.evals = {
     name: base.generation(data, **settings) for name, data in SETS.items()
   }
+  c.report.averages = {'instruct average': tuple(SETS)}
   c.evals.uinst.limit = 10_000  # the rows of it that the field uses
   c.evals.fidelity = {'of': 'dolly', 'batch_size': 32}
   return c

@@ -40,5 +40,6 @@ def get_config(protocol='field'):
     for name, (folder, task) in SETS.items()
   }
   c.evals.gsm8k = base.greedy('data/gsm8k/test.jsonl', task=rule('gsm8k'))
+  c.report.averages = {'math average': (*SETS, 'gsm8k')}
   c.evals.fidelity = {'of': 'gsm8k', 'batch_size': 32}
   return c

@@ -71,5 +71,6 @@ def _stage(path, objective):
   c.train.batch_size = 16
   c.train.epochs = 4
   c.evals = {'loss': {'batch_size': 16}}
+  c.eval_first = True
   c.checkpoint.best_metric = 'loss/ce'
   return c

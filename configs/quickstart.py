@@ -3,8 +3,8 @@
   python -m gakd_jax.main --config=configs/quickstart.py
 
 No download; 3:30 on two shared cores. The student is fine-tuned on
-600 gold rows (sft), and goes on with them (sft_continued) until they are used
-up: sft_best is its best step by held-out loss. The teacher answers more
+600 gold rows (sft), and goes on with them until they are used up
+(sft_continued: its best step by held-out loss). The teacher answers more
 prompts, and says more of each token than one answer does: from the same start
 the student learns from its texts (seqkd), from its distributions on them
 (forward_kl), and then from what the teacher makes of text of which the student
@@ -40,7 +40,6 @@ def get_config(prompts=2400, seeds=1, methods=('seqkd', 'forward_kl')):
     stages += [
       (f'sft{tag}', sft(seed)),
       (f'sft_continued{tag}', sft_continued(seed, f'stage:sft{tag}')),
-      (f'sft_best{tag}', measured(f'stage:sft_continued{tag}', seed)),
     ]
     for name in methods:
       stage = student(MIXED, STEPS, seed, f'stage:sft{tag}')
@@ -138,11 +137,9 @@ def sft_continued(seed, start):
   return c
 
 
-def measured(path, seed=0):
-  """No training: the scores of a model, of a student with this seed."""
+def measured():
+  """No training: how the students are measured."""
   c = _common()
-  c.seed = seed
-  c.student.path = path
   c.train.steps = 0
   return c
 

@@ -214,6 +214,7 @@ def _training(task, kd_type, student, teacher):
   c.train.epochs = task.epochs
   c.evals = {'loss': {'batch_size': 8}}
   c.eval_every = 50
+  c.eval_first = True
   return c
 
 
@@ -235,4 +236,6 @@ def _test(task, path):
       stop=task.stop,
       batch_size=32,
     )
+  if len(task.tests) > 1:
+    c.report.averages = {'average': tuple(task.tests)}
   return c

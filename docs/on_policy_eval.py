@@ -12,6 +12,6 @@ from configs import quickstart
 
 
 def get_config():
-  c = quickstart.measured(None)
+  c = quickstart.measured()
   c.evals.fidelity = {'of': 'sampled', 'batch_size': 60}
   return c

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from gakd_jax import UserError, partial, report, sampling
+from gakd_jax import UserError, fingerprint, partial, report, sampling
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import scores
@@ -36,6 +36,7 @@ def write(
   seed,
   keep_unfinished=False,
   on_bad_row='skip',
+  force=False,
 ):
   """Writes a data file in which a model answers the prompts of `rows`.
 
@@ -59,6 +60,7 @@ def write(
     keep_unfinished: otherwise answers that are empty or did not end within
       `max_new_tokens` are left out: a student would learn not to stop.
     on_bad_row: 'skip' or 'fail', of rows that the template cannot hold.
+    force: goes on with a `<path>.partial` of other settings, see `fingerprint`.
 
   Returns:
     How many answers were left out, and rows skipped, by reason: a Counter.
@@ -84,10 +86,12 @@ def write(
     | decoding
     | {
       'samples': samples,
-      'rows': partial.digest([*zip(prompts.items(), references, strict=True)]),
+      'rows': fingerprint.digest(
+        [*zip(prompts.items(), references, strict=True)]
+      ),
     }
   )
-  log = partial.Partial(path.with_name(path.name + '.partial'), settings)
+  log = partial.Partial(path.with_name(path.name + '.partial'), settings, force)
   answers = {i: (problem, line) for i, problem, line in log.read()}
   _fill(answers, log, model, tokenizer, rows, wanted, decoding)
   lines = []

@@ -8,7 +8,14 @@ chat template and the ends of turns are those of the training: see
 import json
 from pathlib import Path
 
-from gakd_jax import UserError, __version__, fingerprint, models, report
+from gakd_jax import (
+  UserError,
+  __version__,
+  fingerprint,
+  models,
+  report,
+  rundir,
+)
 from gakd_jax.models import peft, prompts
 
 RECORD = 'gakd_jax.json'
@@ -37,13 +44,30 @@ def describe(directory, config, *, step, metric=None):
     'rollout': c.rollout.writer,
     'data': data if data is None or isinstance(data, str) else [*data],
     'template': c.data.template,
-    **fingerprint.recipe(json.loads(c.to_json_best_effort())),
+    **recipe(c),
     'step': step,
     'metric': metric and metric[0],
     'value': metric and metric[1],
   }
   (directory / RECORD).write_text(report.to_json(about, indent=2) + '\n')
   (directory / 'README.md').write_text(_card(about, peft.is_adapter(directory)))
+
+
+def recipe(config):
+  """`fingerprint.recipe` of a run whose stages are resolved.
+
+  What other runs made counts by their recipes, wherever it lies.
+  """
+  c, origins = config, {}
+  for path in (c.student.path, c.teacher.path, c.critic.init_from):
+    if path and Path(path).is_dir():
+      origins[str(path)] = read(path).get('recipe', str(path))
+  data = c.data.train or ()
+  for spec in (data,) if isinstance(data, str) else data:
+    if Path(spec).is_file() and rundir.is_finished(Path(spec).parent):
+      made_by = rundir.read_results(Path(spec).parent)
+      origins[spec] = made_by['recipe'] or spec
+  return fingerprint.recipe(fingerprint.as_json(c), origins)
 
 
 def _origin(name, path):
@@ -60,7 +84,7 @@ def read(path):
     return {}
   try:
     about = json.loads(file.read_text())
-    return {name: about[name] for name in ('template', 'recipe', 'seed')}
+    return {k: about[k] for k in ('template', 'recipe', 'seed', 'step')}
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(f'{file}: not a record of gakd_jax ({error})') from error
 

@@ -31,6 +31,15 @@ def config_flag(help_string, **settings):
   )
 
 
+def force_flag():
+  """`--force`, see `fingerprint.check`."""
+  return flags.DEFINE_bool(
+    'force',
+    False,
+    'Go on with what was begun with other settings, data or models.',
+  )
+
+
 def default_workdir():
   """runs/skd for configs/skd.py, runs/skd_math_sft for skd.py:math,sft."""
   config = config_flags.get_config_filename(flags.FLAGS['config'])

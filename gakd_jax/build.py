@@ -46,11 +46,12 @@ class Run:
   shapes: dict  # of these
   # Of a run that is only planned, there are none of these.
   workdir: Path | None = None
+  force: bool = False  # what is half written goes on, see `fingerprint.check`
   evaluators: dict = dataclasses.field(default_factory=dict)
   texts: texts_lib.Texts | None = None  # None: the writer makes them
 
-  def subject_of(self, evaluator):
-    """The run as an evaluator sees it."""
+  def subject_of(self, evaluator, workdir):
+    """The run as an evaluator sees it; `workdir` is where answers go."""
     c = self.config
     models = self.models
     if evaluator.teacher_reads_student_ids and not self.objective.one_tokenizer:
@@ -63,7 +64,7 @@ class Run:
       max_prompt_length=c.data.max_prompt_length,
       head_chunk=c.train.head_chunk,
       mesh=self.mesh,
-      workdir=self.workdir,
+      workdir=workdir,
     )
 
 
@@ -85,7 +86,7 @@ def check_settings(config):
     trackers.check(c.report.trackers)
 
 
-def build(config, workdir, mesh, weights=True):
+def build(config, workdir, mesh, force=False, weights=True):
   """The `Run` of a config; the student's weights are read by its `start`.
 
   Without `weights`, there are shapes in their place.
@@ -109,15 +110,13 @@ def build(config, workdir, mesh, weights=True):
     config.data.validation,
     lambda: [(config.data.template, tokenizers[0])],
     config.data.on_bad_row,
+    config.data.thinking,
   )
-
-  best = config.checkpoint.best_metric
-  if best is not None and best.partition('/')[0] not in evaluators:
-    raise UserError(
-      f'config.checkpoint.best_metric={best!r} names no evaluator; they are '
-      f'{", ".join(evaluators) or "none"}, and a metric is <evaluator>/<name>'
-    )
-
+  _check_choice(
+    config.checkpoint,
+    evaluators,
+    has_teacher=len(paths) == 2 and objective.one_tokenizer,
+  )
   writer = writer.for_tokenizer(config.data.template, tokenizers[0])
   texts = None
   if not writer.makes_rows and config.train.steps != 0:
@@ -140,6 +139,7 @@ def build(config, workdir, mesh, weights=True):
     load,
     tokenizers=tokenizers,
     workdir=workdir,
+    force=force,
     evaluators=evaluators,
     texts=texts,
   )
@@ -281,6 +281,18 @@ def _put_adapters(model, config, mesh):
   else:
     place = sharding.replicated(mesh)
     lora.attach(model, settings, config.seed, place)
+
+
+def _check_choice(config, evaluators, has_teacher):
+  """Of `config.checkpoint`: what best/ is chosen by, and when it is enough."""
+  evaluator_lib.check_metric(config.best_metric, evaluators, has_teacher)
+  if config.patience is not None and (
+    config.best_metric is None or config.patience < 1
+  ):
+    raise UserError(
+      f'config.checkpoint.patience={config.patience}: expected 1 or more, and '
+      'a config.checkpoint.best_metric'
+    )
 
 
 def _check_vocabulary(path, tokenizer, shape):

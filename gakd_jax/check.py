@@ -32,7 +32,7 @@ _WIDTH = 80
 _ROWS = 4  # that are shown of the first batch
 _LINES = 12  # that are shown of a text, half of them from its end
 # Of objectives, writers and evaluators: fields that no config sets there.
-_NO_SETTINGS = ('name', 'head_chunk', 'critic', 'ends', 'rows', 'left_out')
+_NO_SETTINGS = ('name', 'head_chunk', 'critic', 'ends', 'rows', 'about')
 
 
 def run(config, workdir, defaults=None):
@@ -144,8 +144,8 @@ def _look(config, workdir, mesh, unknown):
   run = build.build(config, workdir, mesh, weights=False)
   for name, evaluator in run.evaluators.items():
     if hasattr(evaluator, 'rows'):
-      n, left_out = len(evaluator.rows), evaluator.left_out
-      print(f'evals.{name}: {n:,} rows, {left_out:,} left out')
+      n, dropped = len(evaluator.rows), sum(evaluator.about['dropped'].values())
+      print(f'evals.{name}: {n:,} rows, {dropped:,} left out')
   batches = None
   if run.writer.makes_rows and not (workdir / 'answers.jsonl').exists():
     if 'data' not in unknown:

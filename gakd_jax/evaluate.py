@@ -14,13 +14,13 @@ and a model that is added to it joins those that are measured.
 
 import functools
 import itertools
-import json
 import statistics
 import sys
 from pathlib import Path
 
 import jax
 from absl import flags
+from jax.experimental import multihost_utils
 
 from gakd_jax import (
   UserError,
@@ -46,25 +46,28 @@ _MODEL = flags.DEFINE_list('model', None, 'Directories, runs or hub ids.')
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where it all goes; default: runs/<name of the config>.'
 )
+_FORCE = binary.force_flag()
 
 
-def run(config, paths, workdir):
-  """Measures models, compares them; returns {model: {metric: value}}.
+def run(config, paths, workdir, force=False):
+  """Measures models, compares them; returns {model: its results}.
 
   Args:
     config: see configs/base.py; what is about training alone is not read.
     paths: of the models, see above.
     workdir: a directory.
+    force: measure again what was begun with other settings, rows or weights,
+      see `fingerprint`.
 
   Raises:
     UserError: for anything wrong with config, data or models, in one line.
   """
   workdir = Path(workdir)
   with fingerprint.lock(workdir):
-    return _run(config, paths, workdir)
+    return _run(config, paths, workdir, force)
 
 
-def _run(config, paths, workdir):
+def _run(config, paths, workdir, force):
   teacher = config.teacher.path
   named = _named([teacher, *paths] if teacher else paths)
 
@@ -87,10 +90,10 @@ def _run(config, paths, workdir):
     config.data.validation,
     lambda: prompters().values(),
     config.data.on_bad_row,
+    config.data.thinking,
   )
   if not evaluators:
     raise UserError('config.evals is empty: there is nothing to measure')
-  fingerprint.record(config, workdir)
   mesh = sharding.make_mesh(**config.mesh)
   runs = {name: workdir / name for name in named}
   if teacher:
@@ -108,7 +111,14 @@ def _run(config, paths, workdir):
   with jax.set_mesh(mesh):
     for name, path in named.items():
       results[name] = _measure(
-        config, evaluators, path, runs[name], prompters()[name], teacher, mesh
+        config,
+        evaluators,
+        path,
+        runs[name],
+        prompters()[name],
+        teacher,
+        mesh,
+        force,
       )
   comparisons = compare(evaluators, runs)
   if jax.process_index() == 0:
@@ -157,63 +167,51 @@ def _is_adapter(path):
   return (path / 'adapter_config.json').exists()
 
 
-def _measure(config, evaluators, path, workdir, prompter, teacher, mesh):
+def _measure(config, evaluators, path, workdir, prompter, teacher, mesh, force):
   """The results of one model; those that are there are taken.
 
   `prompter` is the model's (template, tokenizer). `teacher` is its path, where
   its results go, what loads it, and whether students are measured by it; or
   None.
   """
-  identity, data = models.identity(path), evaluator_lib.contents(evaluators)
-  scored_by = {
-    name: f'{evaluator.task}, version {tasks.get(evaluator.task).version}'
-    for name, evaluator in evaluators.items()
-    if hasattr(evaluator, 'task')
-  }
-  record = workdir / 'model.json'
-  known = json.loads(record.read_text()) if record.exists() else None
-  if known and known['identity'] != identity:
-    raise UserError(
-      f'{workdir} has the answers of other weights ({known["path"]}); delete '
-      'it, or use another --workdir'
-    )
-  if known and known['data'] != data:
-    raise UserError(
-      f'{workdir} has the answers to other test rows: the data has changed, '
-      'or which of its rows the template of each model can hold; use another '
-      '--workdir'
-    )
-  if known and known.get('tasks', scored_by) != scored_by:
-    raise UserError(
-      f'{workdir} was scored by other rules ({known["tasks"]}; they are '
-      f'{scored_by} now); use another --workdir'
-    )
+  identity = models.identity(path)
+  fingerprint.begin(
+    workdir,
+    force,
+    config=fingerprint.as_json(config),
+    contents={'--model': identity} | evaluator_lib.contents(evaluators),
+    models={'student': {'path': str(path)}},
+  )
   if rundir.is_finished(workdir):
     print(f'{workdir.name}: has been measured', flush=True)
     return rundir.read_results(workdir)
-  if jax.process_index() == 0:
-    about = {'path': str(path), 'identity': identity, 'data': data}
-    about['is_teacher'] = teacher is not None and workdir == teacher[1]
-    about |= best.read(path)
-    about |= {'template': prompter[0], 'tasks': scored_by}
-    report.write_atomically(record, json.dumps(about, indent=2) + '\n')
   subject, params = _subject(
-    config, path, workdir, prompter, teacher, mesh, identity
+    config, path, workdir, prompter, teacher, mesh, identity, force
   )
-  results = {}
-  for evaluator in evaluators.values():
-    results |= evaluator_lib.measure(evaluator, subject, params, 0)
-    if hasattr(evaluator, 'task'):
-      version = tasks.get(evaluator.task).version
-      results |= {f'{evaluator.name}/task_version': version}
+  about = dict.fromkeys(('step', 'recipe', 'seed')) | best.read(path)
+  found = {
+    'step': about['step'],
+    'evaluators': {
+      name: evaluator_lib.measure(evaluator, subject, params, 0)
+      for name, evaluator in evaluators.items()
+    },
+  }
+  results = about | {
+    'template': prompter[0],
+    'is_teacher': teacher is not None and workdir == teacher[1],
+    'averages': {k: [*x] for k, x in config.report.averages.items()},
+    'best': found,
+    'last': found,
+  }
   if jax.process_index() == 0:
     rundir.finish(workdir, results)
     for file in (workdir / 'answers').glob('*.partial'):
       file.unlink()
-  return results
+  multihost_utils.sync_global_devices(f'measured {workdir}')
+  return rundir.read_results(workdir)
 
 
-def _subject(config, path, workdir, prompter, teacher, mesh, identity):
+def _subject(config, path, workdir, prompter, teacher, mesh, identity, force):
   """A model as evaluators see it, and its parameters."""
   template, tokenizer = prompter
   dtype = config.train.precision
@@ -249,6 +247,7 @@ def _subject(config, path, workdir, prompter, teacher, mesh, identity):
     workdir=workdir,
     identity=identity,
     teacher_workdir=t_workdir,
+    force=force,
   )
   return subject, params
 
@@ -300,7 +299,8 @@ def _main(argv):
   if not _MODEL.value:
     raise UserError('--model is missing: name one or several directories')
   binary.use_compilation_cache()
-  run(_CONFIG.value, _MODEL.value, _WORKDIR.value or binary.default_workdir())
+  workdir = _WORKDIR.value or binary.default_workdir()
+  run(_CONFIG.value, _MODEL.value, workdir, _FORCE.value)
 
 
 if __name__ == '__main__':

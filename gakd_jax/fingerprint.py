@@ -1,13 +1,14 @@
-"""Whose directory it is: of one config, and of the contents that it names.
+"""What something was begun with, so that nothing else goes on with it.
 
-config.json says what a run was begun with. Started again, what is *computed*
-must be the same: those settings that are no `HOW`, the data's rows as tokens,
-the models. How it is carried out may change, which is printed; `--force` goes
-on with anything.
+A run's config.json, and the first line of what is half written, say what it was
+begun with. Started again, what is *computed* must be the same: those settings
+that are no `HOW`, the data's rows, the models by their contents. How it is
+carried out may change, which is printed; `--force` goes on with anything.
 """
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -16,8 +17,9 @@ import subprocess
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 
-from gakd_jax import UserError, __version__, partial, report
+from gakd_jax import UserError, __version__, report, rundir
 
 # Settings that say how a result comes about, and not which: where, in what
 # pieces, and how often it is looked at.
@@ -33,94 +35,111 @@ _PACKAGES = (
 )
 
 
-def record(config, workdir, force=False):
-  """Writes config.json, or refuses a directory of another config.
+def check(where, began, now, force=False, how=()):
+  """Goes on only with what was begun.
+
+  Args:
+    where: what is gone on with, for people.
+    began, now: {what: JSON}, then and now.
+    force: go on all the same.
+    how: of what the change is no matter; it is printed, as one that is forced.
+
+  Returns:
+    Whether anything changed but the `how`.
 
   Raises:
-    UserError: naming the settings that differ from those of `workdir`, unless
-      they are a `HOW`, or `force`.
+    UserError: naming all that did, unless `force`.
+  """
+  texts = {
+    key: f'{key} was {began.get(key)!r} and is {now.get(key)!r}'
+    for key in sorted(began.keys() | now.keys())
+    if began.get(key) != now.get(key)
+  }
+  matter = [text for key, text in texts.items() if key not in how]
+  if matter and not force:
+    raise UserError(
+      f'{where} was begun with something else: {"; ".join(matter)}; go on with '
+      'what it was begun with, use another place, or --force'
+    )
+  for text in texts.values():
+    print(f'{where}: {"forced: " if text in matter else ""}{text}', flush=True)
+  return bool(matter)
+
+
+def begin(workdir, force=False, **parts):
+  """Writes what a run is of into config.json; compares what is there already.
+
+  What had finished with something else has not, if that is forced.
+
+  Args:
+    workdir: the run's directory.
+    force: see `check`.
+    parts: dicts, as JSON; what is not known yet may come with a later call.
+      'config'; 'contents', {setting: a text that tells what it names from
+      others}; what others say is no matter.
+
+  Raises:
+    UserError: see `check`.
   """
   path = Path(workdir) / 'config.json'
-  # An infinite setting is no JSON; its name is.
-  ours = json.loads(config.to_json_best_effort(), parse_constant=str)
-  if not path.exists():
-    about = {'versions': _versions(), 'commit': commit()}
-    _write(path, {'config': ours} | recipe(ours) | about)
-    return
-  content = json.loads(path.read_text(), parse_constant=str)
-  changes = _changes(content['config'], ours)
-  _refuse(
-    [text for key, text in changes.items() if not HOW.fullmatch(key)],
-    f'{workdir} has a run with another config',
-    'or the config it was started with',
-    force,
+  record = {}
+  if path.exists():
+    record = json.loads(path.read_text(), parse_constant=str)
+  parts |= {'versions': _versions()}
+  began, now = (
+    flatten({part: x[part] for part in parts if part in record})
+    for x in (record, parts)
   )
-  for key, text in changes.items():
-    print(f'{workdir}: {"" if HOW.fullmatch(key) else "forced: "}{text}')
-  for text in _changes(content['versions'], _versions()).values():
-    print(f'{workdir}: version of {text}')
-  if changes and not (Path(workdir) / 'results.json').exists():
-    _write(path, content | {'config': ours} | recipe(ours))
+  how = {
+    key
+    for key in began.keys() | now.keys()
+    if not key.startswith(('config.', 'contents.'))
+    or HOW.fullmatch(key.removeprefix('config.'))
+  }
+  changed = check(workdir, began, now, force, how)
+  # What all compare, the first one changes.
+  multihost_utils.sync_global_devices(f'compared {path}')
+  if jax.process_index() == 0:
+    if changed:
+      (path.parent / 'results.json').unlink(missing_ok=True)
+    if not rundir.is_finished(workdir):
+      first = {'commit': commit(), 'versions': parts.pop('versions')}
+      text = json.dumps(first | record | parts, indent=2)
+      report.write_atomically(path, text + '\n')
+  multihost_utils.sync_global_devices(f'wrote {path}')
 
 
-def recipe(config):
+def as_json(config):
+  """A `ConfigDict` as JSON; an infinite setting is none, its name is."""
+  return json.loads(config.to_json_best_effort(), parse_constant=str)
+
+
+def digest(value):
+  """A short text that differs between JSON values."""
+  return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def recipe(config, origins):
   """{'recipe': a text that runs share which differ in their seed, 'seed'}.
 
-  config: as JSON. `HOW` they are carried out is no part of it, nor a seed in
-  the name of what they start from.
+  `HOW` they are carried out is no part of it.
+
+  Args:
+    config: as JSON.
+    origins: {a path or file in it that a run wrote: the recipe of that run}.
   """
-  seed = config['seed']
-  names = re.compile(rf'[-_.]?seed[-_.]?{seed}\b')
+
+  def named(value):
+    if isinstance(value, list):
+      return [named(x) for x in value]
+    return origins.get(value, value) if isinstance(value, str) else value
+
   what = {
-    key: names.sub('', value) if isinstance(value, str) else value
+    key: named(value)
     for key, value in flatten(config).items()
     if key != 'seed' and not HOW.fullmatch(key)
   }
-  return {'recipe': partial.digest(sorted(what.items())), 'seed': seed}
-
-
-def check_contents(workdir, contents, force=False):
-  """The same for what a config names: {what it is: its digest}.
-
-  Of several processes, the first looks.
-  """
-  if jax.process_index() != 0:
-    return
-  path = Path(workdir) / 'config.json'
-  content = json.loads(path.read_text())
-  theirs = content.get('contents', contents)
-  changed = [key for key in contents if theirs.get(key) != contents[key]]
-  _refuse(
-    changed,
-    f'{workdir} was begun with other contents than there are now',
-    'or what it was started with',
-    force,
-  )
-  for key in changed:
-    print(f'{workdir}: forced: other contents of {key}')
-  _write(path, content | {'contents': contents})
-
-
-def _refuse(changed, what, hint, force):
-  if changed and not force:
-    raise UserError(
-      f'{what}: {"; ".join(changed)}; use another --workdir, {hint}, or --force'
-    )
-
-
-def note(workdir, **facts):
-  """Adds to config.json what is known once a run has begun."""
-  if jax.process_index() == 0:
-    path = Path(workdir) / 'config.json'
-    _write(path, json.loads(path.read_text()) | facts)
-
-
-def _write(path, content):
-  text = json.dumps(content, indent=2) + '\n'
-  if jax.process_index() != 0:
-    return
-  if not path.exists() or path.read_text() != text:
-    report.write_atomically(path, text)
+  return {'recipe': digest(sorted(what.items())), 'seed': config['seed']}
 
 
 @contextlib.contextmanager
@@ -161,16 +180,6 @@ def flatten(config, prefix=''):
     else:
       flat[name] = value
   return flat
-
-
-def _changes(theirs, ours):
-  """{key: what it was and is}."""
-  theirs, ours = flatten(theirs), flatten(ours)
-  return {
-    key: f'{key} was {theirs.get(key)!r} and is {ours.get(key)!r}'
-    for key in sorted(theirs.keys() | ours.keys())
-    if theirs.get(key) != ours.get(key)
-  }
 
 
 def _versions():

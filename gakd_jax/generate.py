@@ -21,6 +21,7 @@ from gakd_jax import (
   UserError,
   answering,
   best,
+  binary,
   models,
   rollout,
   sampling,
@@ -77,7 +78,9 @@ _KEEP_UNFINISHED = flags.DEFINE_bool(
   False,
   'With --dataset: keep answers that are empty or were cut off.',
 )
+_FORCE = binary.force_flag()
 _OF_DATASET = (
+  _FORCE,
   _OUTPUT,
   _SAMPLES,
   _BATCH_SIZE,
@@ -159,6 +162,7 @@ def write_dataset():
     max_prompt_length=_MAX_PROMPT_LENGTH.value,
     seed=_SEED.value,
     keep_unfinished=_KEEP_UNFINISHED.value,
+    force=_FORCE.value,
   )
 
 

@@ -151,5 +151,6 @@ def teacher_answers(run):
       max_prompt_length=c.data.max_prompt_length,
       seed=c.seed,
       on_bad_row=c.data.on_bad_row,
+      force=run.force,
     )
   return path

@@ -18,11 +18,7 @@ _CONFIG = binary.config_flag('The experiment.')
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where it all goes; default: runs/<name of the config>.'
 )
-_FORCE = flags.DEFINE_bool(
-  'force',
-  False,
-  'Go on in a --workdir that was begun with other settings, data or models.',
-)
+_FORCE = binary.force_flag()
 _CHECK = flags.DEFINE_bool(
   'check', False, 'Show settings, data, sizes and the first batch; run nothing.'
 )

@@ -1,29 +1,25 @@
 """Lines that an interrupted run has written already, to go on from there."""
 
-import hashlib
 import json
 import os
 
 import jax
 from jax.experimental import multihost_utils
 
-from gakd_jax import UserError
-
-
-def digest(value):
-  """A short text that differs between JSON values."""
-  return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+from gakd_jax import UserError, fingerprint
 
 
 class Partial:
   """A file of JSON lines that grows while something is made.
 
-  Its first line tells under which settings the others were made. Of several
-  processes, all read it, all at once, and the first one writes.
+  Its first line tells under which settings the others were made; see
+  `fingerprint.check`, of `force` too. Of several processes, all read it, all at
+  once, and the first one writes.
   """
 
-  def __init__(self, path, settings):
+  def __init__(self, path, settings, force=False):
     self._path = path
+    self._force = force
     self._settings = json.loads(json.dumps(settings, default=str))  # As read.
 
   def read(self):
@@ -56,16 +52,7 @@ class Partial:
       raise UserError(
         f'{self._path}: is not what an interrupted run leaves; move it away'
       ) from error
-    changed = [
-      f'{key} was {theirs.get(key)!r} and is {self._settings.get(key)!r}'
-      for key in sorted(theirs.keys() | self._settings.keys())
-      if theirs.get(key) != self._settings.get(key)
-    ]
-    if changed:
-      raise UserError(
-        f'{self._path} was begun with other settings: {"; ".join(changed)}; '
-        'go on with those, or delete it'
-      )
+    fingerprint.check(self._path, theirs, self._settings, self._force)
     return lines
 
   def append(self, lines):

@@ -1,12 +1,24 @@
-"""The final results of runs as one table; `tables` writes it.
+"""The results of runs, and many of them as one table; `tables` writes it.
 
-results.json of a run has '<set>/<metric>', '<set>/<metric>_std' (over the seeds
-of sampling), and '<set>/<metric>_11-50' of the references of so many tokens.
-'<set>/<metric>_stderr' and '<set>/task_version' are in no table.
+results.json of a training, or of a model that was evaluated, has
+
+  step, seed, recipe  of the training; runs of one recipe differ in their seed
+  template, is_teacher, peak_memory_gb
+  averages            {title: the sets that it is over}
+  best                {step, evaluators, metric, value} of what best/ holds, and
+                      by what it is the best
+  last                {step, evaluators} of the last evaluation
+
+and of each evaluator, where it applies, `source` and `data` (its digest),
+`rows` (scored), `dropped` ({reason: rows}), `shortened` prompts, `truncated`
+references, `task`, `task_version` and `metrics`: {name: {'mean', 'std' over
+seeds, 'stderr' over rows, 'by_seed', 'by_length': {bucket: the same}}}. null is
+what is not finite. Tables are of `best`.
 """
 
 import collections
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -15,30 +27,41 @@ from pathlib import Path
 
 from gakd_jax import report, rundir
 
-SEED = '[-_.]?seed[-_.]?'  # 'sft-seed2' is one of several runs of 'sft'
-BUCKETS = ('0-10', '11-50', '51-100', '101+')
-_KEY = re.compile(
-  r'(?P<set>.+)/(?P<metric>.+?)'
-  rf'(_(?P<bucket>{"|".join(map(re.escape, BUCKETS))}))?(?P<std>_std)?'
-)
-NAMES = {
-  'ce': 'CE',
-  'forward_kl': 'KL(teacher, student)',
-  'reverse_kl': 'KL(student, teacher)',
-  'accuracy': 'accuracy',
-  'rouge_l': 'ROUGE-L',
-  'comet': 'COMET',
-  'corpus_bleu': 'corpus BLEU',
-  'corpus_chrf': 'corpus chrF',
-  'exact_match': 'exact match',
-  'bleu': 'BLEU',
-  'chrf': 'chrF',
+BUCKETS = ('0-10', '11-50', '51-100', '101+')  # tokens of a reference
+# Metrics: what they are called, and which is the best. Tables have them in this
+# order, the losses and, of each set, one of the scores first.
+_LOSSES = {
+  'ce': ('CE', min),
+  'forward_kl': ('KL(teacher, student)', min),
+  'reverse_kl': ('KL(student, teacher)', min),
 }
-_LOSSES = ('ce', 'forward_kl', 'reverse_kl')
-# Of these, and of what their names begin with (`ece_gold`), less is better.
-_LESS_IS_BETTER = (*_LOSSES, 'jsd', 'ece', 'unfinished', 'left_out')
-# Of a set, what stands in the first table: its losses, and one of these.
-_HEADLINES = tuple(name for name in NAMES if name not in _LOSSES)
+_SCORES = {
+  'accuracy': ('accuracy', max),
+  'rouge_l': ('ROUGE-L', max),
+  'comet': ('COMET', max),
+  'corpus_bleu': ('corpus BLEU', max),
+  'corpus_chrf': ('corpus chrF', max),
+  'exact_match': ('exact match', max),
+  'bleu': ('BLEU', max),
+  'chrf': ('chrF', max),
+}
+_TOKENS = _LOSSES | {
+  'jsd': ('JSD', min),
+  'ece': ('calibration error', min),
+  'agreement': ('agreement', max),
+}
+_METRICS = (
+  _LOSSES
+  | _SCORES
+  | _TOKENS
+  | {'unfinished': ('unfinished', min)}
+  | {  # of `evals.fidelity`
+    f'{metric}_{text}': (f'{title}, {text}', best)
+    for text in ('gold', 'teacher', 'student')
+    for metric, (title, best) in _TOKENS.items()
+  }
+)
+NAMES = {metric: title for metric, (title, _) in _METRICS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,15 +99,14 @@ class Table:
         and self.rows[i][0] not in self.teachers
       }
       printed = {i: x for i, x in printed.items() if math.isfinite(x)}
-      if len(printed) > 1 and metric in NAMES:
-        better = min if metric in _LOSSES else max
-        best = better(printed.values())
+      if len(printed) > 1 and metric in _METRICS:
+        best = _METRICS[metric][1](printed.values())
         found |= {(i, j) for i, x in printed.items() if x == best}
     return found
 
 
-def is_better(key, new, old):
-  """Whether a value of '<set>/<metric>' is better than another, or than None.
+def is_better(metric, new, old):
+  """Whether a value of a metric is better than another, or than None.
 
   What is no number never is.
   """
@@ -92,9 +114,8 @@ def is_better(key, new, old):
     return False
   if old is None or math.isnan(old):
     return True
-  metric = key.rpartition('/')[2]
-  less = any(re.fullmatch(rf'{m}(_.*)?', metric) for m in _LESS_IS_BETTER)
-  return new < old if less else new > old
+  _, best = _METRICS.get(metric, (metric, max))
+  return new != old and best(new, old) == new
 
 
 def title(metric):
@@ -105,71 +126,90 @@ def title(metric):
 def labels(runs):
   """{name: what its row is called}; a row is of runs that differ in their seed.
 
-  Their configs tell, whatever they are called; for a model that was evaluated,
-  its gakd_jax.json. Of a run about which nothing is known, or of two with one
-  seed, each is a row.
+  Of a run whose recipe is not known, or of two with one seed, each is a row.
   """
-  groups, found = {}, {}
+  groups = {}
   for name, directory in runs.items():
-    about = _about(directory)
+    about = rundir.read_results(directory)
     recipe, seed = about.get('recipe'), about.get('seed')
     group = groups.setdefault(recipe or ('alone', name), {})
     if seed in group:
       group = groups[recipe, name] = {}
     group[seed] = name
-  for group in groups.values():
-    # What they have in common: without their seeds, in most.
-    common = {re.sub(rf'{SEED}{s}\b', '', name) for s, name in group.items()}
-    single = len(common) == 1 and common.isdisjoint(found.values())
-    for name in group.values():
-      found[name] = min(common) if single else name
+  found = {
+    name: _together([*group.values()])
+    for group in groups.values()
+    for name in group.values()
+  }
   return {name: found[name] for name in runs}
+
+
+def _together(names):
+  """'sft-{0,1}' for sft-0 and sft-1."""
+  if len(names) == 1:
+    return names[0]
+  columns = zip(*names, strict=False)
+  same = itertools.takewhile(lambda letters: len({*letters}) == 1, columns)
+  start = re.sub(r'\d+$', '', ''.join(letters[0] for letters in same))
+  return f'{start}{{{",".join(name[len(start) :] for name in names)}}}'
 
 
 def teachers(runs):
   """The rows of those that the others should behave like."""
   label = labels(runs)
-  return frozenset(label[n] for n, d in runs.items() if _is_teacher(_about(d)))
+  return frozenset(
+    label[name]
+    for name, directory in runs.items()
+    if rundir.read_results(directory).get('is_teacher')
+  )
 
 
-def _is_teacher(about):
-  """An evaluation says so; a run of a teacher is a student of itself.
+def _evaluators(directory):
+  """{set: what was measured}, with the averages over sets that are all there.
 
-  One that was not trained: from the same path others start.
+  An average has no deviation: those of its sets do not tell it.
   """
-  config = about.get('config') or {}
-  paths = [(config.get(x) or {}).get('path') for x in ('student', 'teacher')]
-  is_itself = paths[0] == paths[1] is not None
-  is_trained = (config.get('train') or {}).get('steps', 0) != 0
-  return about.get('is_teacher') or (is_itself and not is_trained)
+  about = rundir.read_results(directory)
+  found = dict(about['best']['evaluators'])
+  for name, sets in about.get('averages', {}).items():
+    if found.keys() >= {*sets}:
+      parts = [found[x] for x in sets]
+      shared = set.intersection(*({*x['metrics']} for x in parts))
+      found[name] = {
+        'data': [x.get('data') for x in parts],
+        'metrics': {
+          metric: {
+            'mean': statistics.fmean(
+              _number(x['metrics'][metric]['mean']) for x in parts
+            )
+          }
+          for metric in parts[0]['metrics']
+          if metric in shared
+        },
+      }
+  return found
 
 
-def _about(directory):
-  """What a run, or an evaluation of a model, says of itself."""
-  for file in ('config.json', 'model.json'):
-    if (Path(directory) / file).exists():
-      return json.loads((Path(directory) / file).read_text())
-  return {}
+def _titles(evaluators):
+  """{run: {set: what it is called}} of {run: `_evaluators`}.
 
-
-def _sets(runs):
-  """{run: {set: what it is called}}; with other rows, one of a name is another.
-
-  As validation and test rows are, whatever evaluator they were given to.
+  With other rows, one of a name is another, as validation and test rows are.
   """
   digests, titles = {}, {}
-  for run, directory in runs.items():
-    about = _about(directory)
-    found = about.get('data') or about.get('contents') or {}
+  for run, found in evaluators.items():
     digests[run] = {
-      key.removeprefix('config.evals.'): x for key, x in found.items()
+      name: json.dumps(x.get('data')) for name, x in found.items()
     }
     for name, digest in digests[run].items():
       of_name = titles.setdefault(name, {})
-      title = f'{name} ({_data(about, name) or len(of_name) + 1})'
-      if title in of_name.values():
-        title = f'{title} {len(of_name) + 1}'
-      of_name.setdefault(digest, title)
+      source = found[name].get('source')
+      where = (
+        '/'.join(Path(source).parts[-2:]) if isinstance(source, str) else ''
+      )
+      text = f'{name} ({where or len(of_name) + 1})'
+      if text in of_name.values():
+        text = f'{text} {len(of_name) + 1}'
+      of_name.setdefault(digest, text)
   return {
     run: {
       name: titles[name][digest] if len(titles[name]) > 1 else name
@@ -179,37 +219,30 @@ def _sets(runs):
   }
 
 
-def _data(about, name):
-  """Where the rows of an evaluator come from, as short as it can be told."""
-  config = about.get('config') or {}
-  settings = (config.get('evals') or {}).get(name) or {}
-  spec = settings.get('data') or (config.get('data') or {}).get('validation')
-  return '/'.join(Path(spec).parts[-2:]) if isinstance(spec, str) else None
-
-
 def read(runs):
   """{label: [{(set, metric, bucket or None): Cell}]}, a dict for each run."""
-  groups, label, sets = {}, labels(runs), _sets(runs)
-  for name, directory in runs.items():
+  label = labels(runs)
+  evaluators = {name: _evaluators(path) for name, path in runs.items()}
+  titles, groups = _titles(evaluators), {}
+  for run, found in evaluators.items():
     cells = {}
-    for key, value in rundir.read_results(directory).items():
-      match = _KEY.fullmatch(key)
-      if match and not key.endswith(('_stderr', '/task_version')):
-        where = sets[name].get(match['set'], match['set'])
-        where = where, match['metric'], match['bucket']
-        old = cells.get(where, Cell(mean=None))
-        new = {'std': value} if match['std'] else {'mean': value}
-        cells[where] = dataclasses.replace(old, **new)
-    cells = {k: cell for k, cell in cells.items() if cell.mean is not None}
-    groups.setdefault(label[name], []).append(cells)
+    for name, evaluator in found.items():
+      for metric, x in evaluator['metrics'].items():
+        for bucket, part in ({None: x} | x.get('by_length', {})).items():
+          key = titles[run][name], metric, bucket
+          cells[key] = Cell(_number(part['mean']), part.get('std'))
+    groups.setdefault(label[run], []).append(cells)
   return groups
+
+
+def _number(x):
+  return math.nan if x is None else x
 
 
 def tables(groups, teachers=frozenset()):
   """Two tables, of what is compared first, and of all other results.
 
-  Sets that share a metric have its average beside them. A set that only one of
-  many was measured on compares nothing.
+  A set that only one of many was measured on compares nothing.
   """
   columns = dict.fromkeys(
     (where, metric)
@@ -231,7 +264,7 @@ def tables(groups, teachers=frozenset()):
     (where, metric)
     for where, metrics in of_set.items()
     for metric in [
-      *[x for x in _HEADLINES if x in metrics][:1],
+      *[x for x in _SCORES if x in metrics][:1],
       *[x for x in _LOSSES if x in metrics],
     ]
   ]
@@ -251,27 +284,18 @@ def by_length(groups):
 
 
 def _table(groups, columns, teachers):
-  order = {name: i for i, name in enumerate(NAMES)}
+  order = {name: i for i, name in enumerate(_METRICS)}
   metrics = dict.fromkeys(metric for _, metric in columns)
-  ordered = []
-  for metric in sorted(metrics, key=lambda m: order.get(m, len(order))):
-    sets = [where for where, m in columns if m == metric]
-    ordered += [(where, metric, sets) for where in sets]
-    if len(sets) > 1:
-      ordered.append(('average', metric, sets))
+  columns = tuple(
+    column
+    for metric in sorted(metrics, key=lambda m: order.get(m, len(order)))
+    for column in columns
+    if column[1] == metric
+  )
   rows = tuple(
-    (
-      name,
-      tuple(
-        _cell(runs, (where, metric, None))
-        if where in sets
-        else _average(runs, metric, sets)
-        for where, metric, sets in ordered
-      ),
-    )
+    (name, tuple(_cell(runs, (*column, None)) for column in columns))
     for name, runs in groups.items()
   )
-  columns = tuple((where, metric) for where, metric, _ in ordered)
   return Table(columns, rows, teachers)
 
 
@@ -280,30 +304,16 @@ def _cell(runs, key):
   cells = [cells[key] for cells in runs if key in cells]
   if len(cells) < 2:
     return cells[0] if cells else None
-  means = [cell.mean for cell in cells]
-  return _mean(means)
+  return Cell(*spread([cell.mean for cell in cells]))
 
 
-def _average(runs, metric, sets):
-  """Over sets, if all are there: what others averaged would be no equal.
-
-  One run has no deviation: those of its sets do not tell that of their mean.
-  """
-  keys = [(where, metric, None) for where in sets]
-  means = [
-    statistics.fmean(cells[key].mean for key in keys)
-    for cells in runs
-    if all(key in cells for key in keys)
-  ]
-  if len(means) < 2:
-    return Cell(means[0]) if means else None
-  return _mean(means)
-
-
-def _mean(values):
+def spread(values):
+  """Mean and standard deviation of some values; of one, the latter is None."""
   mean = statistics.fmean(values)
+  if len(values) < 2:
+    return mean, None
   # `stdev` computes with fractions, and no fraction is NaN.
-  return Cell(mean, statistics.stdev(values) if math.isfinite(mean) else mean)
+  return mean, statistics.stdev(values) if math.isfinite(mean) else math.nan
 
 
 def _format(cells):

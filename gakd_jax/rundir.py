@@ -6,7 +6,6 @@ writes, results.json once it has finished, report.html.
 """
 
 import json
-import math
 from pathlib import Path
 
 from gakd_jax import UserError, report
@@ -88,19 +87,29 @@ def is_finished(workdir):
 
 
 def finish(workdir, results):
-  """Records a run's final numbers; with them, it is finished."""
+  """Records a run's results, see `results`; with them, it is finished."""
   report.write_atomically(
     Path(workdir) / 'results.json', report.to_json(results, indent=2) + '\n'
   )
 
 
 def read_results(workdir):
-  """{'<set>/<metric>': value}; what is not finite is NaN."""
-  results = json.loads((Path(workdir) / 'results.json').read_text('utf-8'))
-  return {
-    key: value if value is not None and math.isfinite(value) else math.nan
-    for key, value in results.items()
-  }
+  """Of a finished run; None is what was not finite.
+
+  Raises:
+    UserError: for what is no results.json of this version.
+  """
+  path = Path(workdir) / 'results.json'
+  try:
+    results = json.loads(path.read_text('utf-8'))
+    for when in ('best', 'last'):
+      results[when]['evaluators'].items()
+  except (ValueError, LookupError, TypeError, AttributeError) as error:
+    raise UserError(
+      f'{path}: of an earlier version, or none of ours; delete it, and the run '
+      'or evaluation makes it anew, or use another --workdir'
+    ) from error
+  return results
 
 
 def read_rollouts(workdir):

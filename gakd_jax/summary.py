@@ -156,7 +156,7 @@ def _bars(table, palette):
   shown = []
   for j, (where, metric) in enumerate(table.columns):
     rows = [(name, name, *score) for name, *score in _scores(table, j)]
-    if where != 'average' and len(rows) > 1:
+    if len(rows) > 1:
       title = f'{where} {results.title(metric)}'
       shown.append(figures.bars(title, rows, palette))
   return page.grid(shown)

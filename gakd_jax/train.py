@@ -6,7 +6,6 @@ runs that build on each other.
 """
 
 import contextlib
-import functools
 import re
 import resource
 import signal
@@ -15,13 +14,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from gakd_jax import (
   Interrupted,
   UserError,
   best,
   build,
+  chosen,
   fingerprint,
   inputs,
   keys,
@@ -34,7 +33,6 @@ from gakd_jax import (
   trackers,
 )
 from gakd_jax import checkpoint as checkpoint_lib
-from gakd_jax import results as results_lib
 from gakd_jax.evals import evaluator as evaluator_lib
 
 
@@ -71,7 +69,7 @@ def run(config, workdir, root=None, force=False):
 
 def _run(config, workdir, root, force):
   _forget_peak_memory()
-  fingerprint.record(config, workdir, force)
+  fingerprint.begin(workdir, force, config=fingerprint.as_json(config))
   if rundir.is_finished(workdir):
     if not (workdir / 'report.html').exists():  # It was stopped just there.
       _write_report(config, workdir)
@@ -85,14 +83,31 @@ def _run(config, workdir, root, force):
     best.template_of(config.teacher.path, config.data.template)
   mesh = sharding.make_mesh(**config.mesh)
   with jax.set_mesh(mesh):
-    current = build.build(config, workdir, mesh)
-    fingerprint.note(workdir, models=_origins(config))
-    fingerprint.check_contents(workdir, _contents(current), force)
+    current = build.build(config, workdir, mesh, force)
+    contents = _contents(current)
+    fingerprint.begin(
+      workdir, force, contents=contents, models=_origins(config)
+    )
     evaluates_only = config.train.steps == 0
-    results = (_evaluate_only if evaluates_only else _train)(current)
+    found = (_evaluate_only if evaluates_only else _train)(current)
+  results = {
+    'step': found['last']['step'],
+    **best.recipe(config),
+    'template': config.data.template,
+    'is_teacher': evaluates_only and _is_teacher(config, contents),
+    'averages': {k: [*x] for k, x in config.report.averages.items()},
+    'peak_memory_gb': _peak_memory_gb(),
+    **found,
+  }
   rundir.finish(workdir, results)
   _write_report(config, workdir)
-  return results
+  return rundir.read_results(workdir)
+
+
+def _is_teacher(config, contents):
+  """Whether the student, as it is, is its own teacher."""
+  student, teacher = contents['config.student'], contents.get('config.teacher')
+  return student == teacher and config.student.shape is None
 
 
 def _write_report(config, workdir):
@@ -113,7 +128,7 @@ def _origins(config):
 
 
 def _contents(run):
-  """What the files of a run hold; see `fingerprint.check_contents`."""
+  """What the files of a run hold; see `fingerprint.begin`."""
   c = run.config
   paths = {
     'config.student': c.student.path,
@@ -123,10 +138,7 @@ def _contents(run):
   contents = {name: models.identity(p) for name, p in paths.items() if p}
   if run.texts is not None:
     contents['config.data.train'] = run.texts.digest
-  return contents | {
-    f'config.evals.{name}': digest
-    for name, digest in evaluator_lib.contents(run.evaluators).items()
-  }
+  return contents | evaluator_lib.contents(run.evaluators)
 
 
 def _evaluate_only(run):
@@ -134,9 +146,9 @@ def _evaluate_only(run):
   if run.writer.makes_rows:
     inputs.teacher_answers(run)
   params = run.start()
-  results = _evaluate(run, params, 0, run.evaluators)
-  _export(run, params, 0)
-  return results
+  found = chosen.evaluate(run, params, 0, run.evaluators, run.workdir)
+  chosen.export(run, params, found)
+  return {'best': found, 'last': found}
 
 
 def _train(run):
@@ -147,7 +159,7 @@ def _train(run):
   checkpoints = checkpoint_lib.Checkpoints(
     run.workdir / 'checkpoints', c.checkpoint.keep
   )
-  host = {'best': None, 'is_best': False, 'results': {}}
+  host = chosen.start()
   with contextlib.closing(checkpoints):
     if checkpoints.latest_step() is None:
       state = training.init()
@@ -155,13 +167,14 @@ def _train(run):
       state, host = checkpoints.restore(training.state)
       batches.set_state(host['data'])
       print(f'continuing from step {int(state.step)}', flush=True)
-      if host.get('is_best'):  # The export may be what was interrupted.
-        _export(run, state.params['student'], int(state.step), host['best'])
-    return _loop(run, state, host, training.step, batches, total, checkpoints)
+      if host['is_best']:  # The export may be what was interrupted.
+        chosen.export(run, state.params['student'], host['best'])
+    state = _loop(run, state, host, training.step, batches, total, checkpoints)
+  return chosen.of_best(run, state, host)
 
 
 def _loop(run, state, host, train_step, batches, total, checkpoints):
-  """Steps to `total`; returns the results of the last evaluation."""
+  """Steps to `total`, or until `host` says that it is enough: the state."""
   c = run.config
   start = int(state.step)
   rollouts = rollout_log.RolloutLog(run, start, total)
@@ -175,7 +188,27 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
     _stop_requests() as stop,
     _Log(run, start, total) as log,
   ):
+
+    def evaluate(params, now, names):
+      log.flush()
+      found = chosen.evaluate(
+        run, params, now, names, run.workdir / chosen.LAST
+      )
+      log.write(now, evaluator_lib.curves(found['evaluators']))
+      chosen.choose(c.checkpoint, host, found)
+
+    if start == 0 and c.eval_first:
+      evaluate(state.params['student'], 0, run.evaluators)
+      if host['is_best']:
+        chosen.export(run, state.params['student'], host['best'])
     for now in range(start + 1, total + 1):
+      if chosen.is_enough(c.checkpoint, host) and not texts.ahead:
+        print(
+          f'stopped at step {now - 1} of {total}: {c.checkpoint.best_metric} '
+          f'was no better {host["no_better"]} times',
+          flush=True,
+        )
+        break
       rollouts.write(state.params['student'], now - 1)
       batch, about_text = texts.next(state.params['student'], now)
       size = jnp.count_nonzero(batch.student.segments_BT)
@@ -188,20 +221,15 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
         if due(settings.get('every', c.eval_every), now)
       ]
       if names or due(c.eval_every, now):
-        log.flush()
-        params = state.params['student']
-        host['results'] = _evaluate(run, params, now, names)
-        log.write(now, host['results'])
-        if _is_better(c.checkpoint, host['results'], host['best']):
-          host['is_best'] = True
-          host['best'] = host['results'].get(c.checkpoint.best_metric)
+        evaluate(state.params['student'], now, names)
       wants_to_save |= due(c.checkpoint.every, now) or stop.requested
+      wants_to_save |= chosen.is_enough(c.checkpoint, host)
       if wants_to_save and not texts.ahead:
         wants_to_save = False
         log.flush()  # What is saved is not logged again.
         checkpoints.save(now, state, host | {'data': batches.get_state()})
       if host['is_best']:  # Only then: an export that fails loses no step.
-        _export(run, state.params['student'], int(state.step), host['best'])
+        chosen.export(run, state.params['student'], host['best'])
       if stop.requested and now < total and not texts.ahead:
         checkpoints.wait()
         raise Interrupted(
@@ -209,8 +237,8 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
           'continues from there'
         )
     checkpoints.wait()
-  rollouts.write(state.params['student'], total)
-  return host['results'] | {'peak_memory_gb': _peak_memory_gb()}
+  rollouts.write(state.params['student'], int(state.step))
+  return state
 
 
 class _Texts:
@@ -318,50 +346,6 @@ def _stop_requests():
   finally:
     for number, handler in previous.items():
       signal.signal(number, handler)
-
-
-def _evaluate(run, params, now, names):
-  """{'generation/rouge_l': ...} of the evaluators of these names."""
-  results = {}
-  for name, evaluator in run.evaluators.items():
-    if name not in names:
-      continue
-    subject = run.subject_of(evaluator)
-    results |= evaluator_lib.measure(evaluator, subject, params, now)
-  return results
-
-
-def _is_better(config, results, best):
-  if config.best_metric is None:
-    return True
-  name = config.best_metric.partition('/')[0]
-  if not any(key.startswith(f'{name}/') for key in results):
-    return False  # It is not measured at every evaluation.
-  if config.best_metric not in results:
-    raise UserError(
-      f'config.checkpoint.best_metric={config.best_metric!r} is not measured; '
-      f'known are {", ".join(results)}'
-    )
-  return results_lib.is_better(
-    config.best_metric, results[config.best_metric], best
-  )
-
-
-def _export(run, params, step, value=None):
-  """The student as a Hugging Face directory, best/: its adapters, if any."""
-  params = run.models.whole(params)
-  if run.config.student.lora is None:  # Adapters are fp32, as PEFT has them.
-    dtype = run.config.student.dtype
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
-  student = nnx.merge(run.models.student_definition, params)
-  metric = None if value is None else (run.config.checkpoint.best_metric, value)
-  models.save(
-    student,
-    run.workdir / 'best',
-    describe=functools.partial(
-      best.describe, config=run.config, step=step, metric=metric
-    ),
-  )
 
 
 def _forget_peak_memory():

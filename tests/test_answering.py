@@ -275,6 +275,7 @@ def test_training_goes_on_with_the_teachers_answers(
       types.SimpleNamespace(
         config=config,
         workdir=workdir,
+        force=False,
         writer=rollout.make(**config.rollout),
         models=pair.make(
           subject[0], subject[0], dtype='float32', tokenizers=[subject[1]] * 2

@@ -89,6 +89,6 @@ def test_a_teacher_of_another_tokenizer_reads_no_ids_of_the_student(config):
   cross = dataclasses.replace(run, objective=Cross())
   for kind, reads in ((loss.Loss, True), (generation.Generation, False)):
     assert kind.teacher_reads_student_ids == reads
-    subjects = run.subject_of(kind), cross.subject_of(kind)
+    subjects = (x.subject_of(kind, None) for x in (run, cross))
     have = [s.models.teacher_definition is not None for s in subjects]
     assert have == [True, not reads]

@@ -92,6 +92,11 @@ def whole(data_file, paths, tmp_path_factory):
   return workdir, evaluate.run(c, [paths['small'], paths['run']], workdir)
 
 
+def metrics(results, *names):
+  """What was measured on some sets."""
+  return [results['best']['evaluators'][name]['metrics'] for name in names]
+
+
 def contents(workdir):
   """{file: bytes} of all that an evaluation gives twice."""
   return {
@@ -112,32 +117,46 @@ def test_leaves_scores_answers_and_comparisons(whole):
   files = {
     f'{model}/{file}'
     for model in results
-    for file in ('results.json', 'model.json', *answers)
+    for file in ('results.json', 'config.json', *answers)
   }
-  files |= {'table.md', 'table.tex', 'comparisons.json', 'config.json'}
+  files |= {'table.md', 'table.tex', 'comparisons.json'}
   assert files == contents(workdir).keys()
   assert not list(workdir.rglob('*.partial'))
   for name, found in results.items():
     assert rundir.read_results(workdir / name) == found
-    assert found['sampled/rouge_l_std'] >= 0
-    assert 'greedy/rouge_l_std' not in found
-    assert found['greedy/rouge_l_stderr'] >= 0
-    assert found['greedy/task_version'] == 1
+    assert found['is_teacher'] == (name == 'large')
+    assert (found['template'], found['recipe']) == ('chat', None)
+    assert found['best'] == found['last']
+    evaluators = found['best']['evaluators']
+    assert list(evaluators) == ['loss', 'sampled', 'greedy', 'fidelity']
+    assert len({x['data'] for x in evaluators.values()}) == 1
+    assert {x['rows'] for x in evaluators.values()} == {len(ROWS)}
+    sampled, greedy, fidelity = metrics(found, 'sampled', 'greedy', 'fidelity')
+    assert sampled['rouge_l']['by_seed'].keys() == {'1', '2'}
+    assert sampled['rouge_l']['std'] >= 0
+    assert 'std' not in greedy['rouge_l']
+    assert greedy['rouge_l']['stderr'] >= 0
+    assert evaluators['greedy']['task_version'] == 1
     # The teacher is its own.
-    assert (found['fidelity/reverse_kl_gold'] == 0) == (name == 'large')
-    assert (found['fidelity/agreement_teacher'] == 1) == (name == 'large')
-    assert found['sampled/answer_tokens'] > 0
+    same = fidelity['reverse_kl_gold']['mean'] == 0
+    assert same == (name == 'large')
+    same = fidelity['agreement_teacher']['mean'] == 1
+    assert same == (name == 'large')
+    assert sampled['answer_tokens']['mean'] > 0
   speed = json.loads((workdir / 'small' / 'speed.json').read_text())
   assert speed['sampled-1']['tokens_per_second'] > 0
   comparisons = json.loads((workdir / 'comparisons.json').read_text())
   assert [(x['set'], x['a'], x['b']) for x in comparisons] == [
     (s, a, b)
-    for s in ('greedy', 'sampled')
+    for s in ('sampled', 'greedy')
     for b, a in (('large', 'small'), ('large', 'run'), ('small', 'run'))
   ]
   for x in comparisons:
-    key = f'{x["set"]}/{x["metric"]}'
-    difference = results[x['a']][key] - results[x['b']][key]
+    a, b = (
+      metrics(results[x[side]], x['set'])[0][x['metric']]['mean']
+      for side in ('a', 'b')
+    )
+    difference = a - b
     assert x['difference'] == pytest.approx(difference)
   assert 'Comparisons</h2>' in (workdir / 'report.html').read_text()
 
@@ -269,8 +288,12 @@ def test_two_processes_share_an_evaluation(
   assert [p.returncode for p in running] == [0, 0]
   results = [json.loads(text.splitlines()[-1])['small'] for text in said]
   assert results[0] == results[1]
-  for key in ('loss/ce', 'loss/ece'):
-    assert results[0][key] == pytest.approx(whole[1]['small'][key], rel=1e-4)
+  (found,), (alone,) = (
+    metrics(x, 'loss') for x in (results[0], whole[1]['small'])
+  )
+  for key in ('ce', 'ece'):
+    expected = pytest.approx(alone[key]['mean'], rel=1e-4)
+    assert found[key]['mean'] == expected
   file = 'small/answers/sampled-1.jsonl'
   found = (tmp_path / 'eval' / file).read_text()
   assert found == (whole[0] / file).read_text()
@@ -299,7 +322,7 @@ def test_other_weights_in_the_same_place_are_refused(
   evaluate.run(config, [model], tmp_path / 'eval')
   model.rename(tmp_path / 'before')
   tiny_model_dir(seed=4).rename(model)
-  with pytest.raises(UserError, match='has the answers of other weights'):
+  with pytest.raises(UserError, match=r'contents.--model was'):
     evaluate.run(config, [model], tmp_path / 'eval')
   # A copy is the same model.
   (tmp_path / 'before').rename(tmp_path / 'copies')
@@ -308,32 +331,78 @@ def test_other_weights_in_the_same_place_are_refused(
   ) != evaluate.models.identity(model)
 
 
-def test_other_test_rows_or_rules_are_refused(
-  config, paths, tmp_path, write_rows, monkeypatch
+def test_other_rows_rules_or_settings_are_refused_or_forced(
+  config, paths, tmp_path, write_rows, monkeypatch, capsys
 ):
   config.teacher.path = None
   rows = write_rows(ROWS[:2])
   greedy = config.evals.greedy.to_dict()
   config.evals = {'greedy': greedy | {'data': rows}}
-  evaluate.run(config, [paths['small']], tmp_path)
-  known = json.loads((tmp_path / 'small/model.json').read_text())
-  assert known['tasks'] == {'greedy': 'instruct, version 1'}
+
+  def run(force=False):
+    found = evaluate.run(config, [paths['small']], tmp_path, force)
+    return found['small']['best']['evaluators']['greedy']
+
+  found = run()
+  assert (found['task'], found['task_version']) == ('instruct', 1)
   with monkeypatch.context() as patch:
     newer = dataclasses.replace(tasks.TASKS['instruct'], version=2)
     patch.setitem(tasks.TASKS, 'instruct', newer)
-    with pytest.raises(UserError, match=r'scored by other rules .*version 2'):
-      evaluate.run(config, [paths['small']], tmp_path)
+    with pytest.raises(UserError, match=r'greedy was .*version 1.*version 2'):
+      run()
+    assert run(force=True)['task_version'] == 2
+    assert 'forced: contents.config.evals.greedy' in capsys.readouterr().out
+    run()  # It is what was measured now.
+    assert 'small: has been measured' in capsys.readouterr().out
+  run(force=True)
   Path(rows).write_text(json.dumps(ROWS[3]) + '\n')
-  with pytest.raises(UserError, match='the data has changed'):
+  with pytest.raises(UserError, match=r'evals.greedy was .* and is .*--force'):
+    run()
+  assert run(force=True)['rows'] == 1
+  config.evals.greedy.max_new_tokens = 3
+  with pytest.raises(UserError, match='max_new_tokens was 6 and is 3; go on'):
+    run()
+  config.evals.greedy.max_new_tokens = 6
+  config.evals.greedy.batch_size = 1  # It is how, not what.
+  assert run()['rows'] == 1
+
+
+def test_results_of_an_earlier_version_are_said(config, paths, tmp_path):
+  config.teacher.path = None
+  config.evals = {'greedy': config.evals.greedy.to_dict() | {'limit': 1}}
+  (tmp_path / 'small').mkdir()
+  (tmp_path / 'small/results.json').write_text('{"greedy/rouge_l": 1.0}')
+  with pytest.raises(UserError, match=r'results.json: of an earlier version'):
     evaluate.run(config, [paths['small']], tmp_path)
+
+
+def test_an_interrupted_evaluation_goes_on_in_other_batches(
+  config, paths, tmp_path, monkeypatch
+):
+  config.teacher.path = None
+  config.evals = {'greedy': config.evals.greedy.to_dict()}
+  append = partial.Partial.append
+
+  def dying(self, lines):
+    append(self, lines)
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(partial.Partial, 'append', dying)
+    with pytest.raises(KeyboardInterrupt):
+      evaluate.run(config, [paths['small']], tmp_path)
+  config.evals.greedy.batch_size = 3
+  found = evaluate.run(config, [paths['small']], tmp_path)['small']
+  assert found['best']['evaluators']['greedy']['rows'] == len(ROWS)
 
 
 def test_answers_of_other_settings_are_not_gone_on_with(tmp_path):
   path = tmp_path / 'a.partial'
   partial.Partial(path, {'t': 1}).append([{'index': 0}])
   assert partial.Partial(path, {'t': 1}).read() == [{'index': 0}]
-  with pytest.raises(UserError, match='with other settings'):
+  with pytest.raises(UserError, match=r'a.partial was begun with .*: t was 1'):
     partial.Partial(path, {'t': 2}).read()
+  assert partial.Partial(path, {'t': 2}, force=True).read() == [{'index': 0}]
   assert partial.Partial(tmp_path / 'none', {}).read() == []
   # Not even its first line was finished.
   path.write_bytes(b'{"settings": "ab')
@@ -394,7 +463,7 @@ def test_every_suite_runs(name, paths, write_rows, data_file, tmp_path):
   results = evaluate.run(config, [paths['small']], tmp_path)['small']
   for key in config.evals:
     if key != 'fidelity':  # There is no teacher.
-      assert any(metric.startswith(f'{key}/') for metric in results)
+      assert metrics(results, key)[0]
 
 
 def binary(*arguments):
@@ -474,7 +543,7 @@ def test_a_student_is_measured_with_the_template_it_was_trained_with(
     workdir = tmp_path / name
     evaluate.run(config, [str(tmp_path / 'run'), paths['small']], workdir)
     found[name] = [
-      json.loads((workdir / model / 'model.json').read_text())['template']
+      rundir.read_results(workdir / model)['template']
       for model in ('run', 'small')
     ]
   assert found == {'own': ['alpaca', 'qwen3'], 'other': ['chat', 'chat']}

@@ -16,6 +16,10 @@ def config():
   return c
 
 
+def record(config, workdir, force=False):
+  fingerprint.begin(workdir, force, config=fingerprint.as_json(config))
+
+
 def read(workdir):
   return json.loads((workdir / 'config.json').read_text())
 
@@ -36,14 +40,14 @@ def read(workdir):
   ],
 )
 def test_how_it_is_carried_out_may_change(config, tmp_path, capsys, key, value):
-  fingerprint.record(config, tmp_path)
+  record(config, tmp_path)
   config.update_from_flattened_dict({key: value})
-  fingerprint.record(config, tmp_path)
+  record(config, tmp_path)
   said = capsys.readouterr().out
-  assert said.startswith(f'{tmp_path}: {key} was ')
+  assert said.startswith(f'{tmp_path}: config.{key} was ')
   assert said.endswith(f' and is {value!r}\n')
   assert fingerprint.flatten(read(tmp_path)['config'])[key] == value
-  fingerprint.record(config, tmp_path)
+  record(config, tmp_path)
   assert not capsys.readouterr().out
 
 
@@ -61,54 +65,94 @@ def test_how_it_is_carried_out_may_change(config, tmp_path, capsys, key, value):
   ],
 )
 def test_what_is_computed_may_not(config, tmp_path, capsys, key, value):
-  fingerprint.record(config, tmp_path)
+  record(config, tmp_path)
   before = (tmp_path / 'config.json').read_bytes()
   with config.unlocked():
     config.update_from_flattened_dict({key: value})
   with pytest.raises(UserError, match=f'{key} was .* or --force'):
-    fingerprint.record(config, tmp_path)
+    record(config, tmp_path)
   assert (tmp_path / 'config.json').read_bytes() == before
-  fingerprint.record(config, tmp_path, force=True)
-  assert f'forced: {key} was' in capsys.readouterr().out
-  fingerprint.record(config, tmp_path)
+  record(config, tmp_path, force=True)
+  assert f'forced: config.{key} was' in capsys.readouterr().out
+  record(config, tmp_path)
 
 
 def test_a_finished_run_keeps_what_it_was_made_with(config, tmp_path):
-  fingerprint.record(config, tmp_path)
+  record(config, tmp_path)
   (tmp_path / 'results.json').write_text('{}')
   before = (tmp_path / 'config.json').read_bytes()
   config.report.answers = 0
-  fingerprint.record(config, tmp_path)
+  record(config, tmp_path)
   assert (tmp_path / 'config.json').read_bytes() == before
 
 
 def test_versions_are_recorded_and_what_changed_is_said(
   config, tmp_path, monkeypatch, capsys
 ):
-  fingerprint.record(config, tmp_path)
+  record(config, tmp_path)
   versions = read(tmp_path)['versions']
   assert versions['python'] == '.'.join(map(str, sys.version_info[:3]))
   assert versions.keys() >= {'gakd_jax', 'jax', 'tokenizers', 'sacrebleu'}
   newer = versions | {'numpy': '99.1'}
   monkeypatch.setattr(fingerprint, '_versions', lambda: newer)
-  fingerprint.record(config, tmp_path)
+  record(config, tmp_path)
   assert capsys.readouterr().out == (
-    f"{tmp_path}: version of numpy was {versions['numpy']!r} and is '99.1'\n"
+    f"{tmp_path}: versions.numpy was {versions['numpy']!r} and is '99.1'\n"
   )
+  assert read(tmp_path)['versions'] == versions  # Those it began with.
 
 
 def test_contents_are_compared_by_name(config, tmp_path, capsys):
-  fingerprint.record(config, tmp_path)
-  fingerprint.check_contents(tmp_path, {'data': 'a', 'student': 'b'})
-  fingerprint.check_contents(tmp_path, {'data': 'a', 'student': 'b'})
-  with pytest.raises(UserError, match='than there are now: data; use'):
-    fingerprint.check_contents(tmp_path, {'data': 'c', 'student': 'b'})
-  other = {'data': 'c', 'student': 'b'}
-  fingerprint.check_contents(tmp_path, other, force=True)
+  def begin(force=False, **contents):
+    fingerprint.begin(tmp_path, force, contents=contents)
+
+  record(config, tmp_path)
+  begin(data='a', student='b')
+  begin(data='a', student='b')
+  with pytest.raises(
+    UserError, match=r"something else: contents.data was 'a' and is 'c'; go on"
+  ):
+    begin(data='c', student='b')
+  with pytest.raises(UserError, match=r"contents.more was None and is 'd'; go"):
+    begin(data='a', student='b', more='d')
+  begin(force=True, data='c', student='b')
   assert capsys.readouterr().out == (
-    f'{tmp_path}: forced: other contents of data\n'
+    f"{tmp_path}: forced: contents.data was 'a' and is 'c'\n"
   )
-  assert read(tmp_path)['contents'] == other
+  assert read(tmp_path)['contents'] == {'data': 'c', 'student': 'b'}
+  assert read(tmp_path)['config'] == fingerprint.as_json(config)
+
+
+def test_what_is_forced_to_change_has_not_finished(config, tmp_path):
+  record(config, tmp_path)
+  (tmp_path / 'results.json').write_text('{}')
+  config.mesh.fsdp = 4
+  record(config, tmp_path, force=True)
+  assert (tmp_path / 'results.json').exists()
+  config.seed = 1
+  with pytest.raises(UserError, match=r'config.seed was 0 and is 1'):
+    record(config, tmp_path)
+  record(config, tmp_path, force=True)
+  assert not (tmp_path / 'results.json').exists()
+  assert read(tmp_path)['config']['seed'] == 1
+
+
+def test_a_recipe_is_what_runs_share_but_for_their_seed():
+  def of(origins=(), **config):
+    config = {'seed': 0, 'train': {'steps': 3}} | config
+    return fingerprint.recipe(config, dict(origins))
+
+  assert of(mesh={'data': 8}) == of(mesh={'data': 1})
+  assert of(train={'steps': 4}) != of()
+  assert of(seed=1)['recipe'] == of()['recipe']
+  assert of(seed=1)['seed'] == 1
+  # What they start from counts by its own recipe, whatever it is called.
+  one, other = of(start='sft-seed0'), of(start='sft-seed1', seed=1)
+  assert one['recipe'] != other['recipe']
+  names = {'sft-seed0': 'sft', 'sft-seed1': 'sft'}
+  one = of(names, data=['sft-seed0', 'x'])
+  other = of(names, data=['sft-seed1', 'x'], seed=1)
+  assert one['recipe'] == other['recipe'] != of(names, data=['x'])['recipe']
 
 
 def test_a_lock_is_let_go_of(tmp_path):

@@ -18,7 +18,7 @@ ALL = PACKAGE + [
 LEVELS = (
   ('main', 'evaluate', 'generate'),
   ('train', 'plan', 'check'),
-  ('rollout_log',),
+  ('rollout_log', 'chosen'),
   ('build', 'inputs', 'best'),
   ('step', 'rollout', 'writing', 'answering', 'evals'),
   ('objectives', 'speculative', 'sampling', 'sampler', 'flops'),

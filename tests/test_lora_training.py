@@ -12,10 +12,11 @@ import safetensors.numpy
 from flax import nnx
 
 from configs import base
-from gakd_jax import UserError, models, objectives, optim, step, train
+from gakd_jax import UserError, chosen, models, objectives, optim, step, train
 from gakd_jax.data import pipeline
 from gakd_jax.models import convert, lora, pair, quantized, transformer
 from gakd_jax.objectives.base import Own
+from tests.written import value
 
 B, T, V, D = 4, 10, 90, 16
 CONFIG = models.DecoderConfig(
@@ -237,16 +238,45 @@ def test_a_run_writes_adapters_and_the_next_goes_on_with_them(config, tmp_path):
   config.student.path = str(best)
   config.optimizer.learning_rate = 1e-9
   second = train.run(config, tmp_path / 'second')
-  assert second['loss/ce'] == pytest.approx(first['loss/ce'], rel=1e-5)
+  assert value(second['best'], 'loss/ce') == pytest.approx(
+    value(first['best'], 'loss/ce'), rel=1e-5
+  )
 
   # As a teacher it is base and adapter; to train all weights, it is merged.
   config.teacher.path = str(best)
   config.student.lora = None
   config.objective = {'name': 'kld'}
   third = train.run(config, tmp_path / 'third')
-  assert third['loss/ce'] == pytest.approx(first['loss/ce'], rel=1e-4)
-  assert third['loss/forward_kl'] == pytest.approx(0, abs=1e-5)
+  assert value(third['best'], 'loss/ce') == pytest.approx(
+    value(first['best'], 'loss/ce'), rel=1e-4
+  )
+  assert value(third['best'], 'loss/forward_kl') == pytest.approx(0, abs=1e-5)
   assert (tmp_path / 'third' / 'best' / 'model.safetensors').exists()
+
+
+@pytest.mark.slow
+def test_adapters_are_measured_as_they_were_exported(config, tmp_path):
+  """Those of step 0, which training makes worse."""
+  config.train.steps = 2
+  config.optimizer.learning_rate = 10.0
+  config.eval_first, config.eval_every = True, 1
+  loss = {'kind': 'loss', 'batch_size': 8}
+  config.evals = {'loss': loss, 'late': loss | {'every': 0}}
+  config.checkpoint.best_metric = 'loss/ce'
+
+  def late(run, *args):
+    found = evaluate(run, *args)
+    if found['step'] == 0 and len(found['evaluators']) == 2:
+      del found['evaluators']['late']
+    return found
+
+  evaluate = chosen.evaluate
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(chosen, 'evaluate', late)
+    best = train.run(config, tmp_path)['best']
+  assert best['step'] == 0
+  expected = pytest.approx(value(best, 'loss/ce'), rel=1e-5)
+  assert value(best, 'late/ce') == expected
 
 
 @pytest.mark.parametrize(
@@ -295,7 +325,8 @@ def test_a_run_on_quantized_models_is_the_same_on_a_mesh(
   config.mesh.data = config.mesh.fsdp = config.mesh.tensor = 2
   eight = train.run(config, tmp_path / 'eight')
   for name in ('loss/ce', 'loss/forward_kl'):
-    assert eight[name] == pytest.approx(one[name], rel=1e-3)
+    expected = pytest.approx(value(one['best'], name), rel=1e-3)
+    assert value(eight['best'], name) == expected
   # What was trained goes on the base in its own precision, and is merged there.
   model = models.load(best)
   flat = convert.flatten(transformer.split(model)[1])

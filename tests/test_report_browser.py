@@ -15,6 +15,7 @@ import time
 import pytest
 
 from gakd_jax import summary
+from tests.written import write_results
 
 # Its pipes keep their numbers from another process: this puts them at 3 and 4.
 EXEC = """
@@ -122,7 +123,7 @@ def url(tmp_path_factory):
   for name, ce, text in (('x', 2.5, good), ('y', 10.0, bad), ('z', 1.0, '')):
     (root / name / 'answers').mkdir(parents=True)
     results = {'loss/ce': ce, 'dolly/rouge_l': 50.0}
-    (root / name / 'results.json').write_text(json.dumps(results))
+    write_results(root / name, results)
     for file, n in (('dolly-1', 60), ('dolly-2', 60), ('gsm8k-0', 5)):
       rows = [
         {

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gakd_jax import UserError
+from tests.written import write_results
 
 TOOL = Path(__file__).parents[1] / 'tools' / 'report.py'
 
@@ -23,8 +24,7 @@ def tool():
 
 
 def _run(path, time=0):
-  path.mkdir(parents=True)
-  (path / 'results.json').write_text('{"loss/ce": 1.5}')
+  write_results(path, {'loss/ce': 1.5})
   os.utime(path / 'results.json', (time, time))
   return path
 

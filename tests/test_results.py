@@ -1,17 +1,10 @@
 """One table from results.json of many runs, in every format."""
 
-import json
-
 import pytest
 
-from gakd_jax import fingerprint, results, tables
+from gakd_jax import UserError, results, tables
 from gakd_jax.results import Cell
-
-
-def _run(path, values):
-  path.mkdir()
-  (path / 'results.json').write_text(json.dumps(values))
-  return path
+from tests.written import write_results
 
 
 def _tables(**rows):
@@ -23,27 +16,32 @@ def _tables(**rows):
   return results.tables(groups, frozenset({'teacher'} & groups.keys()))
 
 
-def test_keys_are_read_with_deviations_and_lengths(tmp_path):
+def test_deviations_and_lengths_are_read(tmp_path):
+  bucket = {'mean': 30.0, 'std': 1.5, 'by_seed': {'1': 29.0, '2': 31.0}}
   values = {
-    'self_inst/rouge_l': 20.0,
-    'self_inst/rouge_l_std': 0.5,
-    'self_inst/rouge_l_11-50': 30.0,
-    'self_inst/rouge_l_11-50_std': 1.5,
-    'self_inst/rouge_l_101+': 10.0,
-    'a/b/accuracy': 1.0,
-    'lonely/bleu_std': 1.0,
-    'a/b/accuracy_stderr': 0.5,
-    'a/b/task_version': 2,
-    'peak_memory_gb': 3.0,
+    'self_inst/rouge_l': {
+      'mean': 20.0,
+      'std': 0.5,
+      'stderr': 0.2,
+      'by_length': {'11-50': bucket, '101+': {'mean': 10.0}},
+    },
+    # What these names mean by accident is nothing.
+    'a/b/bleu_std': 1.0,
+    'a/b/rouge_l_11-50': 2.0,
+    'lost/ce': None,
   }
-  runs = {'sft-seed3': _run(tmp_path / 'a', values)}
+  path = write_results(tmp_path / 'a', values, peak_memory_gb=3.0)
+  runs = {'sft-seed3': path}
+  nan = pytest.approx(float('nan'), nan_ok=True)
   assert results.read(runs) == {
     'sft-seed3': [
       {
         ('self_inst', 'rouge_l', None): Cell(20.0, 0.5),
         ('self_inst', 'rouge_l', '11-50'): Cell(30.0, 1.5),
         ('self_inst', 'rouge_l', '101+'): Cell(10.0),
-        ('a/b', 'accuracy', None): Cell(1.0),
+        ('a/b', 'bleu_std', None): Cell(1.0),
+        ('a/b', 'rouge_l_11-50', None): Cell(2.0),
+        ('lost', 'ce', None): Cell(nan),
       }
     ]
   }
@@ -55,7 +53,7 @@ def test_keys_are_read_with_deviations_and_lengths(tmp_path):
   }
 
 
-def test_what_is_compared_first_has_its_averages():
+def test_what_is_compared_first():
   first, rest = _tables(
     a={
       'x/answer_tokens': 9,
@@ -74,29 +72,55 @@ def test_what_is_compared_first_has_its_averages():
     ('gsm8k', 'accuracy'),
     ('x', 'rouge_l'),
     ('y', 'rouge_l'),
-    ('average', 'rouge_l'),
     ('z', 'corpus_bleu'),
   )
   assert [name for name, _ in first.rows] == ['a', 'b']
-  assert first.rows[0][1][4] == Cell(15)
-  assert first.rows[1][1] == (None, None, Cell(12), None, None, None)
+  assert first.rows[1][1] == (None, None, Cell(12), None, None)
   assert rest.columns == (
     ('x', 'bleu'),
     ('z', 'chrf'),
-    ('x', 'answer_tokens'),
     ('x', 'agreement'),
+    ('x', 'answer_tokens'),
   )
 
 
-def test_averages_of_several_runs_have_their_deviation():
-  first, _ = _tables(
-    a__seed0={'x/rouge_l': 10, 'y/rouge_l': 20},
-    a__seed1={'x/rouge_l': 20, 'y/rouge_l': 14},
-  )
-  ((name, cells),) = first.rows
-  assert name == 'a'
+def test_an_average_is_over_the_sets_that_are_declared(tmp_path):
+  def run(name, **values):
+    values = {f'{key}/rouge_l': x for key, x in values.items()}
+    return write_results(
+      tmp_path / name,
+      values | {'x/bleu': 7.0},
+      averages={'both': ['x', 'y']},
+      recipe=name[0],
+      seed=int(name[1]),
+    )
+
+  runs = {
+    # `greedy` is x once more: no set of its own.
+    'a0': run('a0', x=10.0, y=20.0, greedy=90.0),
+    'a1': run('a1', x=20.0, y=14.0, greedy=90.0),
+    'b0': run('b0', x=99.0),
+    'b1': run('b1', x=None, y=1.0),
+  }
+  first, _ = results.tables(results.read(runs))
+  assert [where for where, _ in first.columns] == ['x', 'y', 'greedy', 'both']
+  cells = {name: row[3] for name, row in first.rows}
   # Of 15 and 17: seeds are averaged over sets before they are compared.
-  assert cells[2] == Cell(16, pytest.approx(2**0.5))
+  assert cells['a{0,1}'] == Cell(16, pytest.approx(2**0.5))
+  assert cells['b{0,1}'].mean != cells['b{0,1}'].mean  # NaN, of b1 alone
+  groups = results.read({'b0': runs['b0']})
+  assert 'both' not in {where for where, *_ in groups['b0'][0]}
+  # Over other rows, it is another average.
+  other = run('c0', x=1.0, y=2.0)
+  text = (other / 'results.json').read_text()
+  other.joinpath('results.json').write_text(
+    text.replace('"data": "y"', '"data": "z"')
+  )
+  first, _ = results.tables(results.read({'a0': runs['a0'], 'c0': other}))
+  assert [where for where, _ in first.columns if 'both' in where] == [
+    'both (1)',
+    'both (2)',
+  ]
 
 
 def test_the_best_is_the_best_as_printed():
@@ -173,139 +197,117 @@ def test_latex_escapes_what_it_reads_itself():
 
 
 @pytest.mark.parametrize(
-  ('key', 'less'),
+  ('metric', 'less'),
   [
-    ('loss/ce', True),
-    ('fidelity/reverse_kl_gold', True),
-    ('loss/ece', True),
-    ('greedy/unfinished', True),
-    ('greedy/rouge_l', False),
-    ('gsm8k/accuracy', False),
-    ('loss/agreement', False),
-    ('greedy/rouge_l_11-50', False),
+    ('ce', True),
+    ('reverse_kl_gold', True),
+    ('ece', True),
+    ('unfinished', True),
+    ('rouge_l', False),
+    ('accuracy', False),
+    ('agreement', False),
+    ('ceiling', False),
   ],
 )
-def test_a_metric_knows_its_direction(key, less):
-  assert results.is_better(key, 1.0, 2.0) == less
-  assert results.is_better(key, 2.0, 1.0) != less
-  assert not results.is_better(key, 1.0, 1.0)
+def test_a_metric_knows_its_direction(metric, less):
+  assert results.is_better(metric, 1.0, 2.0) == less
+  assert results.is_better(metric, 2.0, 1.0) != less
+  assert not results.is_better(metric, 1.0, 1.0)
   # What is no number is never the best.
   nan = float('nan')
-  assert results.is_better(key, 1.0, None)
-  assert results.is_better(key, 1.0, nan)
-  assert not results.is_better(key, nan, None)
-  assert not results.is_better(key, nan, 1.0)
+  assert results.is_better(metric, 1.0, None)
+  assert results.is_better(metric, 1.0, nan)
+  assert not results.is_better(metric, nan, None)
+  assert not results.is_better(metric, nan, 1.0)
 
 
-def _recorded(path, seed, file='config.json', **config):
-  """A finished run of a config; of an evaluated model, what it says."""
-  _run(path, {'x/rouge_l': 10.0 + seed})
-  recipe = fingerprint.recipe({'seed': seed} | config)
-  (path / file).write_text(json.dumps(recipe))
-  return path
-
-
-@pytest.mark.parametrize('file', ['config.json', 'model.json'])
-def test_runs_that_differ_in_their_seed_share_a_row(tmp_path, file):
+def test_runs_that_differ_in_their_seed_share_a_row(tmp_path):
   runs = {
-    name: _recorded(tmp_path / name, seed, file, kd=kd, start=f'sft-seed{seed}')
-    for name, seed, kd in (
-      ('fkl-seed0', 0, 1.0),
-      ('fkl-seed1', 1, 1.0),
-      ('fkl-seed2', 2, 0.5),  # another method, whatever its name says
-      ('sft.seed_3', 3, 0.0),
-      ('alone', 4, 0.1),
-      ('monday', 5, 0.2),
-      ('tuesday', 6, 0.2),
+    name: write_results(
+      tmp_path / name, {'x/rouge_l': 10.0 + seed}, recipe=recipe, seed=seed
+    )
+    for name, seed, recipe in (
+      ('fkl-seed0', 0, 'fkl'),
+      ('fkl-seed1', 1, 'fkl'),
+      ('fkl-seed2', 2, 'other'),  # another method, whatever its name says
+      ('run10', 10, 'sft'),
+      ('run11', 11, 'sft'),
+      ('monday', 5, 'day'),
+      ('tuesday', 6, 'day'),
+      ('again', 6, 'day'),  # a seed counts once
     )
   }
-  runs['fkl-seed7'] = _run(tmp_path / 'unknown', {'x/rouge_l': 1.0})
+  for name in ('fkl-seed7', 'fkl-seed8'):
+    runs[name] = write_results(tmp_path / name, {'x/rouge_l': 1.0})
   assert results.labels(runs) == {
-    'fkl-seed0': 'fkl',
-    'fkl-seed1': 'fkl',
+    'fkl-seed0': 'fkl-seed{0,1}',
+    'fkl-seed1': 'fkl-seed{0,1}',
     'fkl-seed2': 'fkl-seed2',
-    'sft.seed_3': 'sft',
-    'alone': 'alone',
-    'monday': 'monday',
-    'tuesday': 'tuesday',
+    'run10': 'run{10,11}',
+    'run11': 'run{10,11}',
+    'monday': '{monday,tuesday}',
+    'tuesday': '{monday,tuesday}',
+    'again': 'again',
     'fkl-seed7': 'fkl-seed7',
+    'fkl-seed8': 'fkl-seed8',
   }
 
 
-def test_a_seed_counts_once(tmp_path):
+def test_a_metric_that_is_no_number_in_one_seed(tmp_path):
   runs = {
-    name: _recorded(tmp_path / name, seed, kd=1.0)
-    for name, seed in (('a-seed0', 0), ('b-seed0', 0), ('a-seed1', 1))
+    f'a{seed}': write_results(
+      tmp_path / str(seed), {'x/ce': ce}, recipe='a', seed=seed
+    )
+    for seed, ce in enumerate((1.0, None))
   }
-  groups = results.read(runs)
-  assert sorted(len(cells) for cells in groups.values()) == [1, 2]
+  runs['b'] = write_results(tmp_path / 'b', {'x/ce': 3.0})
+  runs['c'] = write_results(tmp_path / 'c', {'x/ce': 2.0})
+  first, _ = results.tables(results.read(runs))
+  assert first.texts()[0] == [('nan', 'nan')]
+  assert first.best() == {(2, 0)}
 
 
-def test_how_a_run_is_carried_out_is_no_part_of_its_recipe():
-  def of(**config):
-    return fingerprint.recipe({'seed': 0, 'train': {'steps': 3}} | config)
-
-  assert of(mesh={'data': 8}) == of(mesh={'data': 1})
-  assert of(train={'steps': 4}) != of()
-  assert of(seed=1)['recipe'] == of()['recipe']
-  assert (
-    of(seed=1, start='sft-seed1')['recipe'] == (of(start='sft-seed0')['recipe'])
-  )
-  # Seed 1 is not in the name of seed 10.
-  assert (
-    of(seed=1, start='sft-seed10')['recipe']
-    != (of(start='sft-seed0')['recipe'])
-  )
+@pytest.mark.parametrize(
+  'text', ['{"x/rouge_l": 1.0}', '[]', 'no JSON', '{"best": null, "last": 1}']
+)
+def test_results_of_earlier_versions_are_one_line(tmp_path, text):
+  (tmp_path / 'results.json').write_text(text)
+  with pytest.raises(UserError, match=r'of an earlier version.*; delete it'):
+    results.read({'a': tmp_path})
 
 
 def test_the_teacher_is_who_is_said_to_be(tmp_path):
   """And not a student at no distance from it."""
-
-  def run(name, **about):
-    path = _run(tmp_path / name, {'loss/reverse_kl': 0.0})
-    (path / f'{about.pop("file")}.json').write_text(json.dumps(about))
-    return path
-
-  def config(student, teacher):
-    return {'student': {'path': student}, 'teacher': {'path': teacher}}
-
   runs = {
-    'teacher': run('a', file='config', config=config('large', 'large')),
-    'student': run('b', file='config', config=config('small', 'large')),
-    'alone': run('c', file='config', config=config('small', None)),
-    'nothing': run('d', file='config', config=config(None, None)),
-    'evaluated': run('e', file='model', is_teacher=True),
-    'other': run('f', file='model', is_teacher=False),
+    name: write_results(tmp_path / name, {'loss/reverse_kl': 0.0}, **about)
+    for name, about in (
+      ('teacher', {'is_teacher': True}),
+      ('student', {'is_teacher': False}),
+      ('unknown', {}),
+    )
   }
-  trained = config('large', 'large') | {'train': {'steps': 5}}
-  runs['trained'] = run('h', file='config', config=trained)
-  runs['unknown'] = _run(tmp_path / 'g', {'loss/reverse_kl': 0.0})
-  assert results.teachers(runs) == {'teacher', 'evaluated'}
+  assert results.teachers(runs) == {'teacher'}
   first, _ = results.tables(results.read(runs), results.teachers(runs))
-  best = {first.rows[i][0] for i, _ in first.best()}
-  assert best == {*runs} - {'teacher', 'evaluated'}
+  assert {first.rows[i][0] for i, _ in first.best()} == {'student', 'unknown'}
 
 
 def test_sets_of_one_name_with_other_rows_are_others(tmp_path):
-  def run(name, digest, data=None):
-    path = _run(tmp_path / name, {'generation/rouge_l': 1.0, 'loss/ce': 2.0})
-    config = {'evals': {'generation': {}}, 'data': {'validation': data}}
-    contents = {'config.evals.generation': digest, 'config.evals.loss': 'l'}
-    about = {'config': config, 'contents': contents | {'config.student': 's'}}
-    (path / 'config.json').write_text(json.dumps(about))
-    return path
+  def run(name, digest, source=None):
+    return write_results(
+      tmp_path / name,
+      {'generation/rouge_l': 1.0, 'loss/ce': 2.0},
+      evaluators={'generation': {'data': digest, 'source': source}},
+    )
 
+  test = 'data/dolly/test.jsonl'
   runs = {
     'teacher': run('a', 'one', 'data/dolly/dev.jsonl'),
-    'student': run('b', 'two', 'data/dolly/test.jsonl'),
-    'other': run('c', 'two', 'data/dolly/test.jsonl'),
-    'changed': run('d', 'three', 'data/dolly/test.jsonl'),
+    'student': run('b', 'two', test),
+    'other': run('c', 'two', test),
+    'changed': run('d', 'three', test),
+    'unnamed': run('e', 'two'),
+    'both': run('f', 'four', ['a.jsonl', 'b.jsonl']),
   }
-  evaluated = _run(tmp_path / 'e', {'generation/rouge_l': 3.0})
-  (evaluated / 'model.json').write_text(
-    json.dumps({'data': {'generation': 'two'}})
-  )
-  runs['evaluated'] = evaluated
   columns = {
     name: [where for where, metric, _ in cells if metric == 'rouge_l']
     for name, (cells,) in results.read(runs).items()
@@ -315,10 +317,11 @@ def test_sets_of_one_name_with_other_rows_are_others(tmp_path):
     'student': ['generation (dolly/test.jsonl)'],
     'other': ['generation (dolly/test.jsonl)'],
     'changed': ['generation (dolly/test.jsonl) 3'],
-    'evaluated': ['generation (dolly/test.jsonl)'],
+    'unnamed': ['generation (dolly/test.jsonl)'],
+    'both': ['generation (4)'],
   }
   # What all have in common keeps its name.
   ((loss, _, _),) = [k for k in results.read(runs)['student'][0] if 'ce' in k]
   assert loss == 'loss'
-  alone = {name: runs[name] for name in ('student', 'evaluated')}
-  assert {k[0] for k in results.read(alone)['evaluated'][0]} == {'generation'}
+  alone = {name: runs[name] for name in ('student', 'unnamed')}
+  assert 'generation' in {k[0] for k in results.read(alone)['unnamed'][0]}

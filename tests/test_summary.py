@@ -8,11 +8,11 @@ import pytest
 
 from gakd_jax import report, summary, tables
 from gakd_jax.page import training
+from tests.written import write_results
 
 
-def _run(path, results, metrics=(), **files):
-  path.mkdir(parents=True)
-  (path / 'results.json').write_text(json.dumps(results))
+def _run(path, results, metrics=(), about=(), **files):
+  write_results(path, results, **dict(about))
   for name, content in files.items():
     (path / f'{name}.json').write_text(json.dumps(content))
   log = report.Metrics(path)
@@ -55,7 +55,7 @@ def test_what_is_not_finite_has_a_page(tmp_path):
     f'a-seed{i}': _run(
       tmp_path / str(i),
       {'sums/accuracy': x, 'loss/ce': x},
-      model={'recipe': 'a', 'seed': i},
+      about={'recipe': 'a', 'seed': i},
     )
     for i, x in enumerate((1.0, float('inf'), None))
   }
@@ -83,7 +83,7 @@ def test_seeds_share_a_row_and_a_look(tmp_path):
       tmp_path / str(i),
       {'loss/ce': ce},
       metrics,
-      model={'recipe': 'gakd', 'seed': i},
+      about={'recipe': 'gakd', 'seed': i},
     )
     for i, ce in enumerate((1.0, 2.0, 3.0))
   }
@@ -93,14 +93,14 @@ def test_seeds_share_a_row_and_a_look(tmp_path):
   assert '2.000 ± 1.000' in page
   tables.write(tmp_path, runs)
   assert (tmp_path / 'table.md').read_text().splitlines()[2:] == [
-    '| gakd | **2.000 ± 1.000** |',
+    '| gakd-seed{0,1,2} | **2.000 ± 1.000** |',
     '| sft | 4.000 |',
   ]
   latex = (tmp_path / 'table.tex').read_text()
-  assert r'gakd & \textbf{2.000 $\pm$ 1.000} \\' in latex
+  assert r'gakd-seed\{0,1,2\} & \textbf{2.000 $\pm$ 1.000} \\' in latex
   (keys,) = re.findall('<ul class="keys">(.*?)</ul>', page)
   assert keys.count('<li') == 1
-  assert 'gakd-seed' not in keys
+  assert 'gakd-seed{0,1,2}' in keys
 
 
 def test_the_page_has_the_critics_last_scores(tmp_path):
@@ -150,11 +150,11 @@ def test_the_page_has_the_critics_last_scores(tmp_path):
 
 def test_scores_by_length_need_two_lengths(tmp_path):
   results = {
-    'x/rouge_l': 3.0,
-    'x/rouge_l_0-10': 1.0,
-    'x/rouge_l_101+': 5.0,
-    'y/rouge_l': 3.0,
-    'y/rouge_l_11-50': 3.0,
+    'x/rouge_l': {
+      'mean': 3.0,
+      'by_length': {'0-10': {'mean': 1.0}, '101+': {'mean': 5.0}},
+    },
+    'y/rouge_l': {'mean': 3.0, 'by_length': {'11-50': {'mean': 3.0}}},
   }
   summary.write(tmp_path / 'report.html', {'a': _run(tmp_path / 'a', results)})
   page = (tmp_path / 'report.html').read_text()
@@ -189,9 +189,10 @@ def test_speed_is_of_training_and_of_decoding(tmp_path):
     'x-1': {'tokens_per_second': 10, 'seconds': 60, 'padding': 0.2},
     'x-2': {'tokens_per_second': 30, 'seconds': 40, 'padding': 0.4},
   }
-  memory = {'loss/ce': 1.0, 'peak_memory_gb': 12.5}
   runs = {
-    'trained': _run(tmp_path / 'a', memory, steps),
+    'trained': _run(
+      tmp_path / 'a', {'loss/ce': 1.0}, steps, {'peak_memory_gb': 12.5}
+    ),
     'evaluated': _run(tmp_path / 'b', {'loss/ce': 1.0}, speed=speed),
   }
   columns, rows = summary.speed(runs)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gakd_jax import UserError, partial
+from gakd_jax import UserError, fingerprint
 
 
 def default_root():
@@ -42,7 +42,7 @@ def load(root, key, make):
   Raises:
     UserError: if root cannot be written to.
   """
-  directory = Path(root) / partial.digest(key)
+  directory = Path(root) / fingerprint.digest(key)
   with _locked(directory.with_suffix('.lock')):
     about = _read(directory)
     if about is None:
@@ -117,7 +117,9 @@ def _write(directory, key, make):
       'key': key,
       'facts': facts,
       'arrays': {name: (dtypes[name], sizes[name]) for name in files},
-      'digest': partial.digest([hashes[name].hexdigest() for name in files]),
+      'digest': fingerprint.digest(
+        [hashes[name].hexdigest() for name in files]
+      ),
     }
     (new / 'about.json').write_text(json.dumps(about, indent=2) + '\n')
     new.rename(directory)

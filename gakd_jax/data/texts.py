@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gakd_jax import UserError, partial
+from gakd_jax import UserError, fingerprint
 from gakd_jax.data import sources, store
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.sources import BadRow
@@ -184,4 +184,4 @@ def _starts(lengths):
 def _code():
   """A digest of the code that makes texts of files."""
   files = sorted(Path(__file__).parent.glob('*.py'))
-  return partial.digest([file.read_text('utf-8') for file in files])
+  return fingerprint.digest([file.read_text('utf-8') for file in files])

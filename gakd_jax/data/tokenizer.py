@@ -12,7 +12,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from gakd_jax import UserError, partial
+from gakd_jax import UserError, fingerprint
 from gakd_jax.data import templates
 from gakd_jax.data.sources import BadRow
 
@@ -72,7 +72,7 @@ def identity(tokenizer):
   with tempfile.TemporaryDirectory() as directory:
     tokenizer.save_pretrained(directory)
     files = sorted(Path(directory).rglob('*.*'))
-    return partial.digest(
+    return fingerprint.digest(
       [[f.name, hashlib.sha256(f.read_bytes()).hexdigest()] for f in files]
     )
 

@@ -1,4 +1,1 @@
-"""What is measured of a model: see `evaluator`.
-
-Empty, so that processes that only score (`tasks.Pool`) do without jax.
-"""
+"""What is measured of a model: see `evaluator`."""

@@ -32,6 +32,19 @@ def write(workdir, name, seed, lines):
   multihost_utils.sync_global_devices(f'wrote {path}')
 
 
+def keep(source, workdir, step):
+  """Copies what was answered at a step from one run's directory to another's.
+
+  Of several processes, the first one; all may read it afterwards.
+  """
+  if jax.process_index() == 0:
+    for path in sorted((source / 'answers').glob('*.jsonl')):
+      text = path.read_text('utf-8')
+      if json.loads(text.partition('\n')[0])['step'] == step:
+        report.write_atomically(workdir / 'answers' / path.name, text)
+  multihost_utils.sync_global_devices(f'kept {workdir}')
+
+
 def read(workdir, name, seed):
   """The lines of the file.
 

@@ -7,11 +7,10 @@ a checkpoint from the hub, or its file.
 
 import dataclasses
 import os
-import statistics
 from typing import ClassVar
 
 from gakd_jax import UserError
-from gakd_jax.evals import answers
+from gakd_jax.evals import answers, statistics
 from gakd_jax.evals.generation import Generation
 
 
@@ -27,23 +26,27 @@ class Comet:
   def __post_init__(self):
     _package()
 
+  def metrics(self, has_teacher):
+    del has_teacher
+    return ('comet',)
+
   def run(self, subject, params, tag):
-    """{'comet': 0 to 100, mean over rows and seeds}, by the first reference."""
+    """'comet', 0 to 100, mean over rows and seeds, by the first reference."""
     del params, tag
     comet = _package()
     path = self.model
     if not os.path.exists(path):
       path = comet.download_model(path)
     model = comet.load_from_checkpoint(path)
-    means = []
+    means = {}
     for seed in self.of.seeds:
       texts = [
         {'src': x['input'], 'mt': x['answer'], 'ref': x['references'][0]}
         for x in answers.read(subject.workdir, self.of.name, seed)
       ]
       output = model.predict(texts, batch_size=self.batch_size, gpus=0)
-      means.append(100 * output.system_score)
-    return {'comet': statistics.fmean(means)}
+      means[seed] = 100 * output.system_score
+    return {'metrics': {'comet': statistics.over_seeds(means)}}
 
 
 def _package():

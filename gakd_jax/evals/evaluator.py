@@ -1,27 +1,31 @@
 """Evaluators: what is measured of a model, while it trains or when it is done.
 
-An evaluator is a frozen dataclass of settings with
-`run(subject, params, tag) -> {metric: float}`; `params` are those of the
-student that are trained. `teacher_reads_student_ids` says whether it runs the
-teacher on the student's token ids. One with `rows` has in `left_out` how many
-of its data are none of them. To add one: a file here, and its line in `_KINDS`.
+An evaluator is a frozen dataclass of settings with `run(subject, params, tag)`,
+which gives {'metrics': {name: a number, or a dict with its 'mean'}} and what
+else there is to say, such as how many prompts were 'shortened'; `params` are
+those of the student that are trained. `metrics(has_teacher)` names what a
+training may be chosen by. `teacher_reads_student_ids` says whether it runs the
+teacher on the student's token ids. One with `rows` has in `about` where they
+are from, their digest, and how many were 'dropped' and why. To add one: a file
+here, and its line in `_KINDS`.
 """
 
 import dataclasses
-import itertools
 from pathlib import Path
 
 from jax.sharding import Mesh
 
-from gakd_jax import UserError, partial
+from gakd_jax import UserError, fingerprint
 from gakd_jax import settings as settings_lib
-from gakd_jax.data import sources, templates
+from gakd_jax.data import sources
+from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import (
   comet,
   fidelity,
   generation,
   loss,
   multiple_choice,
+  tasks,
 )
 from gakd_jax.models import pair
 
@@ -42,8 +46,10 @@ class Subject:
   # so that answers may go on after an interruption. It shows its progress.
   identity: str | None = None
   teacher_workdir: Path | None = None  # where the teacher's answers are
+  force: bool = False  # answers go on under whatever settings they were begun
 
 
+_CHUNK = 256  # rows that are looked at together
 _KINDS = {
   'loss': loss.Loss,
   'generation': generation.Generation,
@@ -54,26 +60,62 @@ _KINDS = {
 
 
 def measure(evaluator, subject, params, tag):
-  """{'<name>/<metric>': value} of a model.
+  """What results.json says of one evaluator, see `results`."""
+  of = getattr(evaluator, 'of', evaluator)
+  found = evaluator.run(subject, params, tag)
+  metrics = {
+    name: x if isinstance(x, dict) else {'mean': x}
+    for name, x in found['metrics'].items()
+  }
+  return (
+    {'rows': len(of.rows)}
+    | of.about
+    | _rules(evaluator)
+    | found
+    | {'metrics': metrics}
+  )
 
-  `<name>/left_out`, if it is there, counts the rows without a part in it.
-  """
-  values = evaluator.run(subject, params, tag)
-  if getattr(evaluator, 'left_out', 0):
-    more = values.get('left_out', 0)
-    values = values | {'left_out': evaluator.left_out + more}
-  return {f'{evaluator.name}/{key}': value for key, value in values.items()}
+
+def curves(evaluators):
+  """{'<name>/<metric>': mean} of {name: what `measure` gives}."""
+  return {
+    f'{name}/{metric}': x['mean']
+    for name, found in evaluators.items()
+    for metric, x in found['metrics'].items()
+  }
+
+
+def _rules(evaluator):
+  """By what answers are scored, if they are."""
+  if not hasattr(evaluator, 'task'):
+    return {}
+  version = tasks.get(evaluator.task).version
+  return {'task': evaluator.task, 'task_version': version}
 
 
 def contents(evaluators):
-  """{name: a digest of its rows} of the evaluators that have some."""
+  """{'config.evals.<name>': what tells its rows and rules from others}."""
   return {
-    name: partial.digest(
-      [dataclasses.astuple(dataclasses.replace(r, where='')) for r in x.rows]
+    f'config.evals.{name}': ', '.join(
+      [f'rows {x.about["data"]}', *(f'{k} {v}' for k, v in _rules(x).items())]
     )
-    for name, x in sorted(evaluators.items())
+    for name, x in evaluators.items()
     if hasattr(x, 'rows')
   }
+
+
+def check_metric(metric, evaluators, has_teacher):
+  """Refuses to choose by a '<set>/<metric>' that none of these will measure."""
+  known = [
+    f'{name}/{x}'
+    for name, evaluator in evaluators.items()
+    for x in evaluator.metrics(has_teacher)
+  ]
+  if metric not in (None, *known):
+    raise UserError(
+      f'config.checkpoint.best_metric={metric!r} is not measured; known are '
+      f'{", ".join(known) or "none: config.evals is empty"}'
+    )
 
 
 def check(config):
@@ -98,7 +140,7 @@ def kind_of(name, line):
 def _checked(name, line):
   kind = line.get('kind', name)
   known = {'kind': str, 'every': int}
-  known |= settings_lib.types_of(kind_of(name, line), 'name', 'left_out')
+  known |= settings_lib.types_of(kind_of(name, line), 'name', 'about')
   if known.pop('rows', None):
     known |= {'data': object, 'limit': int | None}
   where = f'config.evals.{name}: {kind}'
@@ -114,13 +156,14 @@ def _checked(name, line):
   return settings
 
 
-def make(config, default_data, prompters, on_bad_row='skip'):
-  """{name: evaluator} of `config.evals`, in the order to run them.
+def make(config, default_data, prompters, on_bad_row='skip', thinking='refuse'):
+  """{name: evaluator} of `config.evals`, in the order to run and show them.
 
   Each line's settings may have `kind` (default: the name), `data` (default:
   the run's validation set), `limit` (its first rows only) and `every` (steps of
-  a training, instead of `config.eval_every`). What reads the answers of another
-  evaluator names it with `of`, and comes after it.
+  a training, instead of `config.eval_every`). Greedy answers come after those
+  that are drawn, and what reads the answers of another evaluator, which it
+  names with `of`, after these.
 
   Args:
     config: `config.evals`.
@@ -128,12 +171,11 @@ def make(config, default_data, prompters, on_bad_row='skip'):
     prompters: a function that gives the (template, tokenizer) of all models
       to be measured, which is on the same rows: those that each can hold.
     on_bad_row: 'skip' counts the others, 'fail' raises the first.
+    thinking: as in training, see `data.tokenizer.encode`.
   """
   lines = check(config)
-
-  def refuse(row):
-    for template, tokenizer in prompters():
-      templates.prompt_text(template, row, tokenizer)
+  order = sorted(lines, key=lambda x: lines[x].get('temperature') == 0)
+  lines = {name: lines[name] for name in order}
 
   def rows_of(name, data, limit):
     data = data or default_data
@@ -142,14 +184,29 @@ def make(config, default_data, prompters, on_bad_row='skip'):
         f'config.evals.{name}: no data; set config.data.validation, or empty '
         'config.evals'
       )
-    rows, bad = sources.load(data, on_bad_row=on_bad_row)
-    fitting = _fitting(rows, refuse, on_bad_row, bad)
-    rows = tuple(itertools.islice(fitting, limit))
+    found, bad = sources.load(data, on_bad_row=on_bad_row)
+    rows = []
+    for row, error in _fitting(found, prompters(), thinking):
+      if len(rows) == limit:
+        break
+      if error is None:
+        rows.append(row)
+      elif on_bad_row == 'fail':
+        raise error
+      else:
+        bad[error.reason] += 1
     for reason, n in sorted(bad.items()):
       print(f'{name}: {n} rows skipped: {reason}', flush=True)
     if not rows:
       raise UserError(f'config.evals.{name}: no row of {data} is left')
-    return {'rows': rows, 'left_out': bad.total()}
+    about = {
+      'source': data,
+      'data': fingerprint.digest(
+        [dataclasses.astuple(dataclasses.replace(r, where='')) for r in rows]
+      ),
+      'dropped': dict(sorted(bad.items())),
+    }
+    return {'rows': tuple(rows), 'about': about}
 
   made = {
     name: _make(name, settings, rows_of)
@@ -168,17 +225,17 @@ def make(config, default_data, prompters, on_bad_row='skip'):
   return made
 
 
-def _fitting(rows, refuse, on_bad_row, bad):
-  """Yields the rows that are not refused, and counts the others in `bad`."""
-  for row in rows:
-    try:
-      refuse(row)
-    except sources.BadRow as error:
-      if on_bad_row == 'fail':
-        raise
-      bad[error.reason] += 1
-    else:
-      yield row
+def _fitting(rows, prompters, thinking):
+  """Yields (row, None or the `BadRow` of a model that cannot hold it)."""
+  for start in range(0, len(rows), _CHUNK):
+    some = rows[start : start + _CHUNK]
+    encoded = [
+      tokenizer_lib.encode_batch(tokenizer, some, template, thinking)
+      for template, tokenizer in prompters
+    ]
+    for i, row in enumerate(some):
+      found = (ids[i] for ids in encoded if isinstance(ids[i], sources.BadRow))
+      yield row, next(found, None)
 
 
 def _make(name, settings, rows_of):

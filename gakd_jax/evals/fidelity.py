@@ -16,6 +16,7 @@ from typing import ClassVar
 
 from gakd_jax import UserError
 from gakd_jax.evals import answers, extract, loss, scores, tasks
+from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.evals.generation import Generation
 
 
@@ -27,59 +28,64 @@ class Fidelity:
   of: Generation  # the answers to compare; it is evaluated before
   batch_size: int = 16
 
+  def metrics(self, has_teacher):
+    """While training, when no answers of the teacher are there."""
+    return [
+      f'{metric}_{text}'
+      for metric in loss.METRICS
+      for text in ('gold', 'student')
+      if has_teacher
+    ]
+
   def run(self, subject, params, tag):
-    """{metric: value}; nothing for a subject without a teacher.
+    """See `evaluator`; no metric of a subject without a teacher.
 
     What is measured of the teacher's answers needs `subject.teacher_workdir`.
     Log-probabilities are of the answers to the first seed.
     """
     del tag
     if subject.models.teacher_definition is None:
-      return {}
+      return {'metrics': {}}
     student = self._answers(subject.workdir)
     written = {'student': student[0]}
     result = {}
     if subject.teacher_workdir is not None:
       teacher = self._answers(subject.teacher_workdir)
       written['teacher'] = teacher[0]
-      pairs = [
-        self._compare(*([x['answer'] for x in lines] for lines in pair))
-        for pair in zip(student, teacher, strict=True)
-      ]
-      result = {
-        key: statistics.fmean(pair[key] for pair in pairs) for key in pairs[0]
+      pairs = {
+        seed: self._compare(*([x['answer'] for x in lines] for lines in pair))
+        for seed, *pair in zip(self.of.seeds, student, teacher, strict=True)
       }
-    measured = {
-      'gold': loss.measure(subject, params, self.of.rows, self.batch_size)
+      result = statistics_lib.all_over_seeds(pairs)
+    texts = self.of.texts(subject)
+    ids = {name: self._ids(lines) for name, lines in written.items()}
+    for name, responses in ({'gold': texts.references} | ids).items():
+      shown = [
+        (prompt, response[: subject.max_length - len(prompt)])
+        for prompt, response in zip(texts.prompts, responses, strict=True)
+        if response
+      ]
+      if shown:
+        found = loss.measure(subject, params, shown, self.batch_size)
+        result |= {f'{key}_{name}': value for key, value in found.items()}
+    return {
+      'shortened': texts.shortened,
+      'truncated': texts.truncated,
+      'metrics': result,
     }
-    prompts = self.of.prompts(subject)
-    for name, lines in written.items():
-      pairs = self._pairs(prompts, lines, subject.max_length)
-      if pairs:
-        measured[name] = loss.measure_ids(
-          subject, params, pairs, self.batch_size
-        )
-    for name, metrics in measured.items():
-      result |= {f'{key}_{name}': value for key, value in metrics.items()}
-    return result
 
   def _answers(self, workdir):
     """The lines of all prompts, for each seed."""
     return [answers.read(workdir, self.of.name, seed) for seed in self.of.seeds]
 
-  def _pairs(self, prompts, lines, max_length):
-    """The answers of which anything was written."""
-    pairs = []
-    for prompt, line in zip(prompts, lines, strict=True):
-      if 'ids' not in line:
-        raise UserError(
-          f'config.evals.{self.name}: the answers to {self.of.name!r} have no '
-          'token ids: they are of an earlier version; use another --workdir'
-        )
-      ids = line['ids'][: max_length - len(prompt)]
-      if ids:
-        pairs.append((prompt, ids))
-    return pairs
+  def _ids(self, lines):
+    """The token ids of each answer."""
+    if not all('ids' in line for line in lines):
+      raise UserError(
+        f'config.evals.{self.name}: the answers to {self.of.name!r} have no '
+        'token ids: they are of an earlier version; use another --workdir'
+      )
+    return [line['ids'] for line in lines]
 
   def _compare(self, student, teacher):
     task = self.of.task

@@ -11,7 +11,6 @@ goes on to EOS or `max_new_tokens`, as what the text is is not known before.
 """
 
 import bisect
-import collections
 import contextlib
 import dataclasses
 import json
@@ -20,12 +19,20 @@ import time
 from typing import ClassVar
 
 import jax
+import numpy as np
 
-from gakd_jax import UserError, partial, report, sampling
+from gakd_jax import (
+  UserError,
+  fingerprint,
+  partial,
+  report,
+  results,
+  sampling,
+)
 from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers as answers_lib
-from gakd_jax.evals import scores, tasks
+from gakd_jax.evals import encoded, scores, tasks
 from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.models import decoding
 
@@ -46,7 +53,7 @@ class Generation:
   seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
   batch_size: int = 32
   first_reference: bool = False  # scored against it alone, not the best of all
-  left_out: int = 0
+  about: dict = dataclasses.field(default_factory=dict)  # see `evaluator`
 
   def __post_init__(self):
     if isinstance(self.stop, str) or not all(
@@ -60,73 +67,62 @@ class Generation:
       for row in self.rows:
         tasks.gold(self.task, row)
 
-  def run(self, subject, params, tag):
-    """{metric: value} of the answers, means over rows and seeds.
+  def metrics(self, has_teacher):
+    del has_teacher
+    task = tasks.get(self.task)
+    passes = self._pass_at([]) if task.rule else ()
+    return [*task.scores, *task.corpus, 'answer_tokens', 'unfinished', *passes]
 
-    Metrics are those of the task (0 to 100), `answer_tokens`, and `unfinished`,
-    the percentage that was cut off at `max_new_tokens`. `rouge_l_11-50` and the
-    like are of the prompts whose first reference has so many tokens. With
-    several seeds, `<metric>_std` is the deviation over them, and of tasks with
-    right and wrong `pass_at_<k>` that of k answers to a prompt one is right (a
-    percentage); with one, `<metric>_stderr` is the standard error over rows.
-    Answers go to <workdir>/answers/<name>-<seed>.jsonl, those of the last
-    evaluation, with the `ids` that were written: thoughts included, and the EOS
-    if there was one, which `tokens` does not count. An answer that ended at a
-    stop string is there as far as it counts, and `cut_at` is the string.
+  def run(self, subject, params, tag):
+    """Metrics of the answers, means over rows and seeds; see `evaluator`.
+
+    They are those of the task (0 to 100), `answer_tokens`, and `unfinished`,
+    the percentage that was cut off at `max_new_tokens`. With several seeds, of
+    tasks with right and wrong, `pass_at_<k>` is that of k answers to a prompt
+    one is right (a percentage). Scores have a 'stderr', the standard error over
+    rows, and 'by_length', of the prompts whose first reference has so many
+    tokens. Answers go to <workdir>/answers/<name>-<seed>.jsonl, with the `ids`
+    that were written: thoughts included, and the EOS if there was one, which
+    `tokens` does not count. An answer that ended at a stop string is there as
+    far as it counts, and `cut_at` is the string.
     """
-    prompts = self.prompts(subject)
-    buckets = [
-      scores.length_bucket(
-        len(
-          subject.models.tokenizer.encode(
-            r.references[0], add_special_tokens=False
-          )
-        )
-      )
-      for r in self.rows
-    ]
+    texts = self.texts(subject)
     model = decoding.unstack(
       subject.models.student(params), subject.models.dtype
     )
     n = len(self.rows) * len(self.seeds)
-    pool = tasks.Pool(self.task, expected=n, first_only=self.first_reference)
     progress = contextlib.nullcontext()
     if subject.identity is not None:
       progress = report.Progress(n, 0, f'{subject.workdir.name}: {self.name}')
-    with pool, progress:
-      metrics, scored = zip(
-        *(
-          self._one_seed(
-            subject, model, prompts, buckets, seed, tag, pool, progress
-          )
-          for seed in self.seeds
-        ),
-        strict=True,
-      )
-    result = {}
-    for key in metrics[0]:
-      values = [m[key] for m in metrics]
-      result[key] = statistics.fmean(values)
-      if len(values) > 1:
-        result[f'{key}_std'] = statistics.stdev(values)
-    return result | self._over_rows(scored)
+    with progress:
+      lines = {
+        seed: self._one_seed(subject, model, texts.prompts, seed, tag, progress)
+        for seed in self.seeds
+      }
+    return {
+      'shortened': texts.shortened,
+      'metrics': self._summary(lines, self._buckets(subject)),
+    }
 
-  def prompts(self, subject):
-    """The ids that each row's answer begins after.
+  def texts(self, subject):
+    """`texts.Texts`, in which the task's examples stand before each prompt.
 
     Raises:
       UserError: if the task has examples that do not fit.
     """
-    return [self._prompt(subject, row) for row in self.rows]
-
-  def _prompt(self, subject, row):
-    tokenizer, template = subject.models.tokenizer, subject.template
-    most = subject.max_prompt_length
+    texts = encoded.encode(subject, self.rows)
     if not tasks.get(self.task).examples:
-      return tokenizer_lib.fit_prompt(tokenizer, row, template, most)
+      return texts
+    prompts = [self._with_examples(subject, row) for row in self.rows]
+    return dataclasses.replace(texts, prompts=prompts, shortened=0)
+
+  def _with_examples(self, subject, row):
+    template, most = subject.template, subject.max_prompt_length
     shown = tasks.asked(self.task, row, turns=templates.has_turns(template))
     ids, _ = tokenizer_lib.encode(
-      tokenizer, dataclasses.replace(shown, references=()), template
+      subject.models.tokenizer,
+      dataclasses.replace(shown, references=()),
+      template,
     )
     if len(ids) > most:
       raise UserError(
@@ -136,42 +132,88 @@ class Generation:
       )
     return ids
 
-  def _over_rows(self, scored):
-    """Metrics of each row's scores, [seeds][rows] of {metric: score}."""
-    if len(scored) == 1:
-      rows = scored[0]
-      return {
-        f'{key}_stderr': statistics_lib.standard_error([x[key] for x in rows])
-        for key in rows[0]
+  def _buckets(self, subject):
+    """Of each row, in which bucket of `scores.length_bucket` it is."""
+    ids = subject.models.tokenizer(
+      [row.references[0] for row in self.rows],
+      add_special_tokens=False,
+      verbose=False,
+    ).input_ids
+    return np.array([scores.length_bucket(len(x)) for x in ids])
+
+  def _one_seed(self, subject, model, prompts, seed, tag, progress):
+    """The lines of the answers to one seed; they are written."""
+    answers = self._answers(subject, model, prompts, seed, progress)
+    lines = []
+    for i, row in enumerate(self.rows):
+      line = answers_lib.prompt(i, row, tag) | answers[i]
+      text = line['answer']
+      if tasks.TASKS[self.task].rule:
+        line['extracted'] = tasks.extracted(self.task, row, text)
+        line['gold'] = tasks.gold(self.task, row)
+      line['scores'] = tasks.score(self.task, row, text, self.first_reference)
+      lines.append(line)
+    answers_lib.write(subject.workdir, self.name, seed, lines)
+    return lines
+
+  def _summary(self, lines, buckets):
+    """{metric: its mean, deviations and parts} of {seed: lines}."""
+    metrics = statistics_lib.all_over_seeds(
+      {seed: self._of_seed(some) for seed, some in lines.items()}
+    )
+    for key in tasks.TASKS[self.task].scores:
+      by_seed = {
+        seed: np.array([line['scores'][key] for line in some], float)
+        for seed, some in lines.items()
       }
-    if not tasks.TASKS[self.task].rule:
-      return {}
-    passed = [
-      statistics_lib.pass_at(sum(x['accuracy'] > 0 for x in row), len(row))
-      for row in zip(*scored, strict=True)
+      rows = np.mean([*by_seed.values()], axis=0)
+      metrics[key]['stderr'] = statistics_lib.standard_error(rows)
+      metrics[key]['by_length'] = {
+        bucket: statistics_lib.over_seeds(
+          {s: float(x[buckets == bucket].mean()) for s, x in by_seed.items()}
+        )
+        for bucket in results.BUCKETS
+        if bucket in buckets
+      }
+    if tasks.TASKS[self.task].rule:
+      right = [
+        sum(lines[seed][i]['scores']['accuracy'] > 0 for seed in lines)
+        for i in range(len(self.rows))
+      ]
+      metrics |= {k: {'mean': x} for k, x in self._pass_at(right).items()}
+    return metrics
+
+  def _of_seed(self, lines):
+    """{metric: mean over rows} of the answers to one seed."""
+    per_row = [
+      line['scores']
+      | {
+        'answer_tokens': line['tokens'],
+        'unfinished': 100.0 * (line['tokens'] >= self.max_new_tokens),
+      }
+      for line in lines
     ]
+    means = {
+      key: statistics.fmean(row[key] for row in per_row) for key in per_row[0]
+    }
+    return means | tasks.corpus_scores(
+      self.task,
+      self.rows,
+      [line['answer'] for line in lines],
+      self.first_reference,
+    )
+
+  def _pass_at(self, right):
+    """{'pass_at_<k>': percentage}; `right`: answers to each row that are."""
+    samples = len(self.seeds)
+    passed = [statistics_lib.pass_at(n, samples) for n in right or [0]]
     return {
       f'pass_at_{k}': 100 * statistics.fmean(row[k] for row in passed)
       for k in passed[0]
     }
 
-  def _one_seed(
-    self, subject, model, prompts, buckets, seed, tag, pool, progress
-  ):
-    answers = self._answers(subject, model, prompts, seed, pool, progress)
-    scored = pool.results()
-    lines = []
-    for i, row in enumerate(self.rows):
-      line = answers_lib.prompt(i, row, tag) | answers[i]
-      if tasks.TASKS[self.task].rule:
-        line['extracted'] = tasks.extracted(self.task, row, line['answer'])
-        line['gold'] = tasks.gold(self.task, row)
-      lines.append(line | {'scores': scored[i]})
-    answers_lib.write(subject.workdir, self.name, seed, lines)
-    return self._summary(lines, buckets), [line['scores'] for line in lines]
-
-  def _answers(self, subject, model, prompts, seed, pool, progress):
-    """{index: {'answer', 'tokens', ...}}; on their way they go to `pool`.
+  def _answers(self, subject, model, prompts, seed, progress):
+    """{index: {'answer', 'tokens', ...}}.
 
     Those that an interrupted evaluation has written are not written again.
     """
@@ -184,17 +226,14 @@ class Generation:
         | {
           'weights': subject.identity,
           'template': subject.template,
-          'prompts': partial.digest(prompts),
+          'prompts': fingerprint.digest(prompts),
         },
+        subject.force,
       )
       answers = {line.pop('index'): line for line in log.read()}
       if answers:
         progress.advance(len(answers))
 
-    def add(new):
-      pool.add({i: (self.rows[i], x['answer']) for i, x in new.items()})
-
-    add(answers)
     ends = templates.stop_ids(subject.template, subject.models.tokenizer)
     start, new_tokens = time.perf_counter(), 0
     for indices, written in sampling.stream(
@@ -219,7 +258,6 @@ class Generation:
       # Of a batch that was half written, some were counted before.
       fresh = len(new.keys() - answers.keys())
       answers |= new
-      add(new)
       if log:
         log.append([{'index': i} | x for i, x in new.items()])
         new_tokens += sum(map(len, written))
@@ -260,30 +298,13 @@ class Generation:
 
   def _settings(self):
     """What an answer depends on, but for its seed."""
-    scored = ('name', 'rows', 'left_out', 'task', 'seeds', 'first_reference')
+    other = ('name', 'rows', 'about', 'task', 'seeds', 'first_reference')
     settings = {
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)
-      if field.name not in scored
+      if field.name not in (*other, 'batch_size')
     }
     return settings | {'stop': self._stops()}
-
-  def _summary(self, lines, buckets):
-    metrics = collections.defaultdict(list)
-    for line, bucket in zip(lines, buckets, strict=True):
-      for metric, value in line['scores'].items():
-        metrics[metric].append(value)
-        metrics[f'{metric}_{bucket}'].append(value)
-      metrics['answer_tokens'].append(line['tokens'])
-      cut = line['tokens'] >= self.max_new_tokens
-      metrics['unfinished'].append(100.0 * cut)
-    means = {key: statistics.fmean(metrics[key]) for key in sorted(metrics)}
-    return means | tasks.corpus_scores(
-      self.task,
-      self.rows,
-      [line['answer'] for line in lines],
-      self.first_reference,
-    )
 
 
 def _record_speed(workdir, name, speed):

@@ -1,10 +1,9 @@
 """Held-out loss: cross-entropy, and how far the student is from its teacher.
 
-Means over the response tokens of the first reference of every row whose prompt
-is not too long (`left_out` counts the others, if there are any): `ce`
-(nats), `ece`, and with a teacher `forward_kl`, `reverse_kl`, `jsd` (nats, the
-last with beta 0.5) and `agreement`, the share of tokens on which both have the
-same most likely next token.
+Means over the response tokens of the first reference of every row: `ce` (nats),
+`ece`, and with a teacher `forward_kl`, `reverse_kl`, `jsd` (nats, the last with
+beta 0.5) and `agreement`, the share of tokens on which both have the same most
+likely next token.
 
 `ece` is the expected calibration error (arXiv 1706.04599) of next-token
 predictions: with tokens in 15 bins of equal width by the probability of the
@@ -21,11 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from gakd_jax import sharding
-from gakd_jax.data import pipeline, texts
+from gakd_jax.data import pipeline
+from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
-from gakd_jax.data.sources import BadRow
+from gakd_jax.evals import encoded
 from gakd_jax.objectives import divergences, head
 
+METRICS = ('ce', 'ece', 'forward_kl', 'reverse_kl', 'jsd', 'agreement')
 _BINS = 15
 
 
@@ -36,33 +37,27 @@ class Loss:
   name: str
   rows: tuple
   batch_size: int = 16
-  left_out: int = 0
+  about: dict = dataclasses.field(default_factory=dict)  # see `evaluator`
+
+  def metrics(self, has_teacher):
+    return METRICS if has_teacher else METRICS[:2]
 
   def run(self, subject, params, tag):
     del tag
-    return measure(subject, params, self.rows, self.batch_size)
+    texts = encoded.encode(subject, self.rows)
+    pairs = [*zip(texts.prompts, texts.references, strict=True)]
+    return {
+      'shortened': texts.shortened,
+      'truncated': texts.truncated,
+      'metrics': measure(subject, params, pairs, self.batch_size),
+    }
 
 
-def measure(subject, params, rows, batch_size):
-  """{metric: mean over response tokens} of the rows' texts; see above."""
-  encoded = tokenizer_lib.encode_batch(
-    subject.models.tokenizer, rows, subject.template, subject.thinking
-  )
-  pairs = [
-    (prompt, response[: subject.max_length - len(prompt)])
-    for prompt, response in (x for x in encoded if not isinstance(x, BadRow))
-    if len(prompt) <= subject.max_prompt_length
-  ]
-  means = measure_ids(subject, params, pairs, batch_size)
-  left_out = len(rows) - len(pairs)
-  return means | ({'left_out': left_out} if left_out else {})
-
-
-def measure_ids(subject, params, pairs, batch_size):
+def measure(subject, params, pairs, batch_size):
   """{metric: mean over response tokens} of (prompt ids, response ids)."""
   ways = sharding.batch_ways(subject.mesh)
   batches = pipeline.batches(
-    texts.of(pairs),
+    texts_lib.of(pairs),
     # Empty rows fill up what the mesh cannot divide.
     batch_size=-(-batch_size // ways) * ways,
     max_length=subject.max_length,

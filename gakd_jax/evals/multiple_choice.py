@@ -21,7 +21,7 @@ from gakd_jax import UserError, sharding
 from gakd_jax.data import pipeline
 from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
-from gakd_jax.evals import answers, extract, tasks
+from gakd_jax.evals import answers, encoded, extract, tasks
 from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.objectives import head
 
@@ -39,7 +39,7 @@ class MultipleChoice:
   candidates: str = 'text'
   normalise: str = 'tokens'
   batch_size: int = 32
-  left_out: int = 0
+  about: dict = dataclasses.field(default_factory=dict)  # see `evaluator`
 
   def __post_init__(self):
     for setting, known in (
@@ -55,16 +55,18 @@ class MultipleChoice:
     for row in self.rows:  # Bad ones come up before any work.
       tasks.gold('choice', row)
 
-  def run(self, subject, params, tag):
-    """{'accuracy': percentage, 'accuracy_stderr': its standard error}.
+  def metrics(self, has_teacher):
+    del has_teacher
+    return ('accuracy',)
 
-    Choices go to <workdir>/answers.
-    """
-    score_of = iter(self._scores(subject, params))
+  def run(self, subject, params, tag):
+    """'accuracy', a percentage; choices go to <workdir>/answers."""
+    texts = encoded.encode(subject, self.rows)
+    score_of = iter(self._scores(subject, params, texts.prompts))
     lines = []
     for i, row in enumerate(self.rows):
-      texts = self._options(row)
-      by_label = {label: next(score_of) for label in texts}
+      options = self._options(row)
+      by_label = {label: next(score_of) for label in options}
       answer = max(by_label, key=by_label.get)
       if any(map(math.isnan, by_label.values())):
         answer = None  # The model says nothing: it is wrong.
@@ -72,7 +74,7 @@ class MultipleChoice:
       lines.append(
         answers.prompt(i, row, tag)
         | {
-          'answer': texts.get(answer, ''),
+          'answer': options.get(answer, ''),
           'extracted': answer,
           'gold': gold,
           'log_probs': by_label,
@@ -81,10 +83,11 @@ class MultipleChoice:
       )
     answers.write(subject.workdir, self.name, self.seeds[0], lines)
     right = [line['scores']['accuracy'] for line in lines]
-    return {
-      'accuracy': statistics.fmean(right),
-      'accuracy_stderr': statistics_lib.standard_error(right),
+    accuracy = {
+      'mean': statistics.fmean(right),
+      'stderr': statistics_lib.standard_error(right),
     }
+    return {'shortened': texts.shortened, 'metrics': {'accuracy': accuracy}}
 
   def _options(self, row):
     """{label: what is scored for it}."""
@@ -93,14 +96,11 @@ class MultipleChoice:
       return {label: f'the correct answer is {label}' for label in labels}
     return dict(zip(labels, extract.option_texts(row), strict=True))
 
-  def _scores(self, subject, params):
+  def _scores(self, subject, params, prompts):
     """The score of each option of each row: see above."""
     pairs, sizes = [], []
     tokenizer = subject.models.tokenizer
-    for row in self.rows:
-      prompt = tokenizer_lib.fit_prompt(
-        tokenizer, row, subject.template, subject.max_prompt_length
-      )
+    for prompt, row in zip(prompts, self.rows, strict=True):
       for text in self._options(row).values():
         pairs.append((prompt, tokenizer.encode(text, add_special_tokens=False)))
         size = {'tokens': len(pairs[-1][1]), 'bytes': len(text.encode())}

@@ -4,6 +4,28 @@ import math
 
 import numpy as np
 
+from gakd_jax import results
+
+
+def over_seeds(values):
+  """What results.json says of {seed: value}: 'mean', 'std', 'by_seed'.
+
+  One seed has no deviation.
+  """
+  mean, std = results.spread([*values.values()])
+  by_seed = {str(seed): value for seed, value in values.items()}
+  known = {} if std is None else {'std': std}
+  return {'mean': mean} | known | {'by_seed': by_seed}
+
+
+def all_over_seeds(metrics):
+  """The same for every metric of {seed: {metric: value}}."""
+  first, *_ = metrics.values()
+  return {
+    key: over_seeds({seed: found[key] for seed, found in metrics.items()})
+    for key in first
+  }
+
 
 def standard_error(values):
   """Of the mean over rows; NaN of a single row."""

@@ -1,17 +1,9 @@
-"""What makes an answer good: the scores of each kind of data set.
-
-This module and what it imports do without jax: processes that only score
-start quickly (`Pool`).
-"""
+"""What makes an answer good: the scores of each kind of data set."""
 
 import dataclasses
-import os
 
 from gakd_jax import UserError
 from gakd_jax.evals import extract, scores
-
-_CHUNK = 32  # rows that are sent to a process at a time
-_WORTH_PROCESSES = 500  # answers; fewer are scored before processes start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,73 +172,3 @@ def corpus_scores(name, rows, answers, first_only=False):
     metric: getattr(scores, metric)(answers, references)
     for metric in TASKS[name].corpus
   }
-
-
-def _score_all(name, rows, answers, first_only):
-  return [
-    score(name, row, answer, first_only)
-    for row, answer in zip(rows, answers, strict=True)
-  ]
-
-
-class Pool:
-  """Scores answers while the caller does something else.
-
-  with Pool('instruct', expected=1694) as pool:
-    pool.add({0: (row, answer)})
-    scores = pool.results()  # {0: {'rouge_l': ...}}
-
-  Few answers are scored at once, in this process. Processes do not change a
-  result.
-  """
-
-  def __init__(self, task, *, expected, first_only=False):
-    self._task = task
-    self._first_only = first_only
-    self._futures = []
-    self._executor = None
-    if expected >= _WORTH_PROCESSES:
-      import loky
-
-      # Its processes do not import __main__, as those of multiprocessing do,
-      # and with it jax.
-      self._executor = loky.ProcessPoolExecutor(
-        min(os.cpu_count() or 1, 16), timeout=60
-      )
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *exception):
-    if self._executor:
-      self._executor.shutdown(kill_workers=exception[0] is not None)
-
-  def add(self, answers):
-    """Takes {index: (row, answer)}."""
-    items = list(answers.items())
-    for i in range(0, len(items), _CHUNK):
-      indices, pairs = zip(*items[i : i + _CHUNK], strict=True)
-      rows, texts = zip(*pairs, strict=True)
-      args = self._task, rows, texts, self._first_only
-      if self._executor:
-        future = self._executor.submit(_score_all, *args)
-      else:
-        future = _Done(_score_all(*args))
-      self._futures.append((indices, future))
-
-  def results(self):
-    """{index: scores} of everything since the last call; waits for it."""
-    futures, self._futures = self._futures, []
-    return {
-      index: result
-      for indices, future in futures
-      for index, result in zip(indices, future.result(), strict=True)
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Done:
-  value: list
-
-  def result(self):
-    return self.value

@@ -49,7 +49,7 @@ def run(tiny_model_dir, tmp_path, monkeypatch):
     )
     settings = {'rows': ROWS, 'seeds': (0,)} | settings
     made = generation.Generation('set', **settings)
-    return made.run(subject, params, 0)
+    return made.run(subject, params, 0)['metrics']
 
   def stream(model, prompts, **settings):
     del model
@@ -88,13 +88,13 @@ def test_an_answer_ends_before_the_first_stop_string(run, identity):
       assert run.text(line['ids']).strip() == text
   # What is scored is what was kept.
   assert [line['scores']['rouge_l'] for line in lines] == [100] * 4 + [0]
-  assert result['rouge_l'] == pytest.approx(80)
-  assert result['corpus_bleu'] == pytest.approx(
+  assert result['rouge_l']['mean'] == pytest.approx(80)
+  assert result['corpus_bleu']['mean'] == pytest.approx(
     scores.corpus_bleu(
       [text for _, text, _ in WRITTEN], [row.references for row in ROWS]
     )
   )
-  assert result['unfinished'] == pytest.approx(20)  # The fourth alone.
+  assert result['unfinished']['mean'] == pytest.approx(20)  # The fourth alone.
 
 
 def test_without_stop_strings_nothing_is_cut(run):
@@ -107,11 +107,14 @@ def test_without_stop_strings_nothing_is_cut(run):
 def test_one_seed_has_an_error_and_several_pass(run, monkeypatch):
   wrong = tuple(dataclasses.replace(row, references=('9',)) for row in ROWS)
   result = run(rows=wrong, task='math')
-  assert result['accuracy'] == result['accuracy_stderr'] == 0
+  accuracy = result['accuracy']
+  assert accuracy['mean'] == accuracy['stderr'] == 0
   rows = (dataclasses.replace(ROWS[0], references=('4',)), *wrong[1:])
   result = run(rows=rows, task='math')
-  assert result['accuracy'] == pytest.approx(20)
-  assert result['accuracy_stderr'] == pytest.approx(20)
+  accuracy = result['accuracy']
+  assert accuracy['mean'] == pytest.approx(20)
+  assert accuracy['stderr'] == pytest.approx(20)
+  assert 'std' not in accuracy
   assert not any(key.startswith('pass_at') for key in result)
   written = iter([WRITTEN, WRITTEN[::-1], WRITTEN[::-1]])
   stream = generation.sampling.stream
@@ -122,10 +125,16 @@ def test_one_seed_has_an_error_and_several_pass(run, monkeypatch):
 
   monkeypatch.setattr(generation.sampling, 'stream', other)
   result = run(rows=rows, task='math', seeds=(1, 2, 3))
-  assert result['accuracy'] == pytest.approx(100 / 15)
-  assert result['pass_at_2'] == pytest.approx(100 * (2 / 3) / 5)
-  assert result['pass_at_3'] == pytest.approx(20)
-  assert 'accuracy_stderr' not in result
+  accuracy = result['accuracy']
+  assert accuracy['mean'] == pytest.approx(100 / 15)
+  assert accuracy['by_seed'] == {'1': 20, '2': 0, '3': 0}
+  assert accuracy['std'] == pytest.approx(20 / 3**0.5)
+  # Of the rows, the first is right once in three.
+  assert accuracy['stderr'] == pytest.approx(100 / 15)
+  (by_length,) = accuracy['by_length'].values()
+  assert by_length == {k: accuracy[k] for k in ('mean', 'std', 'by_seed')}
+  assert result['pass_at_2']['mean'] == pytest.approx(100 * (2 / 3) / 5)
+  assert result['pass_at_3']['mean'] == pytest.approx(20)
 
 
 def test_a_task_has_stop_strings_unless_others_are_given(run):

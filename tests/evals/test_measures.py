@@ -16,11 +16,13 @@ from gakd_jax.data import sources
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import (
   comet,
+  encoded,
   evaluator,
   fidelity,
   generation,
   loss,
   multiple_choice,
+  tasks,
 )
 from gakd_jax.models import pair
 
@@ -90,7 +92,8 @@ def test_loss_is_what_full_logits_give(parts):
     'agreement': np.mean(p.argmax(1) == q.argmax(1)),
     'ece': ece,
   }
-  found = loss.Loss('loss', ROWS, batch_size=3).run(subject, params, 0)
+  made = loss.Loss('loss', ROWS, batch_size=3)
+  found = made.run(subject, params, 0)['metrics']
   assert found == pytest.approx(expected, rel=2e-4)
 
 
@@ -107,7 +110,8 @@ def test_confidence_that_is_right_half_of_the_time_is_off_by_half():
 @pytest.mark.slow
 def test_a_mesh_measures_the_same(parts, paths):
   subject, params, *_ = parts
-  alone = loss.measure(subject, params, ROWS, 4)
+  made = loss.Loss('loss', ROWS, 4)
+  alone = made.run(subject, params, 0)['metrics']
   mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
   with jax.set_mesh(mesh):
     student, teacher = (models.load(p, mesh=mesh) for p in paths)
@@ -118,13 +122,13 @@ def test_a_mesh_measures_the_same(parts, paths):
       tokenizers=subject.models.tokenizers,
     )
     there = dataclasses.replace(subject, mesh=mesh, models=both)
-    found = loss.measure(there, params, ROWS, 4)
+    found = made.run(there, params, 0)['metrics']
     choices = multiple_choice.MultipleChoice('x', CHOICES)
-    examples = choices._examples(there)
-    means = choices._scores(there, params, examples)
+    prompts = encoded.encode(there, CHOICES).prompts
+    means = choices._scores(there, params, prompts)
   assert found == pytest.approx(alone, rel=1e-4)
   params = parts[1]
-  expected = choices._scores(subject, params, examples)
+  expected = choices._scores(subject, params, prompts)
   assert means == pytest.approx(expected, rel=1e-4)
 
 
@@ -153,11 +157,13 @@ def test_the_option_with_the_highest_log_probability(
   parts, tmp_path, candidates, normalise
 ):
   subject, params, student, _ = parts
-  subject = dataclasses.replace(subject, workdir=tmp_path, max_prompt_length=99)
+  subject = dataclasses.replace(
+    subject, workdir=tmp_path, max_prompt_length=99, max_length=150
+  )
   choices = multiple_choice.MultipleChoice(
     'set', CHOICES, candidates, normalise, batch_size=4
   )
-  result = choices.run(subject, params, 3)
+  result = choices.run(subject, params, 3)['metrics']
   lines = (tmp_path / 'answers' / 'set-0.jsonl').read_text().splitlines()
   right = 0
   texts = ['the teacher shows', '\xe9', 'answer assistant']
@@ -183,8 +189,10 @@ def test_the_option_with_the_highest_log_probability(
     }
   share = right / 3
   assert result == {
-    'accuracy': pytest.approx(100 * share),
-    'accuracy_stderr': pytest.approx(100 * (share * (1 - share) / 2) ** 0.5),
+    'accuracy': {
+      'mean': pytest.approx(100 * share),
+      'stderr': pytest.approx(100 * (share * (1 - share) / 2) ** 0.5),
+    }
   }
 
 
@@ -197,7 +205,8 @@ def test_a_model_that_says_nan_is_wrong(parts, tmp_path, monkeypatch):
     '_scores',
     lambda *_: [-1.0, float('nan'), float('-inf')] * 3,
   )
-  assert choices.run(subject, params, 0)['accuracy'] == 0
+  found = choices.run(subject, params, 0)['metrics']
+  assert found['accuracy']['mean'] == 0
   text = (tmp_path / 'answers' / 'set-0.jsonl').read_text()
   for line in text.splitlines():
     found = json.loads(line, parse_constant=pytest.fail)
@@ -244,32 +253,33 @@ def test_fidelity_on_three_texts(parts, tmp_path):
     workdir=tmp_path / 'student',
     teacher_workdir=tmp_path / 'teacher',
   )
-  result = fidelity.Fidelity('fidelity', of).run(subject, params, 0)
+  compared = fidelity.Fidelity('fidelity', of)
+  result = compared.run(subject, params, 0)['metrics']
   # Of five, 0 and 2 agree for the first seed: two "none" agree on nothing.
-  assert result['answer_agreement'] == pytest.approx((40 + 80) / 2)
+  agreement = result['answer_agreement']
+  assert agreement['mean'] == pytest.approx((40 + 80) / 2)
+  assert agreement['by_seed'] == {'1': 40, '2': 80}
   for text, answers in (
     ('gold', [row.references[0] for row in rows]),
     ('student', mine[1]),
     ('teacher', theirs[1]),
   ):
-    expected = loss.measure(
-      subject,
-      params,
-      [
-        dataclasses.replace(row, references=(answer,))
-        for row, answer in zip(rows, answers, strict=True)
-      ],
-      16,
-    )
+    texts = [
+      dataclasses.replace(row, references=(answer,))
+      for row, answer in zip(rows, answers, strict=True)
+    ]
+    expected = loss.Loss('x', texts).run(subject, params, 0)['metrics']
     for key, value in expected.items():
       assert result[f'{key}_{text}'] == pytest.approx(value, rel=1e-5)
   assert result['ce_gold'] != result['ce_teacher']
 
   alone = dataclasses.replace(subject, teacher_workdir=None)
-  found = fidelity.Fidelity('fidelity', of).run(alone, params, 0)
+  found = compared.run(alone, params, 0)['metrics']
   assert found.keys() == {k for k in result if k.endswith(('gold', 'student'))}
+  assert found.keys() == {*compared.metrics(has_teacher=True)}
   nobody = dataclasses.replace(subject, models=subject.models.alone())
-  assert fidelity.Fidelity('fidelity', of).run(nobody, params, 0) == {}
+  assert compared.run(nobody, params, 0) == {'metrics': {}}
+  assert not compared.metrics(has_teacher=False)
   lost = dataclasses.replace(subject, teacher_workdir=tmp_path)
   with pytest.raises(UserError, match="'sums' was not evaluated"):
     fidelity.Fidelity('fidelity', of).run(lost, params, 0)
@@ -287,7 +297,8 @@ def test_fidelity_is_of_the_ids_that_were_written(parts, tmp_path):
   written = {'a': [70, 71, 72], 'b': [80], 'c': [], 'd': [90] * 99, 'e': [5, 6]}
   write_answers(tmp_path, 'set', {0: [*written]}, written.get)
   of = generation.Generation('set', ROWS, seeds=(0,))
-  found = fidelity.Fidelity('fidelity', of, 2).run(subject, params, 0)
+  compared = fidelity.Fidelity('fidelity', of, 2)
+  found = compared.run(subject, params, 0)['metrics']
   ce = []
   for prompt, ids in zip(prompts, written.values(), strict=True):
     ids = ids[:room]
@@ -297,7 +308,8 @@ def test_fidelity_is_of_the_ids_that_were_written(parts, tmp_path):
   assert found['ce_student'] == pytest.approx(np.mean(ce), rel=2e-4)
 
   write_answers(tmp_path, 'set', {0: [*written]}, lambda text: [])
-  found = fidelity.Fidelity('fidelity', of, 2).run(subject, params, 0)
+  compared = fidelity.Fidelity('fidelity', of, 2)
+  found = compared.run(subject, params, 0)['metrics']
   assert 'ce_gold' in found
   assert all(key.endswith('_gold') for key in found)
   write_answers(tmp_path, 'set', {0: [*written]})
@@ -333,8 +345,8 @@ def test_comet_is_asked_with_source_answer_and_first_reference(
   of = generation.Generation('flores', ROWS, task='translation', seeds=(1, 2))
   write_answers(tmp_path, 'flores', {1: ['a'], 2: ['b']})
   subject = types.SimpleNamespace(workdir=tmp_path)
-  result = comet.Comet('comet', of).run(subject, None, 0)
-  assert result == {'comet': pytest.approx(65)}
+  result = comet.Comet('comet', of).run(subject, None, 0)['metrics']['comet']
+  assert result['mean'] == pytest.approx(65)
   assert asked[1] == [{'src': 'src', 'mt': 'b', 'ref': 'ref'}]
   monkeypatch.setitem(sys.modules, 'comet', None)
   with pytest.raises(UserError, match=r"pip install 'gakd_jax\[comet\]'"):
@@ -405,7 +417,7 @@ def test_rows_that_a_template_refuses_are_left_out_for_all(
   said = capsys.readouterr().out.splitlines()
   for name, asked in (('generation', 'vyz'), ('loss', 'vyz'), ('choice', 'vy')):
     assert [row.instruction[0] for row in made[name].rows] == [*asked]
-    assert made[name].left_out == 3
+    assert sum(made[name].about['dropped'].values()) == 3
     for reason in ('chat template says: no u', 'no x', 'empty response'):
       (line,) = [x for x in said if x.startswith(name) and x.endswith(reason)]
       assert line.startswith(f'{name}: 1 rows skipped: ')
@@ -431,19 +443,106 @@ def test_no_row_that_a_template_can_hold(mixed, refusing):
     evaluator.make({'loss': {}}, mixed, lambda: refusing('A'))
 
 
-def test_how_many_rows_are_left_out_is_a_result(parts):
+@pytest.mark.parametrize('kind', ['loss', 'generation', 'multiple_choice'])
+def test_evaluators_of_a_set_score_the_same_rows(
+  kind, parts, tmp_path, monkeypatch
+):
+  """Long prompts are shortened and no row is left out for its length."""
   subject, params, *_ = parts
-  long = sources.Row('a ' * 60, references=('b',), where='f')
-  made = loss.Loss('held_out', (*ROWS, long))
+  subject = dataclasses.replace(subject, workdir=tmp_path)
+  seen = []
+
+  def measured(subject, params, pairs, batch_size):
+    seen.extend([*prompt] for prompt, _ in pairs)
+    return {'ce': 1.0}
+
+  def scored(self, subject, params, prompts):
+    seen.extend([*x] for x in prompts)
+    return [0.0] * 3 * len(prompts)
+
+  def stream(model, prompts, **settings):
+    seen.extend([*x] for x in prompts)
+    yield [*range(len(prompts))], [[5]] * len(prompts)
+
+  monkeypatch.setattr(loss, 'measure', measured)
+  monkeypatch.setattr(multiple_choice.MultipleChoice, '_scores', scored)
+  monkeypatch.setattr(generation.sampling, 'stream', stream)
+  long = dataclasses.replace(
+    CHOICES[0], input='long ' * 60, references=('b ' * 60,)
+  )
+  rows = (*CHOICES, long)
+  subject = dataclasses.replace(subject, max_length=120, max_prompt_length=100)
+  made = evaluator._KINDS[kind]('set', rows)
+  if kind == 'generation':
+    made = dataclasses.replace(made, seeds=(0,))
   found = evaluator.measure(made, subject, params, 0)
-  assert found['held_out/left_out'] == 1
-  more = dataclasses.replace(made, left_out=2)
-  assert evaluator.measure(more, subject, params, 0) == found | {
-    'held_out/left_out': 3
-  }
-  all_of_it = loss.Loss('held_out', ROWS)
-  found.pop('held_out/left_out')
-  assert evaluator.measure(all_of_it, subject, params, 0) == found
+  prompts = [
+    tokenizer_lib.fit_prompt(subject.models.tokenizer, row, 'chat', 100)
+    for row in rows
+  ]
+  assert len(prompts[-1]) > 95
+  assert seen == prompts
+  assert (found['rows'], found['shortened']) == (4, 1)
+  assert found.get('truncated') == (1 if kind == 'loss' else None)
+
+
+def test_what_the_template_closes_is_refused_for_all(tmp_path, bytes_tokenizer):
+  """As in training, whichever evaluator it is, and before any weight."""
+  path = tmp_path / 'rows.jsonl'
+  rows = [
+    {'instruction': f'x{i}\n\nAnswer format: a/b', 'output': text}
+    for i, text in enumerate(('a', '<think>so</think>a', 'a'))
+  ]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  template = (
+    '{% for m in messages %}<|s|>{{ m.content }}<|e|>{% endfor %}'
+    '{% if add_generation_prompt %}<think></think>{% endif %}'
+  )
+  tokenizer = bytes_tokenizer(template, '<|e|>')
+  made = evaluator.make(LINES, str(path), lambda: [('chat', tokenizer)])
+  assert {len(x.rows) for x in made.values()} == {2}
+  for x in made.values():
+    ((reason, n),) = x.about['dropped'].items()
+    assert ('thoughts' in reason, n) == (True, 1)
+  assert len({x.about['data'] for x in made.values()}) == 1
+  with pytest.raises(
+    UserError, match=r'rows.jsonl:2: a response with thoughts'
+  ):
+    evaluator.make(LINES, str(path), lambda: [('chat', tokenizer)], 'fail')
+  kept = evaluator.make(
+    LINES, str(path), lambda: [('chat', tokenizer)], thinking='keep'
+  )
+  assert len(kept['loss'].rows) == 3
+
+
+def test_metrics_are_known_before(parts, tmp_path):
+  subject, params, *_ = parts
+  subject = dataclasses.replace(subject, workdir=tmp_path)
+  made = loss.Loss('loss', ROWS)
+  for there in (
+    subject,
+    dataclasses.replace(subject, models=subject.models.alone()),
+  ):
+    has_teacher = there.models.teacher_definition is not None
+    found = made.run(there, params, 0)['metrics']
+    assert found.keys() == {*made.metrics(has_teacher)}
+  for task in tasks.TASKS:
+    evaluator.check_metric(
+      f'x/{tasks.TASKS[task].scores[0]}',
+      {'x': generation.Generation('x', (), task)},
+      has_teacher=False,
+    )
+  with pytest.raises(UserError, match=r'are x/rouge_l, .*x/unfinished$'):
+    evaluator.check_metric(
+      'x/ce', {'x': generation.Generation('x', ())}, has_teacher=True
+    )
+
+
+def test_greedy_sets_come_after_those_that_are_drawn():
+  greedy = {'kind': 'generation', 'temperature': 0.0}
+  evals = {'a': greedy, 'b': {'kind': 'generation'}, 'loss': {}}
+  made = evaluator.make(evals, 'python:tools.synthetic:rows:test:3', tuple)
+  assert list(made) == ['b', 'loss', 'a']
 
 
 def test_what_reads_answers_comes_last():

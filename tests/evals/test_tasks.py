@@ -1,9 +1,6 @@
-"""Tasks: which scores count, and that processes change nothing."""
+"""Tasks: which scores count."""
 
-import json
 import random
-import subprocess
-import sys
 
 import pytest
 import sacrebleu
@@ -126,36 +123,3 @@ def test_scores_are_those_of_the_packages_row_by_row(answered):
       expected *= bool(answer.strip())
       found = getattr(scores, metric)(answer, row.references)
       assert found == pytest.approx(expected, abs=1e-9), (row.where, metric)
-
-
-@pytest.mark.slow
-def test_processes_change_nothing(answered):
-  rows, answers = answered
-  pairs = dict(enumerate(zip(rows, answers, strict=True)))
-  assert len(pairs) >= tasks._WORTH_PROCESSES
-  results = []
-  for expected in (1, len(pairs)):
-    with tasks.Pool('summary', expected=expected) as pool:
-      assert (pool._executor is None) == (expected == 1)
-      for i in range(0, len(pairs), 500):
-        pool.add({j: pairs[j] for j in range(i, min(i + 500, len(pairs)))})
-      results.append(pool.results())
-    assert pool.results() == {}
-  assert json.dumps(results[0]) == json.dumps(results[1])
-  assert results[0].keys() == pairs.keys()
-
-
-def test_an_error_in_a_process_is_the_users():
-  row = sources.Row('x', references=('none',), where='f:1')
-  with tasks.Pool('math', expected=10**4) as pool:
-    pool.add({0: (row, '4')})
-    with pytest.raises(UserError, match='f:1: nothing'):
-      pool.results()
-
-
-def test_scoring_does_without_jax():
-  code = 'import sys, gakd_jax.evals.tasks; print("jax" in sys.modules)'
-  done = subprocess.run(
-    [sys.executable, '-c', code], capture_output=True, text=True, check=True
-  )
-  assert done.stdout == 'False\n'

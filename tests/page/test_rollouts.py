@@ -9,11 +9,12 @@ import pytest
 
 from gakd_jax import report, summary
 from gakd_jax.page import rollouts
+from tests.written import write_results
 
 
 def _run(path, lines=(), metrics=()):
   path.mkdir(parents=True, exist_ok=True)
-  (path / 'results.json').write_text('{"loss/ce": 1.0}')
+  write_results(path, {'loss/ce': 1.0})
   if lines:
     text = ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in lines)
     (path / 'rollouts.jsonl').write_text(text, encoding='utf-8')
