@@ -91,9 +91,11 @@ def write(
       ),
     }
   )
-  log = partial.Partial(path.with_name(path.name + '.partial'), settings, force)
-  answers = {i: (problem, line) for i, problem, line in log.read()}
-  _fill(answers, log, model, tokenizer, rows, wanted, decoding)
+  kept = partial.Partial(
+    path.with_name(path.name + '.partial'), settings, force
+  )
+  answers = {i: (problem, line) for i, problem, line in kept.read()}
+  _fill(answers, kept, model, tokenizer, rows, wanted, decoding)
   lines = []
   for _, (problem, line) in sorted(answers.items()):
     if problem is None or keep_unfinished:
@@ -108,7 +110,7 @@ def write(
     )
   if jax.process_index() == 0:
     report.write_atomically(path, ''.join(lines))
-  log.remove()
+  kept.remove()
   multihost_utils.sync_global_devices(f'wrote {path}')
   facts = [
     f'answers: {len(lines):,} to {len(prompts):,} prompts',
@@ -118,7 +120,7 @@ def write(
   return left_out
 
 
-def _fill(answers, log, model, tokenizer, rows, wanted, decoding):
+def _fill(answers, kept, model, tokenizer, rows, wanted, decoding):
   """Adds the answers that are not there, a batch at a time."""
   with report.Progress(len(wanted), len(answers), 'answers') as progress:
     last = time.monotonic()
@@ -136,7 +138,7 @@ def _fill(answers, log, model, tokenizer, rows, wanted, decoding):
         text = tokenizer_lib.decode(tokenizer, ids)
         new[i] = _answer(rows[r], n, text, finished, len(ids))
       answers |= new
-      log.append([i, *answer] for i, answer in new.items())
+      kept.append([i, *answer] for i, answer in new.items())
       now = time.monotonic()
       rate = sum(map(len, responses)) / (now - last)
       progress.update(len(answers), tokens_per_second=rate)

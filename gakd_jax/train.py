@@ -186,15 +186,15 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
 
   with (
     _stop_requests() as stop,
-    _Log(run, start, total) as log,
+    _Log(run, start, total) as logged,
   ):
 
     def evaluate(params, now, names):
-      log.flush()
+      logged.flush()
       found = chosen.evaluate(
         run, params, now, names, run.workdir / chosen.LAST
       )
-      log.write(now, evaluator_lib.curves(found['evaluators']))
+      logged.write(now, evaluator_lib.curves(found['evaluators']))
       chosen.choose(c.checkpoint, host, found)
 
     if start == 0 and c.eval_first:
@@ -213,7 +213,7 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
       batch, about_text = texts.next(state.params['student'], now)
       size = jnp.count_nonzero(batch.student.segments_BT)
       state, metrics = train_step(state, run.models, batch)
-      log.step(now, metrics | about_text, size)
+      logged.step(now, metrics | about_text, size)
       host['is_best'] = False
       names = [
         name
@@ -226,7 +226,7 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
       wants_to_save |= chosen.is_enough(c.checkpoint, host)
       if wants_to_save and not texts.ahead:
         wants_to_save = False
-        log.flush()  # What is saved is not logged again.
+        logged.flush()  # What is saved is not logged again.
         checkpoints.save(now, state, host | {'data': batches.get_state()})
       if host['is_best']:  # Only then: an export that fails loses no step.
         chosen.export(run, state.params['student'], host['best'])

@@ -15,10 +15,10 @@ def _run(path, results, metrics=(), about=(), **files):
   write_results(path, results, **dict(about))
   for name, content in files.items():
     (path / f'{name}.json').write_text(json.dumps(content))
-  log = report.Metrics(path)
+  metrics_file = report.Metrics(path)
   for step, values in enumerate(metrics, start=1):
-    log.write(step, values)
-  log.close()
+    metrics_file.write(step, values)
+  metrics_file.close()
   return path
 
 

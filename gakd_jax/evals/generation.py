@@ -217,10 +217,10 @@ class Generation:
 
     Those that an interrupted evaluation has written are not written again.
     """
-    log, answers = None, {}
+    kept, answers = None, {}
     if subject.identity is not None:
       path = answers_lib.path_of(subject.workdir, self.name, seed)
-      log = partial.Partial(
+      kept = partial.Partial(
         path.with_suffix('.partial'),
         self._settings()
         | {
@@ -230,7 +230,7 @@ class Generation:
         },
         subject.force,
       )
-      answers = {line.pop('index'): line for line in log.read()}
+      answers = {line.pop('index'): line for line in kept.read()}
       if answers:
         progress.advance(len(answers))
 
@@ -258,12 +258,12 @@ class Generation:
       # Of a batch that was half written, some were counted before.
       fresh = len(new.keys() - answers.keys())
       answers |= new
-      if log:
-        log.append([{'index': i} | x for i, x in new.items()])
+      if kept:
+        kept.append([{'index': i} | x for i, x in new.items()])
         new_tokens += sum(map(len, written))
         speed = new_tokens / (time.perf_counter() - start)
         progress.advance(fresh, tokens_per_second=speed)
-    if log and new_tokens:
+    if kept and new_tokens:
       _record_speed(
         subject.workdir,
         f'{self.name}-{seed}',

@@ -18,10 +18,10 @@ def _run(path, lines=(), metrics=()):
   if lines:
     text = ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in lines)
     (path / 'rollouts.jsonl').write_text(text, encoding='utf-8')
-  log = report.Metrics(path)
+  metrics_file = report.Metrics(path)
   for step, values in enumerate(metrics, start=1):
-    log.write(step, {f'train/{name}': x for name, x in values.items()})
-  log.close()
+    metrics_file.write(step, {f'train/{name}': x for name, x in values.items()})
+  metrics_file.close()
   return path
 
 
