@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from gakd_jax import UserError, fingerprint, partial, report, sampling
+from gakd_jax import UserError, fingerprint, log, partial, sampling
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import scores
@@ -109,7 +109,7 @@ def write(
       'model that answers'
     )
   if jax.process_index() == 0:
-    report.write_atomically(path, ''.join(lines))
+    log.write_atomically(path, ''.join(lines))
   kept.remove()
   multihost_utils.sync_global_devices(f'wrote {path}')
   facts = [
@@ -122,7 +122,7 @@ def write(
 
 def _fill(answers, kept, model, tokenizer, rows, wanted, decoding):
   """Adds the answers that are not there, a batch at a time."""
-  with report.Progress(len(wanted), len(answers), 'answers') as progress:
+  with log.Progress(len(wanted), len(answers), 'answers') as progress:
     last = time.monotonic()
     for batch, responses in sampling.stream(
       model,

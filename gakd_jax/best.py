@@ -12,8 +12,8 @@ from gakd_jax import (
   UserError,
   __version__,
   fingerprint,
+  log,
   models,
-  report,
   rundir,
 )
 from gakd_jax.models import peft, prompts
@@ -49,7 +49,7 @@ def describe(directory, config, *, step, metric=None):
     'metric': metric and metric[0],
     'value': metric and metric[1],
   }
-  (directory / RECORD).write_text(report.to_json(about, indent=2) + '\n')
+  (directory / RECORD).write_text(log.to_json(about, indent=2) + '\n')
   (directory / 'README.md').write_text(_card(about, peft.is_adapter(directory)))
 
 

@@ -28,8 +28,8 @@ from gakd_jax import (
   binary,
   build,
   fingerprint,
+  log,
   models,
-  report,
   rundir,
   sharding,
   summary,
@@ -122,8 +122,8 @@ def _run(config, paths, workdir, force):
       )
   comparisons = compare(evaluators, runs)
   if jax.process_index() == 0:
-    text = report.to_json(comparisons, indent=2) + '\n'
-    report.write_atomically(workdir / 'comparisons.json', text)
+    text = log.to_json(comparisons, indent=2) + '\n'
+    log.write_atomically(workdir / 'comparisons.json', text)
     summary.write(
       workdir / 'report.html',
       runs,

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from gakd_jax import UserError, __version__, report, rundir
+from gakd_jax import UserError, __version__, log, rundir
 
 # Settings that say how a result comes about, and not which: where, in what
 # pieces, and how often it is looked at.
@@ -105,7 +105,7 @@ def begin(workdir, force=False, **parts):
     if not rundir.is_finished(workdir):
       first = {'commit': commit(), 'versions': parts.pop('versions')}
       text = json.dumps(first | record | parts, indent=2)
-      report.write_atomically(path, text + '\n')
+      log.write_atomically(path, text + '\n')
   multihost_utils.sync_global_devices(f'wrote {path}')
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gakd_jax import UserError, build, flops, report, rundir, sharding
+from gakd_jax import UserError, build, flops, log, rundir, sharding
 from gakd_jax.data import pipeline
 from gakd_jax.objectives.base import Own
 
@@ -275,12 +275,12 @@ def _show(plan, config, mesh, memory_gb, tflops):
     f'step: {c.train.batch_size} rows of {c.data.max_length} tokens, '
     f'{plan.rows} rows a microbatch and device'
   )
-  report.print_table(
+  log.print_table(
     ('part', 'parameters'),
     [(name, f'{n:,}') for name, n in plan.parameters.items()],
     'Parameters',
   )
-  report.print_table(
+  log.print_table(
     ('part', 'GB'),
     [
       (name, f'{n / GB:.2f}')
@@ -289,7 +289,7 @@ def _show(plan, config, mesh, memory_gb, tflops):
     'Memory of a device',
   )
   total = sum(plan.flops.values())
-  report.print_table(
+  log.print_table(
     ('part', 'GFLOP a token', 'TFLOP a step', 'share'),
     [
       (

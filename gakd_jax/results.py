@@ -25,7 +25,7 @@ import re
 import statistics
 from pathlib import Path
 
-from gakd_jax import report, rundir
+from gakd_jax import log, rundir
 
 BUCKETS = ('0-10', '11-50', '51-100', '101+')  # tokens of a reference
 # Metrics: what they are called, and which is the best. Tables have them in this
@@ -319,7 +319,7 @@ def spread(values):
 def _format(cells):
   """(mean, deviation) as texts with the same decimals in a column."""
   flat = [[x] for cell in cells if cell for x in (cell.mean, cell.std or 0.0)]
-  texts = iter(text for (text,) in report.format_rows(flat))
+  texts = iter(text for (text,) in log.format_rows(flat))
   shown = []
   for cell in cells:
     pair = (next(texts), next(texts)) if cell else ('-', '')

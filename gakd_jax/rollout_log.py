@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gakd_jax import inputs, keys, report, rundir, sharding
+from gakd_jax import inputs, keys, log, rundir, sharding
 from gakd_jax.data import pipeline
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers
@@ -102,8 +102,8 @@ class RolloutLog:
     )
 
   def _replace(self, lines):
-    text = ''.join(report.to_json(x) + '\n' for x in lines)
-    report.write_atomically(self._path, text)
+    text = ''.join(log.to_json(x) + '\n' for x in lines)
+    log.write_atomically(self._path, text)
 
 
 def pieces(tokenizer, ids, by_teacher):

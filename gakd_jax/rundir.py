@@ -8,7 +8,7 @@ writes, results.json once it has finished, report.html.
 import json
 from pathlib import Path
 
-from gakd_jax import UserError, report
+from gakd_jax import UserError, log
 
 STAGE = 'stage:'
 
@@ -88,8 +88,8 @@ def is_finished(workdir):
 
 def finish(workdir, results):
   """Records a run's results, see `results`; with them, it is finished."""
-  report.write_atomically(
-    Path(workdir) / 'results.json', report.to_json(results, indent=2) + '\n'
+  log.write_atomically(
+    Path(workdir) / 'results.json', log.to_json(results, indent=2) + '\n'
   )
 
 

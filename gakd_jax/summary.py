@@ -5,7 +5,7 @@ import math
 import statistics
 from pathlib import Path
 
-from gakd_jax import fingerprint, page, report, results, rundir, tables
+from gakd_jax import fingerprint, log, page, results, rundir, tables
 from gakd_jax.page import answers as answers_lib
 from gakd_jax.page import figures, rollouts, training
 
@@ -38,13 +38,13 @@ def write(path, runs, answers=6, comparisons=()):
   first, rest = results.tables(groups, results.teachers(runs))
   label = results.labels(runs)
   metrics = {
-    name: (label[name], report.read_metrics(directory))
+    name: (label[name], log.read_metrics(directory))
     for name, directory in runs.items()
   }
   sets = answers_lib.collect(runs) if answers else []
   palette = figures.colours(groups)
   keys = [f'{where}/{metric}' for where, metric in first.columns]
-  report.print_table(['run', *keys], tables.plain(first)[1], 'Results')
+  log.print_table(['run', *keys], tables.plain(first)[1], 'Results')
   sections = [
     ('Results', _table(first) + page.details('Other metrics', _by_set(rest))),
     ('Comparisons', _comparisons(comparisons)),
@@ -216,7 +216,7 @@ def speed(runs):
 def _speed(directory):
   trained = [
     row['train/tokens_per_second']
-    for row in report.read_metrics(directory)
+    for row in log.read_metrics(directory)
     if 'train/tokens_per_second' in row
   ]
   path = directory / 'speed.json'

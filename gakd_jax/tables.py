@@ -3,7 +3,7 @@
 import itertools
 from pathlib import Path
 
-from gakd_jax import report, results
+from gakd_jax import log, results
 
 
 def write(folder, runs):
@@ -12,8 +12,8 @@ def write(folder, runs):
   Those are table.md and table.tex; `runs` are {name: directory}.
   """
   table, _ = results.tables(results.read(runs), results.teachers(runs))
-  report.write_atomically(Path(folder) / 'table.md', markdown(table))
-  report.write_atomically(Path(folder) / 'table.tex', latex(table))
+  log.write_atomically(Path(folder) / 'table.md', markdown(table))
+  log.write_atomically(Path(folder) / 'table.tex', latex(table))
 
 
 def plain(table):

@@ -1,7 +1,7 @@
 """Programs that show metrics: TensorBoard, Weights & Biases, MLflow.
 
 A tracker is made with (workdir, config, resume_step) and has
-`write(step, values)` and `close()`; values are as in `report.Metrics`. A run
+`write(step, values)` and `close()`; values are as in `log.Metrics`. A run
 that goes on is given all steps up to `resume_step` again, those that an
 interruption may have lost: a tracker leaves out what it has, so that it has
 every step once. It is imported when it is chosen, by `config.report.trackers`.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gakd_jax import UserError, fingerprint, report
+from gakd_jax import UserError, fingerprint, log
 
 
 class TensorBoard:
@@ -62,7 +62,7 @@ class TensorBoard:
     make = self._proto.summary_pb2
     if not isinstance(value, list):
       return make.Summary.Value(tag=name, simple_value=value)
-    edges, counts = report.HISTOGRAM_EDGES, np.array(value)
+    edges, counts = log.HISTOGRAM_EDGES, np.array(value)
     middles = (edges[1:] + edges[:-1]) / 2
     histogram = make.HistogramProto(
       min=edges[0],
@@ -108,7 +108,7 @@ class Wandb:
 
   def write(self, step, values):
     if step >= self._run.starting_step:
-      edges = report.HISTOGRAM_EDGES
+      edges = log.HISTOGRAM_EDGES
       values = {
         name: self._histogram(np_histogram=(x, edges)) if _is_list(x) else x
         for name, x in values.items()
@@ -175,7 +175,7 @@ TRACKERS = {'tensorboard': TensorBoard, 'wandb': Wandb, 'mlflow': MLflow}
 
 
 def make(names, workdir, config, resume_step):
-  """The trackers of these names, for `report.Metrics`."""
+  """The trackers of these names, for `log.Metrics`."""
   return [TRACKERS[name](workdir, config, resume_step) for name in names]
 
 
@@ -200,7 +200,7 @@ def _run_id(workdir, name, make):
   """The id of a tracker's run, which stays that of the directory."""
   path = Path(workdir) / f'{name}_run.txt'
   if not path.exists():
-    report.write_atomically(path, make())
+    log.write_atomically(path, make())
   return path.read_text()
 
 

@@ -24,8 +24,8 @@ from gakd_jax import (
   fingerprint,
   inputs,
   keys,
+  log,
   models,
-  report,
   rollout_log,
   rundir,
   sharding,
@@ -280,8 +280,8 @@ class _Log:
     if jax.process_index() == 0:
       c = run.config
       made = trackers.make(c.report.trackers, run.workdir, c, start)
-      self._metrics = report.Metrics(run.workdir, made, start)
-    self._progress = report.Progress(total, start, run.workdir.name)
+      self._metrics = log.Metrics(run.workdir, made, start)
+    self._progress = log.Progress(total, start, run.workdir.name)
     self._watch = rollout_log.Watch()
     self._late = None
     self._time = None  # when the last step ended; None: no step to time from

@@ -34,7 +34,7 @@ LEVELS = (
     'results',
     'tables',
     'page',
-    'report',
+    'log',
     'trackers',
     'binary',
     'settings',

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from configs import base
-from gakd_jax import Interrupted, inputs, report, rollout, train
+from gakd_jax import Interrupted, inputs, log, rollout, train
 from gakd_jax.data import tokenizer
 
 ROWS = [
@@ -84,7 +84,7 @@ def steps(workdir):
       for k, v in row.items()
       if k.startswith('train/') and 'second' not in k
     }
-    for row in report.read_metrics(workdir)
+    for row in log.read_metrics(workdir)
     if 'train/loss' in row
   }
 

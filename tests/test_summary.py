@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from gakd_jax import report, summary, tables
+from gakd_jax import log, summary, tables
 from gakd_jax.page import training
 from tests.written import write_results
 
@@ -15,7 +15,7 @@ def _run(path, results, metrics=(), about=(), **files):
   write_results(path, results, **dict(about))
   for name, content in files.items():
     (path / f'{name}.json').write_text(json.dumps(content))
-  metrics_file = report.Metrics(path)
+  metrics_file = log.Metrics(path)
   for step, values in enumerate(metrics, start=1):
     metrics_file.write(step, values)
   metrics_file.close()
@@ -105,7 +105,7 @@ def test_seeds_share_a_row_and_a_look(tmp_path):
 
 def test_the_page_has_the_critics_last_scores(tmp_path):
   """Of twenty steps the last two count."""
-  bins = len(report.HISTOGRAM_EDGES) - 1
+  bins = len(log.HISTOGRAM_EDGES) - 1
 
   def counts(i, n):
     return np.bincount([i] * n, minlength=bins)
@@ -124,14 +124,12 @@ def test_the_page_has_the_critics_last_scores(tmp_path):
     'a': _run(tmp_path / 'a', {'loss/ce': 1.0}, metrics),
     'b': _run(tmp_path / 'b', {'loss/ce': 1.0}, [{'train/loss': 1.0}]),
   }
-  stairs = training.histogram(report.read_metrics(runs['a']))
+  stairs = training.histogram(log.read_metrics(runs['a']))
   for label, want in (('teacher', [4, 0, 0]), ('student', [0, 0, 8])):
     x, y = stairs[label]
-    np.testing.assert_array_equal(
-      x, np.repeat(report.HISTOGRAM_EDGES[50:54], 2)
-    )
+    np.testing.assert_array_equal(x, np.repeat(log.HISTOGRAM_EDGES[50:54], 2))
     np.testing.assert_array_equal(y, [0, *np.repeat(want, 2), 0])
-  assert training.histogram(report.read_metrics(runs['b'])) is None
+  assert training.histogram(log.read_metrics(runs['b'])) is None
   summary.write(tmp_path / 'report.html', runs)
   page = (tmp_path / 'report.html').read_text()
   assert _headings(page) == ['Results', 'Scores', 'Training', 'Critic']

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from gakd_jax import UserError, build, report, trackers
+from gakd_jax import UserError, build, log, trackers
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,8 +45,8 @@ def events(folder):
 def write(names, workdir, steps, resume_step=0):
   config = base.get_config()
   made = trackers.make(names, workdir, config, resume_step)
-  metrics = report.Metrics(workdir, made, resume_step)
-  counts = np.zeros(len(report.HISTOGRAM_EDGES) - 1, int)
+  metrics = log.Metrics(workdir, made, resume_step)
+  counts = np.zeros(len(log.HISTOGRAM_EDGES) - 1, int)
   counts[3] = 2
   for step in steps:
     metrics.write(step, {'train/loss': step, 'train/scores': counts})
@@ -90,7 +90,7 @@ def test_tensorboard_has_every_step_once_after_kills(tmp_path):
   assert rows[7]['train/loss'] == 7
   histogram = rows[7]['train/scores']
   assert (histogram.num, histogram.bucket[3]) == (2, 2)
-  assert histogram.sum == pytest.approx(sum(report.HISTOGRAM_EDGES[3:5]))
+  assert histogram.sum == pytest.approx(sum(log.HISTOGRAM_EDGES[3:5]))
 
 
 def test_a_tracker_that_comes_later_has_the_steps_before(tmp_path):
@@ -216,9 +216,7 @@ def test_a_run_that_is_killed_has_every_step_once(tiny_model_dir, tmp_path):
     with subprocess.Popen(
       command, cwd=ROOT, stdout=subprocess.DEVNULL
     ) as process:
-      while not any(
-        row['step'] >= stop for row in report.read_metrics(workdir)
-      ):
+      while not any(row['step'] >= stop for row in log.read_metrics(workdir)):
         assert process.poll() is None
         time.sleep(0.01)
       os.kill(process.pid, signal.SIGKILL)

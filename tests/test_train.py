@@ -22,8 +22,8 @@ from gakd_jax import (
   checkpoint,
   chosen,
   fingerprint,
+  log,
   models,
-  report,
   rundir,
   tables,
   train,
@@ -101,7 +101,7 @@ def measured(**values):
 def losses(workdir):
   return {
     row['step']: row['train/loss']
-    for row in report.read_metrics(workdir)
+    for row in log.read_metrics(workdir)
     if 'train/loss' in row
   }
 
@@ -120,7 +120,7 @@ def whole_run(pair, data_file, tmp_path_factory):
 
 def test_a_run_learns_and_leaves_everything(whole_run):
   workdir, results = whole_run
-  rows = report.read_metrics(workdir)
+  rows = log.read_metrics(workdir)
   loss = losses(workdir)
   assert sorted(loss) == [1, 2, 3, 4, 5, 6]
   assert loss[6] < loss[1] - 0.1
@@ -342,7 +342,7 @@ def test_best_is_the_best_and_not_the_last(quick, config, tmp_path):
   # What the page and the table show is of best/.
   tables.write(tmp_path, {'run': tmp_path / 'run'})
   assert '3.000' in (tmp_path / 'table.md').read_text()
-  steps = [row['step'] for row in report.read_metrics(tmp_path / 'run')]
+  steps = [row['step'] for row in log.read_metrics(tmp_path / 'run')]
   assert steps[0] == 0
 
 

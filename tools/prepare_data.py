@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from gakd_jax import UserError, report
+from gakd_jax import UserError, log
 from gakd_jax.data import sources
 
 
@@ -81,7 +81,7 @@ def _prepare(args):
       f'--skip={args.skip}: {args.source} has {len(rows)} rows; nothing is left'
     )
   lines = (json.dumps(to_record(r), ensure_ascii=False) + '\n' for r in kept)
-  report.write_atomically(args.file, ''.join(lines))
+  log.write_atomically(args.file, ''.join(lines))
   skipped = ''.join(f', {n} skipped: {why}' for why, n in sorted(bad.items()))
   some = f' of {len(rows)}' * (len(kept) < len(rows))
   print(f'{args.file}: {len(kept)}{some} rows{skipped}')

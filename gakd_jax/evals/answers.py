@@ -5,7 +5,7 @@ import json
 import jax
 from jax.experimental import multihost_utils
 
-from gakd_jax import UserError, report
+from gakd_jax import UserError, log
 
 
 def path_of(workdir, name, seed):
@@ -27,8 +27,8 @@ def write(workdir, name, seed, lines):
   """Writes the file; on several processes, all may read it afterwards."""
   path = path_of(workdir, name, seed)
   if jax.process_index() == 0:
-    text = ''.join(report.to_json(x) + '\n' for x in lines)
-    report.write_atomically(path, text)
+    text = ''.join(log.to_json(x) + '\n' for x in lines)
+    log.write_atomically(path, text)
   multihost_utils.sync_global_devices(f'wrote {path}')
 
 
@@ -41,7 +41,7 @@ def keep(source, workdir, step):
     for path in sorted((source / 'answers').glob('*.jsonl')):
       text = path.read_text('utf-8')
       if json.loads(text.partition('\n')[0])['step'] == step:
-        report.write_atomically(workdir / 'answers' / path.name, text)
+        log.write_atomically(workdir / 'answers' / path.name, text)
   multihost_utils.sync_global_devices(f'kept {workdir}')
 
 

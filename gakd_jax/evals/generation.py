@@ -24,8 +24,8 @@ import numpy as np
 from gakd_jax import (
   UserError,
   fingerprint,
+  log,
   partial,
-  report,
   results,
   sampling,
 )
@@ -93,7 +93,7 @@ class Generation:
     n = len(self.rows) * len(self.seeds)
     progress = contextlib.nullcontext()
     if subject.identity is not None:
-      progress = report.Progress(n, 0, f'{subject.workdir.name}: {self.name}')
+      progress = log.Progress(n, 0, f'{subject.workdir.name}: {self.name}')
     with progress:
       lines = {
         seed: self._one_seed(subject, model, texts.prompts, seed, tag, progress)
@@ -312,6 +312,4 @@ def _record_speed(workdir, name, speed):
   if jax.process_index() == 0:
     file = workdir / 'speed.json'
     known = json.loads(file.read_text()) if file.exists() else {}
-    report.write_atomically(
-      file, report.to_json(known | {name: speed}, indent=2)
-    )
+    log.write_atomically(file, log.to_json(known | {name: speed}, indent=2))

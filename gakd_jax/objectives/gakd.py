@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gakd_jax import UserError, models, report, sharding
+from gakd_jax import UserError, log, models, sharding
 from gakd_jax.data import segments
 from gakd_jax.models import critic as critic_lib
 from gakd_jax.models import lora, transformer
@@ -315,8 +315,8 @@ class GAKD(base.Objective):
 
 
 def _histogram(d_BT, where_BT):
-  """Counts of scores over `report.HISTOGRAM_EDGES`."""
-  edges = jnp.asarray(report.HISTOGRAM_EDGES[1:-1], jnp.float32)
+  """Counts of scores over `log.HISTOGRAM_EDGES`."""
+  edges = jnp.asarray(log.HISTOGRAM_EDGES[1:-1], jnp.float32)
   counts = jnp.zeros(edges.size + 1)
   return counts.at[jnp.searchsorted(edges, d_BT)].add(
     where_BT.astype(counts.dtype)

@@ -9,7 +9,7 @@ import html
 import string
 from pathlib import Path
 
-from gakd_jax import report
+from gakd_jax import log
 from gakd_jax.page import answers as answers_lib
 from gakd_jax.page import figures
 
@@ -37,7 +37,7 @@ def write(path, title, about, sections):
     style=_read('style.css'),
     script=_read('tables.js') + _read('answers.js'),
   )
-  report.write_atomically(path, page)
+  log.write_atomically(path, page)
 
 
 def table(title, columns, rows, *, note='', best=()):
@@ -50,11 +50,11 @@ def table(title, columns, rows, *, note='', best=()):
     note: what there is to say below it.
     best: (row, column) of the cells in bold.
   """
-  texts = report.format_rows(
+  texts = log.format_rows(
     [[x.text if isinstance(x, Html) else x for x in row] for row in rows]
   )
   kinds = [
-    ' class="number"' if report.is_numeric([row[i] for row in texts]) else ''
+    ' class="number"' if log.is_numeric([row[i] for row in texts]) else ''
     for i in range(len(columns))
   ]
   head = ''.join(

@@ -9,7 +9,7 @@ import json
 import math
 from pathlib import Path
 
-from gakd_jax import report
+from gakd_jax import log
 
 # As JSON in the page. Beyond it, only the first rows of each set are kept.
 LIMIT_BYTES = 20_000_000
@@ -106,7 +106,7 @@ def _cut(sets, limit):
 
 def to_script(data):
   """JSON that may stand between <script> tags, whatever it says."""
-  text = report.to_json(data, separators=(',', ':'))
+  text = log.to_json(data, separators=(',', ':'))
   for character in '<>&\u2028\u2029':
     text = text.replace(character, f'\\u{ord(character):04x}')
   return text

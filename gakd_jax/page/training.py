@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from gakd_jax import report
+from gakd_jax import log
 from gakd_jax.page import figures
 
 _SCORES = ('train/critic/histogram_teacher', 'train/critic/histogram_student')
@@ -102,7 +102,7 @@ def histogram(rows):
   counts = [sum(np.array(row[metric]) for row in rows) for metric in _SCORES]
   (seen,) = np.nonzero(counts[0] + counts[1])
   shown = slice(seen[0], seen[-1] + 1)
-  edges = report.HISTOGRAM_EDGES[seen[0] : seen[-1] + 2]
+  edges = log.HISTOGRAM_EDGES[seen[0] : seen[-1] + 2]
   return {
     metric.rpartition('_')[2]: (
       np.repeat(edges, 2),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gakd_jax import UserError, models, objectives, report, sharding
+from gakd_jax import UserError, log, models, objectives, sharding
 from gakd_jax.data.pipeline import Batch, Tokens
 from gakd_jax.models import critic as critic_lib
 from gakd_jax.models.transformer import Head, Outputs
@@ -381,7 +381,7 @@ def test_diagnostics_are_those_of_the_scores():
   for name, value in want.items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5)
   for name, d in (('teacher', d_t), ('student', d_s)):
-    counts, _ = np.histogram(d, report.HISTOGRAM_EDGES)
+    counts, _ = np.histogram(d, log.HISTOGRAM_EDGES)
     np.testing.assert_array_equal(metrics[f'histogram_{name}'], counts)
 
 

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from gakd_jax import report, summary
+from gakd_jax import log, summary
 from gakd_jax.page import rollouts
 from tests.written import write_results
 
@@ -18,7 +18,7 @@ def _run(path, lines=(), metrics=()):
   if lines:
     text = ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in lines)
     (path / 'rollouts.jsonl').write_text(text, encoding='utf-8')
-  metrics_file = report.Metrics(path)
+  metrics_file = log.Metrics(path)
   for step, values in enumerate(metrics, start=1):
     metrics_file.write(step, {f'train/{name}': x for name, x in values.items()})
   metrics_file.close()
@@ -174,7 +174,7 @@ def test_acceptance_by_place_is_of_the_last_steps_that_wrote(tmp_path):
   metrics += [wrote(1.0, 0.5, np.nan), {'loss': 1.0}]
   metrics += [wrote(0.5, np.nan, np.nan), {'loss': 1.0}]
   run = _run(tmp_path / 'a', metrics=metrics)
-  shares = rollouts.by_place(report.read_metrics(run))
+  shares = rollouts.by_place(log.read_metrics(run))
   np.testing.assert_allclose(shares, [0.75, 0.5, np.nan])
   assert rollouts.by_place([{'step': 1, 'train/loss': 1.0}]) == []
 

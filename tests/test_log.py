@@ -7,57 +7,57 @@ import re
 import numpy as np
 import pytest
 
-from gakd_jax import UserError, report
+from gakd_jax import UserError, log
 
 
 def _write(workdir, steps, **kwargs):
-  metrics = report.Metrics(workdir, **kwargs)
+  metrics = log.Metrics(workdir, **kwargs)
   for step in steps:
     metrics.write(step, {'train/loss': step})
   metrics.close()
 
 
 def _steps(workdir):
-  return [row['step'] for row in report.read_metrics(workdir)]
+  return [row['step'] for row in log.read_metrics(workdir)]
 
 
 def test_metrics_are_on_disk_as_soon_as_they_are_written(tmp_path):
-  assert report.read_metrics(tmp_path / 'new') == []
-  metrics = report.Metrics(tmp_path / 'new')
+  assert log.read_metrics(tmp_path / 'new') == []
+  metrics = log.Metrics(tmp_path / 'new')
   metrics.write(np.int32(3), {'train/loss': np.float32(0.5)})
   metrics.write(3, {'eval/ce': 2})
-  got = report.read_metrics(tmp_path / 'new')
+  got = log.read_metrics(tmp_path / 'new')
   metrics.close()
   assert got == [{'step': 3, 'train/loss': 0.5}, {'step': 3, 'eval/ce': 2.0}]
 
 
 def test_histograms_are_lists_of_counts(tmp_path):
-  counts = np.zeros(len(report.HISTOGRAM_EDGES) - 1, np.float32)
+  counts = np.zeros(len(log.HISTOGRAM_EDGES) - 1, np.float32)
   counts[3] = 2
-  metrics = report.Metrics(tmp_path)
+  metrics = log.Metrics(tmp_path)
   metrics.write(1, {'scores': counts, 'a': 0.5})
   metrics.close()
-  (row,) = report.read_metrics(tmp_path)
+  (row,) = log.read_metrics(tmp_path)
   assert row == {'step': 1, 'scores': counts.astype(int).tolist(), 'a': 0.5}
   assert isinstance(row['scores'][3], int)
   _write(tmp_path, [2], resume_step=1)  # and are copied as they are
-  assert report.read_metrics(tmp_path)[0] == row
+  assert log.read_metrics(tmp_path)[0] == row
 
 
 def test_null_stands_for_what_is_not_finite_however_deep():
   deep = {'é': [1, (math.nan, {'x': math.inf}), 0.5, None, True]}
-  text = report.to_json(deep)
+  text = log.to_json(deep)
   assert text == '{"é": [1, [null, {"x": null}], 0.5, null, true]}'
 
 
 def test_what_is_not_finite_is_strict_json(tmp_path):
-  metrics = report.Metrics(tmp_path)
+  metrics = log.Metrics(tmp_path)
   metrics.write(1, {'a': math.nan, 'b': -math.inf, 'c': 1})
   metrics.close()
   line = (tmp_path / 'metrics.jsonl').read_text()
   strict = json.loads(line, parse_constant=pytest.fail)
   assert strict == {'step': 1, 'a': None, 'b': None, 'c': 1.0}
-  (row,) = report.read_metrics(tmp_path)
+  (row,) = log.read_metrics(tmp_path)
   assert math.isnan(row['a'])
   assert math.isnan(row['b'])
   _write(tmp_path, [2], resume_step=1)  # NaN is copied as null again
@@ -86,13 +86,13 @@ def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
   with pytest.raises(UserError, match=r'metrics\.jsonl:2: not JSON'):
-    report.read_metrics(tmp_path)
+    log.read_metrics(tmp_path)
 
 
 def test_progress_prints_a_line_now_and_then_to_a_file(capsys, monkeypatch):
   now = 0.0
-  monkeypatch.setattr(report.time, 'monotonic', lambda: now)
-  with report.Progress(140, 100, 'distil [a]') as progress:
+  monkeypatch.setattr(log.time, 'monotonic', lambda: now)
+  with log.Progress(140, 100, 'distil [a]') as progress:
     for step in range(101, 141):
       now += 1
       progress.update(step, loss=2 / 3, tokens_per_second=12345.6)
@@ -112,7 +112,7 @@ def test_progress_prints_a_line_now_and_then_to_a_file(capsys, monkeypatch):
 
 def test_progress_leaves_its_last_line_when_the_run_dies(capsys):
   def run():
-    with report.Progress(10) as progress:
+    with log.Progress(10) as progress:
       progress.update(1)
       progress.update(2)
       raise KeyboardInterrupt
@@ -127,7 +127,7 @@ def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
   monkeypatch.setenv('TTY_COMPATIBLE', '1')
   monkeypatch.setenv('TERM', 'xterm')
   monkeypatch.setenv('COLUMNS', '90')
-  with report.Progress(140, 100, 'distil [a]') as progress:
+  with log.Progress(140, 100, 'distil [a]') as progress:
     progress.update(140, loss=0.5, tokens_per_second=12345.6)
     progress.say('saved [red]')
   out = re.sub(r'\x1b\[[0-9;?]*[A-Za-z]', '', capsys.readouterr().out)
@@ -145,20 +145,20 @@ ROWS = [
 
 
 def test_tables_in_a_file_are_markdown_of_any_width(capsys):
-  report.print_table(COLUMNS, [*ROWS, ['x' * 200, 'y', 1, '']], 'Dolly [c]')
+  log.print_table(COLUMNS, [*ROWS, ['x' * 200, 'y', 1, '']], 'Dolly [c]')
   title, *lines = capsys.readouterr().out.splitlines()
   assert title.strip() == 'Dolly [c]'
   rows = [re.split(r'\s*\|\s*', line.strip(' |')) for line in lines]
   assert ['teacher [b]', '27.1 ± 0.2', '10.50', 'a < b'] in rows
   assert ['GAKD', '9.9 ± 0.1', '9.25', '-'] in rows
   assert ['x' * 200, 'y', '1'] in rows
-  report.print_table(COLUMNS, [], 'nothing yet')
+  log.print_table(COLUMNS, [], 'nothing yet')
 
 
 def test_tables_on_a_narrow_terminal_lose_nothing(capsys, monkeypatch):
   monkeypatch.setenv('TTY_COMPATIBLE', '1')
   monkeypatch.setenv('COLUMNS', '30')
-  report.print_table(['a', 'b'], [['x' * 40, 'y' * 40]], 'T')
+  log.print_table(['a', 'b'], [['x' * 40, 'y' * 40]], 'T')
   out = re.sub(r'\x1b\[[0-9;]*m', '', capsys.readouterr().out)
   assert max(map(len, out.splitlines())) <= 30
   assert (out.count('x'), out.count('y')) == (40, 40)
@@ -171,13 +171,13 @@ def test_the_floats_of_a_column_share_their_decimals():
     '.2e': [5e-6, 0.0],
   }
   for spec, cells in columns.items():
-    rows = report.format_rows([[cell] for cell in cells])
+    rows = log.format_rows([[cell] for cell in cells])
     assert rows == [[format(cell, spec)] for cell in cells]
-  assert report.format_rows([[1, None, 'x']]) == [['1', '-', 'x']]
+  assert log.format_rows([[1, None, 'x']]) == [['1', '-', 'x']]
 
 
 def test_numbers_are_known_by_their_text():
   for numeric in (['24.1 ± 0.3', '-'], ['+1.00', '-2.0'], ['<0.001', 'nan']):
-    assert report.is_numeric(numeric)
+    assert log.is_numeric(numeric)
   for text in (['a', '1'], ['-', ''], ['2 a', 'b']):
-    assert not report.is_numeric(text)
+    assert not log.is_numeric(text)
