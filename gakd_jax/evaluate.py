@@ -30,16 +30,16 @@ from gakd_jax import (
   fingerprint,
   log,
   models,
+  page,
   rundir,
   sharding,
-  summary,
-  tables,
 )
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers, tasks
 from gakd_jax.evals import evaluator as evaluator_lib
 from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.models import pair
+from gakd_jax.page import tables
 
 _CONFIG = binary.config_flag('What is measured.')
 _MODEL = flags.DEFINE_list('model', None, 'Directories, runs or hub ids.')
@@ -124,7 +124,7 @@ def _run(config, paths, workdir, force):
   if jax.process_index() == 0:
     text = log.to_json(comparisons, indent=2) + '\n'
     log.write_atomically(workdir / 'comparisons.json', text)
-    summary.write(
+    page.write(
       workdir / 'report.html',
       runs,
       answers=config.report.answers,

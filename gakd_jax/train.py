@@ -26,10 +26,10 @@ from gakd_jax import (
   keys,
   log,
   models,
+  page,
   rollout_log,
   rundir,
   sharding,
-  summary,
   trackers,
 )
 from gakd_jax import checkpoint as checkpoint_lib
@@ -43,7 +43,7 @@ def run_stages(config, workdir, force=False):
     print(f'== {name}', flush=True)
     run(stage, workdir / name, root=workdir, force=force)
   runs = {name: workdir / name for name, _ in config.stages}
-  summary.write(workdir / 'report.html', runs, answers=config.report.answers)
+  page.write(workdir / 'report.html', runs, answers=config.report.answers)
 
 
 def run(config, workdir, root=None, force=False):
@@ -112,7 +112,7 @@ def _is_teacher(config, contents):
 
 def _write_report(config, workdir):
   runs = {workdir.name: workdir}
-  summary.write(workdir / 'report.html', runs, answers=config.report.answers)
+  page.write(workdir / 'report.html', runs, answers=config.report.answers)
 
 
 def _origins(config):

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from gakd_jax import summary
+from gakd_jax import page
 from tests.written import write_results
 
 # Its pipes keep their numbers from another process: this puts them at 3 and 4.
@@ -147,7 +147,7 @@ def url(tmp_path_factory):
   lines = [line | {'step': step, 'finished': False} for step in range(9)]
   text_of = ''.join(json.dumps(x) + '\n' for x in lines)
   (root / 'x' / 'rollouts.jsonl').write_text(text_of, encoding='utf-8')
-  summary.write(root / 'report.html', runs, answers=2)
+  page.write(root / 'report.html', runs, answers=2)
   return (root / 'report.html').as_uri()
 
 

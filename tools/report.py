@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from absl import flags
 
-from gakd_jax import UserError, binary, rundir, summary, tables
+from gakd_jax import UserError, binary, page, rundir
+from gakd_jax.page import tables
 
 _OUTPUT = flags.DEFINE_string('output', None, 'The page to write.')
 
@@ -67,7 +68,7 @@ def _main(argv):
   path = Path(_OUTPUT.value or default)
   if path.is_dir():
     path = path / 'report.html'
-  summary.write(path, runs, comparisons=find_comparisons(paths, runs))
+  page.write(path, runs, comparisons=find_comparisons(paths, runs))
   tables.write(path.parent, runs)
 
 

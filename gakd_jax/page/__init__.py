@@ -1,201 +1,263 @@
-"""The pieces of report.html, one page that needs nothing but itself.
+"""Runs side by side: what the page about them has, and from where."""
 
-Every text goes through `html.escape`, or, for the script, through
-`answers.to_script`. Without JavaScript the page lacks what can be sorted,
-searched and picked, and nothing else.
-"""
-
-import html
-import string
+import json
+import math
+import statistics
 from pathlib import Path
 
-from gakd_jax import log
+from gakd_jax import fingerprint, log, results, rundir
 from gakd_jax.page import answers as answers_lib
-from gakd_jax.page import figures
+from gakd_jax.page import figures, parts, rollouts, tables, training
 
-_FILES = Path(__file__).parent
+_SPREAD = (
+  '±: standard deviation, over runs that differ in their seed, or over the '
+  'seeds of sampling of one run.'
+)
+_BOOTSTRAP = (
+  'Paired bootstrap over test rows. p is two-sided and of each comparison '
+  'alone; in bold, the interval of 95 % leaves 0 out.'
+)
 
 
-def write(path, title, about, sections):
-  """Writes the page.
+def write(path, runs, answers=6, comparisons=()):
+  """Prints the comparison of runs and writes it as an HTML page.
+
+  Runs that differ in their seed share a row: mean and standard deviation.
 
   Args:
-    path: the file to write.
-    title: the page's heading.
-    about: a line below it.
-    sections: (heading, HTML); those without HTML are left out.
+    path: of the page.
+    runs: {name: directory}, of a finished training or of an evaluated model.
+      It has results.json, and may have config.json, metrics.jsonl,
+      rollouts.jsonl, speed.json and answers/<set>-<seed>.jsonl.
+    answers: how many prompts to show where there is no JavaScript, which shows
+      them all; 0 leaves answers out.
+    comparisons: dicts of 'set', 'metric', the models 'a' and 'b', 'difference'
+      (a - b), its interval 'low' and 'high', and 'p'.
   """
-  sections = {heading: body for heading, body in sections if body}
-  page = _template('page.html').substitute(
-    title=html.escape(title),
-    about=f'<p class="note">{html.escape(about)}</p>' if about else '',
-    contents=_contents(sections) if len(sections) > 1 else '',
-    body=''.join(
-      f'<section id="{_id(heading)}"><h2>{heading}</h2>\n{body}</section>\n'
-      for heading, body in sections.items()
+  groups = results.read(runs)
+  first, rest = results.tables(groups, results.teachers(runs))
+  label = results.labels(runs)
+  metrics = {
+    name: (label[name], log.read_metrics(directory))
+    for name, directory in runs.items()
+  }
+  sets = answers_lib.collect(runs) if answers else []
+  palette = figures.colours(groups)
+  keys = [f'{where}/{metric}' for where, metric in first.columns]
+  log.print_table(['run', *keys], tables.plain(first)[1], 'Results')
+  sections = [
+    ('Results', _table(first) + parts.details('Other metrics', _by_set(rest))),
+    ('Comparisons', _comparisons(comparisons)),
+    ('Scores', _bars(first, palette)),
+    (
+      'By length',
+      _by_length(groups, palette, metrics=first.columns)
+      + parts.details(
+        'Other scores', _by_length(groups, palette, metrics=rest.columns)
+      ),
     ),
-    style=_read('style.css'),
-    script=_read('tables.js') + _read('answers.js'),
-  )
-  log.write_atomically(path, page)
-
-
-def table(title, columns, rows, *, note='', best=()):
-  """A table that a click on a column's head sorts.
-
-  Args:
-    title: its heading; '' for none.
-    columns: their names, or (set, name) in two lines.
-    rows: of texts, numbers, None, or `Html` that stands for a number.
-    note: what there is to say below it.
-    best: (row, column) of the cells in bold.
-  """
-  texts = log.format_rows(
-    [[x.text if isinstance(x, Html) else x for x in row] for row in rows]
-  )
-  kinds = [
-    ' class="number"' if log.is_numeric([row[i] for row in texts]) else ''
-    for i in range(len(columns))
+    ('Training', parts.grid(training.curves(metrics, palette))),
+    (
+      'Critic',
+      parts.grid(
+        training.curves(metrics, palette, 'critic')
+        + training.critic_scores(metrics)
+      ),
+    ),
+    (
+      'Rollouts',
+      parts.grid(rollouts.curves(metrics, palette)) + rollouts.texts(runs),
+    ),
+    ('Speed and memory', _speed_table(runs)),
+    ('Answers', parts.browser(sets, results.NAMES, answers)),
+    ('Configuration', parts.settings(settings(runs))),
   ]
-  head = ''.join(
-    f'<th scope="col"{kind}><button type="button">{_head(name)}</button></th>'
-    for name, kind in zip(columns, kinds, strict=True)
-  )
-  body = ''
-  for i, cells in enumerate(texts):
-    body += f'<tr><th scope="row"{kinds[0]}>{html.escape(cells[0])}</th>'
-    for j, text in enumerate(cells[1:], start=1):
-      shown = html.escape(text)
-      if (i, j) in best:
-        shown = f'<strong>{shown}</strong>'
-      if isinstance(rows[i][j], Html):
-        shown = rows[i][j].html
-        body += f'<td data-value="{html.escape(text)}">{shown}</td>'
-      else:
-        body += f'<td{kinds[j]}>{shown}</td>'
-    body += '</tr>\n'
-  heading = f'<h3>{html.escape(title)}</h3>' if title else ''
-  label = html.escape(title or 'Table')
-  note = f'<p class="note">{html.escape(note)}</p>' if note else ''
-  return f"""<div class="card">{heading}
-<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table>
-<thead><tr>{head}</tr></thead>
-<tbody>{body}</tbody></table></div>{note}</div>
-"""
+  title = Path(path).absolute().parent.name
+  parts.write(path, title, _about(runs, sets), sections)
+  print(f'report: {path}', flush=True)
 
 
-class Html:
-  """A cell that is drawn; it sorts by `text`, a number."""
-
-  def __init__(self, text, html):
-    self.text, self.html = text, html
-
-
-def interval(middle, low, high, reach):
-  """A point and its interval around 0, on a scale of -reach to reach."""
-
-  def place(x):
-    return 0.5 + 0.5 * x / (reach or 1)
-
-  return Html(
-    str(middle),
-    '<div class="interval" aria-hidden="true"><u></u>'
-    f'<i style="{figures.span(place(low), place(high))}"></i>'
-    f'<b style="left: {100 * place(middle):.1f}%"></b></div>',
-  )
+def _about(runs, sets):
+  about = 'one run' if len(runs) == 1 else f'{len(runs)} runs'
+  if sets:
+    prompts = sum(s['total'] for s in sets)
+    where = 'one set' if len(sets) == 1 else f'{len(sets)} sets'
+    about += f', {prompts:,} prompts in {where}'
+  return about
 
 
-def grid(parts):
-  return f'<div class="grid">{"".join(parts)}</div>\n' if parts else ''
-
-
-def details(heading, body, *, is_open=False):
-  if not body:
+def _table(table):
+  if not table.columns:
     return ''
-  heading = html.escape(heading)
-  tag = '<details open>' if is_open else '<details>'
-  return f'{tag}<summary>{heading}</summary>\n{body}</details>\n'
+  columns, rows = tables.plain(table)
+  best = {(i, j + 1) for i, j in table.best()}
+  notes = []
+  if best:
+    aside = ', the teacher aside' if table.teachers else ''
+    notes.append(f'Best of a column in bold{aside}.')
+  if any(
+    cell and cell.std is not None for _, row in table.rows for cell in row
+  ):
+    notes.append(_SPREAD)
+  return parts.table(
+    '', ['run', *columns], rows, note=' '.join(notes), best=best
+  )
 
 
-def text(text):
-  """A paragraph of what somebody wrote, its lines as they are."""
-  text = text.strip('\n')
-  if not text.strip():
-    return '<p class="empty">(empty)</p>'
-  return f'<p class="text">{html.escape(text)}</p>'
+def _by_set(table):
+  """A table of each set: one of all metrics is wider than a page."""
+  by_set = {}
+  for j, (where, _) in enumerate(table.columns):
+    by_set.setdefault(where, []).append(j)
+  return ''.join(
+    _table(
+      results.Table(
+        tuple(table.columns[j] for j in kept),
+        tuple(
+          (name, tuple(cells[j] for j in kept)) for name, cells in table.rows
+        ),
+        table.teachers,
+      )
+    )
+    for kept in by_set.values()
+  )
 
 
-def browser(sets, names, first):
-  """The browser of answers.
-
-  Args:
-    sets: see `answers.collect`.
-    names: {metric: how it is called}.
-    first: how many prompts of the first set to show without JavaScript.
-  """
-  if not any(s['rows'] for s in sets):
+def _comparisons(comparisons):
+  comparisons = [*comparisons]
+  reach = {}  # Of each metric its own scale.
+  for c in comparisons:
+    low, high, metric = abs(c['low']), abs(c['high']), c['metric']
+    reach[metric] = max(low, high, reach.get(metric, 0))
+  rows, best = [], set()
+  for i, c in enumerate(comparisons):
+    if c['low'] > 0 or c['high'] < 0:
+      best.add((i, 4))
+    rows.append(
+      [
+        c['set'],
+        results.title(c['metric']),
+        c['a'],
+        c['b'],
+        f'{c["difference"]:+.2f}',
+        f'{c["low"]:+.2f} to {c["high"]:+.2f}',
+        parts.interval(
+          c['difference'], c['low'], c['high'], reach[c['metric']]
+        ),
+        '<0.001' if c['p'] < 0.001 else f'{c["p"]:.3f}',
+      ]
+    )
+  if not rows:
     return ''
-  cut = '; '.join(
-    f'{s["name"]}, the first {len(s["rows"])} of {s["total"]} rows'
-    for s in sets
-    if len(s['rows']) < s['total']
+  columns = ['set', 'score', 'A', 'B', 'A - B', '95 % interval', '', 'p']
+  return parts.table('', columns, rows, note=_BOOTSTRAP, best=best)
+
+
+def _bars(table, palette):
+  """Figures of the columns of a table in which several runs have a score."""
+  shown = []
+  for j, (where, metric) in enumerate(table.columns):
+    rows = [(name, name, *score) for name, *score in _scores(table, j)]
+    if len(rows) > 1:
+      title = f'{where} {results.title(metric)}'
+      shown.append(figures.bars(title, rows, palette))
+  return parts.grid(shown)
+
+
+def _by_length(groups, palette, *, metrics):
+  """Figures of the scores by the length of the reference."""
+  shown = []
+  for (where, metric), runs in results.by_length(groups).items():
+    table = results.Table(
+      tuple((bucket, metric) for bucket in results.BUCKETS),
+      tuple((name, tuple(cells)) for name, cells in runs.items()),
+    )
+    rows, lengths = [], 0
+    for j, bucket in enumerate(results.BUCKETS):
+      scores = _scores(table, j)
+      lengths += bool(scores)
+      names = [f'{bucket} tokens', *[''] * len(scores)]
+      rows += [(x, *score) for x, score in zip(names, scores, strict=False)]
+    # What is compared over a single length, or no length, is in the table.
+    if (where, metric) in metrics and lengths > 1:
+      title = f'{where} {results.title(metric)}'
+      shown.append(figures.bars(title, rows, palette))
+  return parts.grid(shown)
+
+
+def _scores(table, column):
+  """[(run, mean, deviation, text of both)] of those that are finite."""
+  found = []
+  for (name, cells), texts in zip(table.rows, table.texts(), strict=True):
+    cell, text = cells[column], tables.with_deviation(*texts[column])
+    if cell and math.isfinite(cell.mean):
+      found.append((name, cell.mean, cell.std, text))
+  return found
+
+
+def _speed_table(runs):
+  columns, rows = speed(runs)
+  return parts.table('', columns, rows) if len(columns) > 1 else ''
+
+
+def speed(runs):
+  """Columns and rows: medians over steps, and over the sets decoded."""
+  columns = [
+    'run',
+    ('training', 'tokens/s'),
+    ('decoding', 'tokens/s'),
+    ('decoding', 'seconds'),
+    ('decoding', 'padding'),
+    ('peak', 'memory, GB'),
+  ]
+  rows = [[name, *_speed(Path(directory))] for name, directory in runs.items()]
+  used = [i for i in range(6) if any(row[i] is not None for row in rows)]
+  return [columns[i] for i in used], [[row[i] for i in used] for row in rows]
+
+
+def _speed(directory):
+  trained = [
+    row['train/tokens_per_second']
+    for row in log.read_metrics(directory)
+    if 'train/tokens_per_second' in row
+  ]
+  path = directory / 'speed.json'
+  decoded = json.loads(path.read_text()).values() if path.exists() else ()
+  memory = rundir.read_results(directory).get('peak_memory_gb')
+  if not decoded:
+    return _thousands(trained), None, None, None, memory
+  padding = statistics.fmean(x['padding'] for x in decoded)
+  return (
+    _thousands(trained),
+    _thousands([x['tokens_per_second'] for x in decoded]),
+    f'{sum(x["seconds"] for x in decoded):,.0f}',
+    f'{100 * padding:.0f} %',
+    memory,
   )
-  note = f'<p class="note">Cut to fit: {html.escape(cut)}.</p>' if cut else ''
-  static = [_answer(row) for row in sets[0]['rows'][:first]]
-  return _template('answers.html').substitute(
-    note=note,
-    static='\n'.join(static),
-    data=answers_lib.to_script({'sets': sets, 'names': names}),
-  )
 
 
-def _answer(row):
-  """A prompt, and what everybody answered with the first seed."""
-  prompt = '\n\n'.join(filter(None, [row['prompt'], row['input']]))
-  name = 'Reference' if len(row['references']) == 1 else 'References'
-  given = ''.join(map(text, row['references']))
-  answers = next(iter(row['answers'].values()))
-  models = ''.join(
-    f'<div><h4>{html.escape(model)}</h4>{text(answer["text"])}</div>'
-    for model, answer in answers.items()
-  )
-  return f"""<article class="card">
-<h4>Prompt</h4>{text(prompt)}
-<div class="reference"><h4>{name}</h4>{given}</div>
-<div class="models">{models}</div></article>"""
+def _thousands(values):
+  return f'{statistics.median(values):,.0f}' if values else None
 
 
-def settings(pairs):
-  """Names and values, one below the other."""
-  if not pairs:
-    return ''
-  items = ''.join(
-    f'<dt>{html.escape(str(label))}</dt><dd>{html.escape(str(value))}</dd>\n'
-    for label, value in pairs
-  )
-  return details('All settings', f'<dl class="card">{items}</dl>')
-
-
-def _contents(sections):
-  links = ''.join(
-    f'<li><a href="#{_id(heading)}">{heading}</a></li>' for heading in sections
-  )
-  return f'<nav aria-label="Contents"><ul>{links}</ul></nav>'
-
-
-def _id(heading):
-  return heading.lower().replace(' ', '-')
-
-
-def _head(name):
-  if isinstance(name, str):
-    return html.escape(name)
-  return ' '.join(f'<span>{html.escape(part)}</span>' for part in name if part)
-
-
-def _read(name):
-  return (_FILES / name).read_text('utf-8')
-
-
-def _template(name):
-  return string.Template(_read(name))
+def settings(runs):
+  """Every setting that was used, by run where runs differ."""
+  configs = {}
+  for name, directory in runs.items():
+    path = Path(directory) / 'config.json'
+    if path.exists():
+      configs[name] = fingerprint.flatten(
+        json.loads(path.read_text())['config']
+      )
+  keys = dict.fromkeys(key for config in configs.values() for key in config)
+  pairs = []
+  for key in keys:
+    by_value = {}
+    for name, config in configs.items():
+      by_value.setdefault(str(config.get(key)), []).append(name)
+    if len(by_value) == 1:
+      pairs.append((key, next(iter(by_value))))
+    else:
+      lines = (f'{", ".join(names)}: {v}' for v, names in by_value.items())
+      pairs.append((key, '\n'.join(lines)))
+  return pairs

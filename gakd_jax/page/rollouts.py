@@ -11,8 +11,8 @@ import statistics
 
 import numpy as np
 
-from gakd_jax import page, rundir
-from gakd_jax.page import figures, training
+from gakd_jax import rundir
+from gakd_jax.page import figures, parts, training
 
 _SHOWN = 5  # texts of a prompt before one asks for more
 _PLACE = 'train/rollout/accepted_{}'  # of a draft in its block, from 1
@@ -73,7 +73,7 @@ def texts(runs):
   note = f'{_ABOUT} {_LEGEND}' if is_marked else _ABOUT
   first = next(iter(found))
   return f'<p class="note">{note}</p>\n' + ''.join(
-    page.details(name, _run(lines), is_open=name == first)
+    parts.details(name, _run(lines), is_open=name == first)
     for name, lines in found.items()
   )
 
@@ -95,9 +95,9 @@ def _prompt(lines):
   rest = [line for i, line in enumerate(lines) if i not in shown]
   heading = f'Steps in between: {len(rest)}'
   return f"""<article class="card">
-<h4>Prompt</h4>{page.text(prompt)}
+<h4>Prompt</h4>{parts.text(prompt)}
 {_list(lines[i] for i in sorted(shown))}
-{page.details(heading, _list(rest) if rest else '')}</article>
+{parts.details(heading, _list(rest) if rest else '')}</article>
 """
 
 

@@ -1,255 +1,239 @@
-"""The page shows everything that it is given, escaped, and needs nothing else."""
+"""Runs side by side: the page has what their directories have, and no more."""
 
-import configparser
-import fnmatch
-import html.parser
 import json
-import math
 import re
-from pathlib import Path
 
 import numpy as np
+import pytest
 
-from gakd_jax import page
-from gakd_jax.page import figures, rollouts
-
-EVIL = '</p><script>alert("$x")</script>&amp;'
-
-
-class _Page(html.parser.HTMLParser):
-  """Collects what a page shows, and fails on tags that do not match."""
-
-  def __init__(self, text):
-    super().__init__()
-    self.open, self.texts, self.tags, self.attributes = [], [], [], []
-    self.feed(text)
-    assert not self.open
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.append(tag)
-    self.attributes += [(name, value or '') for name, value in attrs]
-    if tag not in ('meta', 'br', 'input'):
-      self.open.append(tag)
-
-  def handle_startendtag(self, tag, attrs):
-    self.tags.append(tag)
-    self.attributes += [(name, value or '') for name, value in attrs]
-
-  def handle_endtag(self, tag):
-    assert self.open.pop() == tag
-
-  def handle_data(self, data):
-    if data.strip() and self.open[-1] not in ('style', 'script'):
-      self.texts.append(data.strip('\n'))
+from gakd_jax import log, page
+from gakd_jax.page import tables, training
+from tests.written import write_results
 
 
-def _page(path, *sections, title='Run', about=''):
-  page.write(path, title, about, sections)
-  return _Page(path.read_text(encoding='utf-8'))
+def _run(path, results, metrics=(), about=(), **files):
+  write_results(path, results, **dict(about))
+  for name, content in files.items():
+    (path / f'{name}.json').write_text(json.dumps(content))
+  metrics_file = log.Metrics(path)
+  for step, values in enumerate(metrics, start=1):
+    metrics_file.write(step, values)
+  metrics_file.close()
+  return path
 
 
-def _curves(**series):
-  palette = figures.colours(series)
-  return figures.curves('Loss', 'steps', series, palette)
+def _headings(html):
+  return re.findall('<h2>(.*?)</h2>', html)
 
 
-def _set(*prompts, **answers):
-  """A set of answers: every model says the same to all prompts."""
-  rows = [
-    {
-      'index': i,
-      'prompt': prompt,
-      'input': '',
-      'references': ['So.', 'Thus.'],
-      'answers': {
-        '0': {
-          model: {'text': text, 'scores': {}} for model, text in answers.items()
-        }
-      },
-    }
-    for i, prompt in enumerate(prompts)
-  ]
-  return {
-    'name': 'dolly',
-    'seeds': ['0'],
-    'models': [*answers],
-    'metrics': [],
-    'total': len(prompts),
-    'rows': rows,
+def test_a_run_of_nothing_but_results_has_a_page(tmp_path, capsys):
+  path = _run(tmp_path / 'a', {'loss/ce': 1.5})
+  (path / 'metrics.jsonl').unlink()
+  page.write(tmp_path / 'report.html', {'a': path})
+  html = (tmp_path / 'report.html').read_text()
+  assert _headings(html) == ['Results']
+  out = capsys.readouterr().out
+  assert 'loss/ce' in out
+  assert '1.500' in out
+
+
+def test_bars_are_of_numbers(tmp_path):
+  runs = {
+    name: _run(tmp_path / name, {'loss/ce': ce})
+    for name, ce in (('a', 1.0), ('b', 2.0), ('c', float('nan')))
   }
+  page.write(tmp_path / 'report.html', runs)
+  html = (tmp_path / 'report.html').read_text()
+  (bars,) = re.findall('<ul class="bars">.*?</ul>', html, re.DOTALL)
+  assert re.findall('<li><span>(.)</span>', bars) == ['a', 'b']
+  assert 'nan%' not in html
 
 
-def test_the_page_shows_everything_in_order(tmp_path):
-  xs = range(300)
-  answers = _set('Why?', 'How?', 'Who?', SFT=' \n', GAKD='\n b\n  c')
-  shown = _page(
-    tmp_path / 'new' / 'report.html',
-    (
-      'Results',
-      page.table(
-        'Dolly',
-        ['model', ('dolly', 'ROUGE-L'), 'note'],
-        [['teacher', '27.1 ± 0.2', 'a < b'], ['GAKD', '9.9 ± 0.1', None]],
-        note='the best in bold',
-        best={(1, 1)},
-      ),
-    ),
-    ('Nothing', ''),
-    (
-      'Training',
-      page.grid([_curves(GAKD=[(xs, np.cos(xs))], SFT=[([1], [2])])]),
-    ),
-    ('Answers', page.browser([answers], {}, 2)),
-    ('Configuration', page.settings([('seed', 10)])),
-    about='two models',
-  )
-  want = 'Run Run two models Results Training Answers Configuration'
-  want += ' Results Dolly model dolly ROUGE-L note teacher 27.1 ± 0.2 a < b'
-  want += ' GAKD 9.9 ± 0.1 - the best in bold'
-  want += ' Training Loss GAKD SFT steps Answers'
-  want += ' Why? References So. Thus. SFT (empty) GAKD b\n How?'
-  want += ' Configuration All settings seed 10'
-  text = ' '.join(shown.texts)
-  position = 0
-  for word in want.split(' '):
-    position = text.index(word, position) + len(word)
-  assert ' b\n  c' in shown.texts  # as code, answers keep their indentation
-  assert not {'Nothing', 'Who?'} & set(shown.texts)
-  assert shown.tags.count('svg') == 1
-  assert shown.tags.count('strong') == 1
-  assert shown.tags.count('details') == 1
-  assert ('open', '') not in shown.attributes
-
-
-def test_an_empty_page_has_no_empty_sections(tmp_path):
-  empty = [
-    ('Answers', page.browser([], {}, 6)),
-    ('Training', page.grid([])),
-    ('Configuration', page.settings([])),
-    ('More', page.details('More', '')),
-  ]
-  assert _page(tmp_path / 'x.html', *empty).texts == ['Run', 'Run']
-
-
-def test_text_of_users_is_escaped_everywhere(tmp_path):
-  palette = figures.colours([EVIL])
-  answers = _set(EVIL, **{EVIL: EVIL}) | {'name': EVIL, 'total': 2}
-  answers['rows'][0] |= {'references': [EVIL], 'input': EVIL}
-  line = {'index': 0, 'step': 1, 'instruction': EVIL, 'input': EVIL}
-  line |= {'pieces': [[EVIL, False], [EVIL, True]], 'tokens': 2}
-  (tmp_path / 'rollouts.jsonl').write_text(
-    json.dumps(line | {'finished': True}) + '\n'
-  )
-  shown = _page(
-    tmp_path / 'x.html',
-    ('a', page.table(EVIL, [EVIL, (EVIL, EVIL)], [[EVIL, EVIL]], note=EVIL)),
-    ('b', figures.bars(EVIL, [('', EVIL, 1.0, 0.1, EVIL)], palette)),
-    ('d', figures.bars(EVIL, [(EVIL, EVIL, 1.0, 0.1, EVIL)], palette)),
-    ('c', figures.curves(EVIL, EVIL, {EVIL: [([1], [1])]}, palette)),
-    ('e', page.browser([answers], {EVIL: EVIL}, 1)),
-    ('f', page.settings([(EVIL, EVIL)]) + page.details(EVIL, 'x')),
-    ('g', rollouts.texts({EVIL: tmp_path})),
-    title=EVIL,
-    about=EVIL,
-  )
-  assert shown.tags.count('script') == 2  # the page's, and the answers
-  whole = [text for text in shown.texts if EVIL in text]
-  head, table, keyed, bars, curves = 3, 7, 3, 3, 3
-  note, answer, configuration, rollout = 1, 4, 3, 4
-  assert len(whole) == (
-    head
-    + table
-    + keyed
-    + bars
-    + curves
-    + note
-    + answer
-    + configuration
-    + rollout
-  )
-
-
-def test_the_page_refers_to_nothing_outside(tmp_path):
-  shown = _page(
-    tmp_path / 'x.html',
-    ('Training', _curves(c=[([1, 2], [3, 4])])),
-    ('Answers', page.browser([_set('Why?', a='b')], {}, 1)),
-  )
-  assert not {'link', 'img', 'iframe', 'object'} & set(shown.tags)
-  for name, value in shown.attributes:
-    assert name != 'src'
-    assert not name.endswith('href') or value.startswith('#')
-    assert '//' not in value or name.startswith('xmlns')
-  policy = dict(shown.attributes)['content']
-  assert "default-src 'none'" in policy
-
-
-def test_what_is_cut_is_said(tmp_path):
-  whole, cut = _set('Why?', a='b'), _set('Why?', a='b') | {'total': 5}
-  assert 'Cut to fit' not in page.browser([whole], {}, 1)
-  text = page.browser([whole, cut | {'name': 'x<y'}], {}, 1)
-  assert 'Cut to fit: x&lt;y, the first 1 of 5 rows.' in text
-
-
-def test_curves_with_gaps_have_one_look_per_label(tmp_path):
-  nan = [math.nan] * 3
-  many = {str(i): [([1, 2], [i, i])] for i in range(12)}
-  palette = figures.colours(['x', 'y', 'z', *many])
-  drawn = [
-    figures.curves(title, 'step', series, palette)
-    for title, series in (
-      ('a', {'x': [([1, 2, 3], [1, math.nan, 2])], 'y': [([1, 2, 3], nan)]}),
-      ('b', {'y': [([1, 2, 3], [1, 2, 3]), ([1, 2], [3, 2])], 'z': [([], [])]}),
-      ('c', many),
+def test_what_is_not_finite_has_a_page(tmp_path):
+  """Whether it was written as null or, by earlier versions, as Infinity."""
+  runs = {
+    f'a-seed{i}': _run(
+      tmp_path / str(i),
+      {'sums/accuracy': x, 'loss/ce': x},
+      about={'recipe': 'a', 'seed': i},
     )
-  ]
-  shown = _Page(''.join(drawn))
-  keys = [v for name, v in shown.attributes if name == 'style' and '--key' in v]
-  x, y, also_y, z, *many_keys = keys
-  assert y == also_y
-  assert len({x, y, z}) == 3
-  assert len(set(many_keys)) == 12
-  again = figures.curves('c', 'step', many, palette)
-  assert again == drawn[2]  # the same runs give the same file
-
-
-def test_a_long_run_stays_a_small_page():
-  xs = np.arange(100_000)
-  ys = np.random.default_rng(0).normal(size=xs.size)
-  assert len(_curves(x=[(xs, ys)])) < 300_000
-
-
-def test_bars_are_as_long_as_their_numbers():
-  palette = figures.colours('ab')
-  text = figures.bars(
-    't', [('a', 'a', 40.0, 10.0, 'A'), ('b', 'b', 20.0, None, 'B')], palette
+    for i, x in enumerate((1.0, float('inf'), None))
+  }
+  line = {'instruction': 'p', 'answer': '9' * 400, 'gold': float('-inf')}
+  line |= {'extracted': float('inf'), 'scores': {'accuracy': None}}
+  (tmp_path / '0' / 'answers').mkdir()
+  (tmp_path / '0' / 'answers' / 'sums-0.jsonl').write_text(
+    json.dumps(line) + '\n'
   )
-  assert 'class="keys"' not in text
-  assert 'left: 0.0%; width: 80.0%' in text
-  assert 'left: 60.0%; width: 40.0%' in text  # 30 to 50 of 50
-  assert 'left: 0.0%; width: 40.0%' in text
-  nothing = figures.bars('t', [('a', 'a', 0.0, None, '0')], palette)
-  assert 'width: 0.0%' in nothing
+  page.write(tmp_path / 'report.html', runs)
+  html = (tmp_path / 'report.html').read_text()
+  (data,) = re.findall('<script[^>]*json[^>]*>(.*?)</script>', html, re.DOTALL)
+  (row,) = json.loads(data, parse_constant=pytest.fail)['sets'][0]['rows']
+  (answer,) = row['answers']['0'].values()
+  assert answer['scores'] == {}
+  assert answer['extracted'] is row['gold'] is None
+  tables.write(tmp_path, runs)
+  assert '| nan ± nan |' in (tmp_path / 'table.md').read_text()
 
 
-def test_bars_of_groups_have_a_key():
-  rows = [('0-10', 'a', 1.0, 0.5, '1'), ('', 'b', 2.0, None, '2')]
-  rows += [('101+', 'b', 3.0, None, '3')]
-  text = figures.bars('t', rows, figures.colours('ab'))
-  keys, _, bars = text.partition('class="bars"')
-  assert re.findall('<li.*?>(.)</li>', keys) == ['a', 'b']
-  shown = re.findall('<span>(.*?)</span>.*?(.)</span></li>', bars)
-  assert shown == [('0-10', '1'), ('', '2'), ('101+', '3')]
-
-
-def test_every_file_of_the_page_is_installed():
-  root = Path(__file__).parents[2]
-  setup = configparser.ConfigParser()
-  setup.read(root / 'setup.cfg')
-  patterns = setup['options.package_data']['gakd_jax.page'].split(', ')
-  files = [
-    x.name for x in (root / 'gakd_jax' / 'page').iterdir() if x.is_file()
+def test_seeds_share_a_row_and_a_look(tmp_path):
+  metrics = [{'train/loss': 1.0}, {'train/loss': 0.5}]
+  runs = {
+    f'gakd-seed{i}': _run(
+      tmp_path / str(i),
+      {'loss/ce': ce},
+      metrics,
+      about={'recipe': 'gakd', 'seed': i},
+    )
+    for i, ce in enumerate((1.0, 2.0, 3.0))
+  }
+  runs['sft'] = _run(tmp_path / 'sft', {'loss/ce': 4.0})
+  page.write(tmp_path / 'report.html', runs)
+  html = (tmp_path / 'report.html').read_text()
+  assert '2.000 ± 1.000' in html
+  tables.write(tmp_path, runs)
+  assert (tmp_path / 'table.md').read_text().splitlines()[2:] == [
+    '| gakd-seed{0,1,2} | **2.000 ± 1.000** |',
+    '| sft | 4.000 |',
   ]
-  for name in files:
-    if not name.endswith('.py'):
-      assert any(fnmatch.fnmatch(name, p) for p in patterns), name
+  latex = (tmp_path / 'table.tex').read_text()
+  assert r'gakd-seed\{0,1,2\} & \textbf{2.000 $\pm$ 1.000} \\' in latex
+  (keys,) = re.findall('<ul class="keys">(.*?)</ul>', html)
+  assert keys.count('<li') == 1
+  assert 'gakd-seed{0,1,2}' in keys
+
+
+def test_the_page_has_the_critics_last_scores(tmp_path):
+  """Of twenty steps the last two count."""
+  bins = len(log.HISTOGRAM_EDGES) - 1
+
+  def counts(i, n):
+    return np.bincount([i] * n, minlength=bins)
+
+  metrics = [
+    {
+      'train/loss': 1.0,
+      'train/critic/margin': 0.5,
+      'train/hidden_grad_cosine': 0.1,
+      'train/critic/histogram_teacher': counts(3 if step < 18 else 50, 2),
+      'train/critic/histogram_student': counts(52, 4),
+    }
+    for step in range(20)
+  ]
+  runs = {
+    'a': _run(tmp_path / 'a', {'loss/ce': 1.0}, metrics),
+    'b': _run(tmp_path / 'b', {'loss/ce': 1.0}, [{'train/loss': 1.0}]),
+  }
+  stairs = training.histogram(log.read_metrics(runs['a']))
+  for label, want in (('teacher', [4, 0, 0]), ('student', [0, 0, 8])):
+    x, y = stairs[label]
+    np.testing.assert_array_equal(x, np.repeat(log.HISTOGRAM_EDGES[50:54], 2))
+    np.testing.assert_array_equal(y, [0, *np.repeat(want, 2), 0])
+  assert training.histogram(log.read_metrics(runs['b'])) is None
+  page.write(tmp_path / 'report.html', runs)
+  html = (tmp_path / 'report.html').read_text()
+  assert _headings(html) == ['Results', 'Scores', 'Training', 'Critic']
+  _, losses, critics = re.split('<h2>(?:Training|Critic)</h2>', html)
+  assert 'train/loss' in losses
+  assert 'train/critic/margin' not in losses
+  for title in (
+    'train/critic/margin',
+    'train/hidden_grad_cosine',
+    'a: critic scores at the end',
+  ):
+    assert f'<h3>{title}</h3>' in critics
+  assert 'b: critic scores' not in critics
+  assert 'train/critic/histogram' not in html
+
+
+def test_scores_by_length_need_two_lengths(tmp_path):
+  results = {
+    'x/rouge_l': {
+      'mean': 3.0,
+      'by_length': {'0-10': {'mean': 1.0}, '101+': {'mean': 5.0}},
+    },
+    'y/rouge_l': {'mean': 3.0, 'by_length': {'11-50': {'mean': 3.0}}},
+  }
+  page.write(tmp_path / 'report.html', {'a': _run(tmp_path / 'a', results)})
+  html = (tmp_path / 'report.html').read_text()
+  assert _headings(html) == ['Results', 'By length']
+  assert '<h3>x ROUGE-L</h3>' in html
+  assert '<h3>y ROUGE-L</h3>' not in html
+
+
+def test_comparisons_say_where_luck_is_no_explanation(tmp_path):
+  runs = {'a': _run(tmp_path / 'a', {'loss/ce': 1.0})}
+  sure = {'set': 'x', 'metric': 'rouge_l', 'a': 'a', 'b': 'b'}
+  sure |= {'difference': 2.0, 'low': 1.0, 'high': 4.0, 'p': 0.0001}
+  unsure = sure | {'difference': -1.0, 'low': -3.0, 'high': 1.0, 'p': 0.25}
+  path = tmp_path / 'report.html'
+  page.write(path, runs, comparisons=[sure, unsure])
+  html = path.read_text()
+  assert _headings(html) == ['Results', 'Comparisons']
+  rows = re.findall('<tr>.*?</tr>', html.partition('Comparisons</h2>')[2])
+  texts = [re.sub('<[^>]*>', ' ', row).split() for row in rows[1:]]
+  shown = 'x ROUGE-L a b +2.00 +1.00 to +4.00 &lt;0.001'
+  assert texts[0] == shown.split()
+  assert texts[1][-5:] == ['-1.00', '-3.00', 'to', '+1.00', '0.250']
+  assert '<strong>+2.00</strong>' in html
+  assert '<strong>-1.00</strong>' not in html
+  # On a scale from -4 to 4, the interval from 1 to 4.
+  assert 'left: 62.5%; width: 37.5%' in html
+
+
+def test_speed_is_of_training_and_of_decoding(tmp_path):
+  steps = [{'train/tokens_per_second': x} for x in (1, 1234, 99999)]
+  speed = {
+    'x-1': {'tokens_per_second': 10, 'seconds': 60, 'padding': 0.2},
+    'x-2': {'tokens_per_second': 30, 'seconds': 40, 'padding': 0.4},
+  }
+  runs = {
+    'trained': _run(
+      tmp_path / 'a', {'loss/ce': 1.0}, steps, {'peak_memory_gb': 12.5}
+    ),
+    'evaluated': _run(tmp_path / 'b', {'loss/ce': 1.0}, speed=speed),
+  }
+  columns, rows = page.speed(runs)
+  names = [' '.join(name) for name in columns[1:]]
+  assert names == [
+    'training tokens/s',
+    'decoding tokens/s',
+    'decoding seconds',
+    'decoding padding',
+    'peak memory, GB',
+  ]
+  assert rows == [
+    ['trained', '1,234', None, None, None, 12.5],
+    ['evaluated', None, '20', '100', '30 %', None],
+  ]
+  assert page.speed({'b': runs['evaluated']})[0][-1][1] == 'padding'
+
+
+@pytest.mark.parametrize('count', [0, 1])
+def test_answers_are_those_of_the_first_prompts(tmp_path, count):
+  path = _run(tmp_path / 'a', {'loss/ce': 1.0})
+  (path / 'answers').mkdir()
+  row = {'input': '', 'references': ['x'], 'answer': 'y', 'rouge_l': 1.0}
+  lines = [json.dumps(row | {'instruction': f'Prompt {i}'}) for i in range(3)]
+  (path / 'answers' / 'greedy-0.jsonl').write_text('\n'.join(lines) + '\n')
+  page.write(tmp_path / 'report.html', {'a': path}, answers=count)
+  html = (tmp_path / 'report.html').read_text()
+  assert html.count('<article') == count
+  assert ('"prompt":"Prompt 2"' in html) == (count > 0)
+  assert ('3 prompts in one set' in html) == (count > 0)
+
+
+def test_settings_name_the_runs_that_differ(tmp_path):
+  runs = {
+    name: _run(
+      tmp_path / name,
+      {'loss/ce': 1.0},
+      config={'config': {'train': {'steps': 5}, 'seed': seed}},
+    )
+    for name, seed in (('a', 1), ('b', 2), ('c', 1))
+  }
+  runs['evaluated'] = _run(tmp_path / 'evaluated', {'loss/ce': 1.0})
+  assert page.settings(runs) == [
+    ('train.steps', '5'),
+    ('seed', 'a, c: 1\nb: 2'),
+  ]

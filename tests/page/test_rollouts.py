@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from gakd_jax import log, summary
+from gakd_jax import log, page
 from gakd_jax.page import rollouts
 from tests.written import write_results
 
@@ -38,7 +38,7 @@ def _line(step, *pieces, index=0, tokens=12, finished=True):
 
 def _page(tmp_path, runs):
   path = tmp_path / 'report.html'
-  summary.write(path, runs)
+  page.write(path, runs)
   return path.read_text(encoding='utf-8')
 
 
