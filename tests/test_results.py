@@ -2,7 +2,8 @@
 
 import pytest
 
-from gakd_jax import UserError, results, tables
+from gakd_jax import UserError, results
+from gakd_jax.page import tables
 from gakd_jax.results import Cell
 from tests.written import write_results
 

@@ -25,10 +25,10 @@ from gakd_jax import (
   log,
   models,
   rundir,
-  tables,
   train,
 )
 from gakd_jax.evals import answers
+from gakd_jax.page import tables
 from tests.written import value
 from tools import make_goldens
 
