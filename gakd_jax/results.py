@@ -1,4 +1,4 @@
-"""The results of runs, and many of them as one table; `tables` writes it.
+"""The results of runs, and many of them as one table; `page.tables` writes it.
 
 results.json of a training, or of a model that was evaluated, has
 
