@@ -1,9 +1,9 @@
 """Two tokenizations of one text, related; functions of one row, on the host.
 
-Positions are those of tokens in the ids given, of a response as a rule.
-Tokenizers change text (normal forms, blanks): where two readings differ, a
-shortest edit of one into the other says what they have in common, and what
-they do not have has no partner.
+Positions are those of tokens in the ids given, of a response as a rule. Align
+whole rows, and cut the result: tokenizers change text (normal forms, blanks),
+and where two readings differ a shortest edit of one into the other says what
+they have in common, which takes their ends for one place.
 """
 
 import numpy as np
@@ -47,8 +47,7 @@ def spans(s, t, ends=True):
   """The smallest pieces of text that both split into tokens of their own.
 
   A token that covers nothing is of the piece that follows it. Those after the
-  last common boundary (one side may be cut), and whole pieces with bytes that
-  are no text, are of none.
+  last common boundary, and pieces with bytes that are no text, are of none.
 
   Args:
     s, t, ends: see `exact_pairs`; the ends of both turns are the last piece.
@@ -110,6 +109,13 @@ def dtw(rows, columns):
   return i, j, cost[i, j]
 
 
+def cut(s, t, s_length, t_length):
+  """`spans` of the first tokens of both rows; a piece that is cut is none."""
+  lost = np.concatenate([s[s_length:], t[t_length:]])
+  first = np.min(lost[lost >= 0], initial=len(s))
+  return tuple(np.where(x < first, x, -1) for x in (s[:s_length], t[:t_length]))
+
+
 def partners(of, partner, n):
   """int32 [n]: the partner of each that has exactly one, else -1."""
   found = np.full(n, -1, np.int32)
@@ -128,27 +134,21 @@ def _together(s, t):
 def _scale(a, b):
   """Where the boundaries of two texts' bytes stand, on one scale.
 
-  4 for each common byte. What differs is 3 wide where both have something,
-  with nothing in common inside, and 0 where only one has. What follows the
-  last common byte ends nowhere: one of the two may be cut.
+  4 for each byte that both have. Where they differ it is 3 wide, with no
+  boundary in common within, and 0 where only one of them has anything.
   """
-  if a == b:
-    at = 4 * np.arange(len(a) + 1)
-    return at, at
+  if a.startswith(b) or b.startswith(a):
+    at = 4 * np.arange(1 + max(len(a), len(b)))
+    return at[: len(a) + 1], at[: len(b) + 1]
   a_at, b_at = np.zeros(len(a) + 1, int), np.zeros(len(b) + 1, int)
   i = j = at = 0
-  for block in Levenshtein.editops(a, b).as_matching_blocks():
-    both = (block.a > i and block.b > j) or not block.size
-    a_at[i + 1 : block.a] = at + both
-    b_at[j + 1 : block.b] = at + 2 * both
-    if not block.size:
-      a_at[i + 1 :], b_at[j + 1 :] = at + 1, at + 2
-      break
-    at += 3 * both
-    within = at + 4 * np.arange(block.size + 1)
-    i, j = block.a + block.size, block.b + block.size
-    a_at[block.a : i + 1] = b_at[block.b : j + 1] = within
-    at = within[-1]
+  for same in Levenshtein.editops(a, b).as_matching_blocks():
+    both = same.a > i and same.b > j
+    a_at[i + 1 : same.a] = at + both
+    b_at[j + 1 : same.b] = at + 2 * both
+    within = at + 3 * both + 4 * np.arange(same.size + 1)
+    i, j, at = same.a + same.size, same.b + same.size, within[-1]
+    a_at[same.a : i + 1] = b_at[same.b : j + 1] = within
   return a_at, b_at
 
 
@@ -157,6 +157,11 @@ def _of_common_text(x, at):
   n = x.ends - x.starts
   common = at[x.ends] - at[x.starts] == 4 * n
   return np.flatnonzero(common & (n > 0) & x.legible)
+
+
+def coverage(numbers):
+  """The share of tokens with a partner, or in a piece; -1 says none."""
+  return float(np.mean(numbers >= 0)) if len(numbers) else 0.0
 
 
 def check_coverage(share, least, name, s, t):
@@ -168,8 +173,8 @@ def check_coverage(share, least, name, s, t):
   if share < least:
     s_text, t_text = (x.text.decode(errors='replace')[:60] for x in (s, t))
     raise UserError(
-      f'{name}: only {share:.1%} of the student\'s response tokens have a '
-      f'partner among the teacher\'s (it takes {least:.0%}); the student reads '
+      f"{name}: only {share:.1%} of the student's response tokens have a "
+      f"partner among the teacher's (it takes {least:.0%}); the student reads "
       f'{s_text!r} where the teacher reads {t_text!r}; compare the templates '
       'and the tokenizers'
     )

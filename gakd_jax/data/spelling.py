@@ -67,7 +67,7 @@ class Reading:
     )
 
 
-def spelling(tokenizer):
+def of(tokenizer):
   """The Spelling of a tokenizer; raises UserError if its kind is unknown."""
   characters, spell = _speller(tokenizer)
   names = {i: name for name, i in tokenizer.get_vocab().items()}
@@ -203,4 +203,3 @@ def _no_text(text, cut):
         return
       yield slice(start + error.start, start + error.end)
       start += error.end
-

@@ -1,13 +1,13 @@
 """Which token of one vocabulary stands for a token of another."""
 
 import functools
-import hashlib
 from pathlib import Path
 
 import numpy as np
 from rapidfuzz import process
 from rapidfuzz.distance import Levenshtein
 
+from gakd_jax import partial
 from gakd_jax.data import spelling as spelling_lib
 from gakd_jax.data import store
 from gakd_jax.data import tokenizer as tokenizer_lib
@@ -114,7 +114,7 @@ def inverse(student_ids_U, size):
 
 
 def _strings(student, teacher):
-  spellings = map(spelling_lib.spelling, (student, teacher))
+  spellings = map(spelling_lib.of, (student, teacher))
   return spelling_lib.strings(*spellings)
 
 
@@ -141,4 +141,4 @@ def _by_length(pairs):
 def _code():
   """A digest of the code that makes maps."""
   files = (Path(__file__), Path(spelling_lib.__file__))
-  return hashlib.sha256(b''.join(f.read_bytes() for f in files)).hexdigest()
+  return partial.digest([file.read_text('utf-8') for file in files])
