@@ -1,0 +1,110 @@
+"""Tokenizers of every kind, and texts that they split in different places."""
+
+import unicodedata
+
+import pytest
+
+from gakd_jax.data import spelling
+from gakd_jax.data import tokenizer as tokenizer_lib
+
+_TEXTS = (
+  'The teacher shows the student the answer, then 12345 more.',
+  ' two  spaces\n\n\n\ttabs \r\n and a trailing one ',
+  'na\u00efve caf\u00e9 \ufb01n \u00bd \u201cquoted\u201d \u2014 \u2026',
+  '\u4f60\u597d\u4e16\u754c \u0928\u092e\u0938\u094d\u0924\u0947 \u0645\u0631\u062d\u0628\u0627',
+  '\U0001f468\u200d\U0001f469\u200d\U0001f467 family \U0001f600\U0001f600',
+  'Donaudampfschifffahrtsgesellschaft' * 3,
+  'control \x00\x07\x1b characters\x7f and a literal <0x41> <s> \u2581 \u0120',
+  'cafe\u0301 and cafe\u0301, the \u2126',  # One normal form of two.
+  ' ',
+  '',
+)
+_REAL = ('gpt2', 'qwen3', 'mistral', 'tinyllama')
+
+
+class Kind:
+  """A tokenizer, what it spells, and the text that it makes of a text."""
+
+  def __init__(self, name, tokenizer):
+    self.name = name
+    self.tokenizer = tokenizer
+    self.spelling = spelling.of(tokenizer)
+    self.end = tokenizer.eos_token_id
+
+  def ids(self, text):
+    return self.tokenizer(text, add_special_tokens=False).input_ids
+
+  def read(self, text, end=True):
+    ids = self.ids(text) + [self.end] * end
+    return spelling.read(self.spelling, ids)
+
+  def normal(self, text):
+    """The bytes of a text as this tokenizer changes it."""
+    if self.name == 'qwen3':
+      text = unicodedata.normalize('NFC', text)
+    # Some put a blank before a text unless there is one.
+    alike = self.ids('x') == self.ids(' x')
+    return text[alike and text.startswith(' ') :].encode()
+
+  @property
+  def texts(self):
+    """Without those that hold what this tokenizer reads as a special token."""
+    special = self.tokenizer.all_special_tokens
+    return [x for x in _TEXTS if not any(token in x for token in special)]
+
+
+@pytest.fixture(scope='session')
+def kind(tiny_tokenizer_dir, tmp_path_factory, request):
+  """`kind(name)`: 'tiny' (bytes), 'pieces' (SentencePiece), or a real one."""
+  made = {}
+
+  def get(name):
+    if name not in made:
+      if name in _REAL:
+        folder = request.getfixturevalue('shared_dir') / 'tokenizers' / name
+      elif name == 'pieces':
+        folder = tmp_path_factory.mktemp('pieces')
+        _write_pieces(folder)
+      else:
+        folder = tiny_tokenizer_dir
+      made[name] = Kind(name, tokenizer_lib.load(folder))
+    return made[name]
+
+  return get
+
+
+def _write_pieces(folder):
+  """Words begin with U+2581, a text with a blank; other characters as bytes."""
+  import tokenizers
+  import transformers
+
+  tokens = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256))]
+  merges = [('t', 'h'), ('\u2581', 'th'), ('\u2581th', 'e'), ('e', 'r')]
+  tokens += [*'\u2581abcdehnorstuw\u4f60', *map(''.join, merges)]
+  made = tokenizers.Tokenizer(
+    tokenizers.models.BPE(
+      vocab={token: i for i, token in enumerate(tokens)},
+      merges=merges,
+      unk_token='<unk>',
+      byte_fallback=True,
+      fuse_unk=True,
+    )
+  )
+  normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+  made.normalizer = normalizers.Sequence(
+    [normalizers.Prepend('\u2581'), normalizers.Replace(' ', '\u2581')]
+  )
+  made.decoder = decoders.Sequence(
+    [
+      decoders.Replace('\u2581', ' '),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      decoders.Strip(' ', 1, 0),
+    ]
+  )
+  transformers.PreTrainedTokenizerFast(
+    tokenizer_object=made,
+    unk_token='<unk>',
+    bos_token='<s>',
+    eos_token='</s>',
+  ).save_pretrained(folder)
