@@ -33,6 +33,9 @@ def get_config():
 
   c.teacher = ml_collections.ConfigDict()
   c.teacher.path = config_dict.placeholder(str)  # HF directory, hub id, adapter
+  # Of its own prompts, where its tokenizer is another than the student's; None:
+  # what it was trained with, or data.template.
+  c.teacher.template = config_dict.placeholder(str)
   c.teacher.dtype = 'bfloat16'  # in memory; it is never trained
   c.teacher.quantize = config_dict.placeholder(str)  # None, int8, nf4
 

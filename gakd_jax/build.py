@@ -15,6 +15,7 @@ from flax import nnx
 
 from gakd_jax import (
   UserError,
+  best,
   inputs,
   keys,
   models,
@@ -46,6 +47,10 @@ class Run:
   shapes: dict  # of these
   # Of a run that is only planned, there are none of these.
   workdir: Path | None = None
+  # Who reads the texts in tokens of their own, (tokenizer, template): the
+  # student, and the teacher if its tokens are others.
+  readers: tuple = ()
+  teacher_template: str | None = None
   force: bool = False  # what is half written goes on, see `fingerprint.check`
   evaluators: dict = dataclasses.field(default_factory=dict)
   texts: texts_lib.Texts | None = None  # None: the writer makes them
@@ -54,7 +59,7 @@ class Run:
     """The run as an evaluator sees it; `workdir` is where answers go."""
     c = self.config
     models = self.models
-    if evaluator.teacher_reads_student_ids and not self.objective.one_tokenizer:
+    if evaluator.teacher_reads_student_ids and len(self.readers) == 2:
       models = models.alone()
     return evaluator_lib.Subject(
       models=models,
@@ -102,9 +107,7 @@ def build(config, workdir, mesh, force=False, weights=True):
     _check_vocabulary(path, tokenizer, shape)
     _check_positions(path, config.data.max_length, shape)
     choose_backend(config.attention, shape, config.train.precision)
-  if len(paths) == 2 and objective.one_tokenizer:
-    tokenizer_lib.check_same(*tokenizers, *paths)
-    _tell_ends(config.data.template, tokenizers, paths)
+  readers = _readers(config, objective, writer, tokenizers, paths)
   evaluators = evaluator_lib.make(
     config.evals,
     config.data.validation,
@@ -115,12 +118,14 @@ def build(config, workdir, mesh, force=False, weights=True):
   _check_choice(
     config.checkpoint,
     evaluators,
-    has_teacher=len(paths) == 2 and objective.one_tokenizer,
+    has_teacher=len(paths) == 2 and len(readers) == 1,
   )
   writer = writer.for_tokenizer(config.data.template, tokenizers[0])
   texts = None
   if not writer.makes_rows and config.train.steps != 0:
-    texts = inputs.texts(config, config.data.train, tokenizers[0], writer)
+    texts = inputs.texts(
+      config, config.data.train, readers, writer, objective.align
+    )
 
   def load(part, dtype):
     if not weights:
@@ -139,6 +144,8 @@ def build(config, workdir, mesh, force=False, weights=True):
     load,
     tokenizers=tokenizers,
     workdir=workdir,
+    readers=readers,
+    teacher_template=readers[-1][1],
     force=force,
     evaluators=evaluators,
     texts=texts,
@@ -151,6 +158,29 @@ def build(config, workdir, mesh, force=False, weights=True):
   return dataclasses.replace(
     run, models=dataclasses.replace(run.models, frozen=frozen)
   )
+
+
+def _readers(config, objective, writer, tokenizers, paths):
+  """See `Run`; refuses two tokenizers where there must be one."""
+  student = tokenizers[0], config.data.template
+  if len(paths) == 1:
+    return (student,)
+  if objective.one_tokenizer:
+    tokenizer_lib.check_same(*tokenizers, *paths)
+    _tell_ends(config.data.template, tokenizers, paths)
+    return (student,)
+  template = config.teacher.template or best.template_of(
+    config.teacher.path, default=config.data.template
+  )
+  if template == student[1] and tokenizer_lib.are_same(*tokenizers):
+    return (student,)
+  if writer.room:
+    raise UserError(
+      f'{paths[0]} and {paths[1]} have different tokenizers, and what the '
+      'student writes in the run is not tokenised for the teacher: set '
+      "config.rollout.writer to 'dataset' or 'teacher'"
+    )
+  return student, (tokenizers[1], template)
 
 
 def abstract(config, mesh):

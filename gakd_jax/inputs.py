@@ -7,10 +7,12 @@ import jax
 import numpy as np
 
 from gakd_jax import UserError, answering, models
-from gakd_jax.data import pipeline, sources
+from gakd_jax.data import aligned, pipeline, sources
 from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.models import decoding
+
+_LEAST_COVERAGE = 0.05
 
 
 def rows(config, writer, places):
@@ -23,21 +25,37 @@ def _rules(config, writer):
   return sources.Rules(c.on_bad_row, writer.needs_responses, c.turns)
 
 
-def texts(config, spec, tokenizer, writer):
-  """The tokenised rows of a data spec; says what was left out and why."""
+def texts(config, spec, readers, writer, kinds=()):
+  """The tokenised rows of a data spec; says what was left out and why.
+
+  readers: (tokenizer, template) of the student; and of the teacher, if it reads
+    the text in tokens of its own. What relates these is of `kinds`, see
+    `data.aligned`.
+  """
   if spec is None:
     raise UserError('config.data.train is not set: name a data file')
   c = config.data
   _check(c, spec)
   rules = _rules(config, writer)
-  every, bad = texts_lib.load(
-    spec,
-    tokenizer,
-    template=c.template,
-    rules=rules,
-    thinking=c.thinking,
-    root=c.cache,
-  )
+  read = [
+    texts_lib.load(
+      spec,
+      tokenizer,
+      template=template,
+      rules=rules,
+      thinking=c.thinking,
+      root=c.cache,
+    )
+    for tokenizer, template in readers
+  ]
+  every, bad = read[0]
+  if len(read) == 2:
+    tokenizers = [tokenizer for tokenizer, _ in readers]
+    n = len(every)
+    every = aligned.load(every, read[1][0], tokenizers, kinds, c.cache)
+    if n > len(every):
+      bad['not to be shown to the teacher'] = n - len(every)
+    _say_coverage(every, tokenizers)
   found, cut = every.fit(c.max_length, c.max_prompt_length, writer.prefix)
   n = len(every) - len(found)
   if n:
@@ -59,6 +77,23 @@ def texts(config, spec, tokenizer, writer):
   ]
   print('; '.join(facts), flush=True)
   return found
+
+
+def _say_coverage(every, tokenizers):
+  """Prints which share of tokens has a partner; refuses almost none."""
+  for name, share in every.coverage().items():
+    print(f'{name}: {share:.1%} of response tokens have a partner', flush=True)
+    if share < _LEAST_COVERAGE:
+      s, t = (
+        tokenizer.decode(text[1])[:60]
+        for tokenizer, text in zip(tokenizers, every[0], strict=False)
+      )
+      raise UserError(
+        f'{name}: only {share:.1%} of the response tokens of the student have '
+        f'a partner among those of the teacher (it takes {_LEAST_COVERAGE:.0%})'
+        f'; the student reads {s!r} where the teacher reads {t!r}; compare '
+        'tokenizers and templates'
+      )
 
 
 def _check(settings, spec):
@@ -91,13 +126,16 @@ def training_batches(run):
   c = run.config
   found = run.texts
   if found is None:
-    found = texts(c, teacher_answers(run), run.models.tokenizer, run.writer)
+    found = texts(
+      c, teacher_answers(run), run.readers, run.writer, run.objective.align
+    )
+  pads = [tokenizer_lib.pad_id(tokenizer) for tokenizer, _ in run.readers]
   batches = pipeline.batches(
     found,
     batch_size=c.train.batch_size,
     max_length=c.data.max_length - run.writer.room,
     room=run.writer.room,
-    pad_id=tokenizer_lib.pad_id(run.models.tokenizer),
+    pad_id=pads if len(pads) == 2 else pads[0],
     buckets=c.data.buckets,
     packing=c.data.packing,
     seed=c.seed,
@@ -147,7 +185,7 @@ def teacher_answers(run):
         'weights': models.identity(c.teacher.path),
         'data': c.data.train,
       },
-      template=c.data.template,
+      template=run.teacher_template,
       max_prompt_length=c.data.max_prompt_length,
       seed=c.seed,
       on_bad_row=c.data.on_bad_row,

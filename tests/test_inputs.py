@@ -32,7 +32,9 @@ def config(tmp_path):
 
 def texts_of(config, tokenizer, **writer):
   writer = rollout.make(**({'writer': 'dataset'} | writer))
-  return inputs.texts(config, config.data.train, tokenizer, writer)
+  return inputs.texts(
+    config, config.data.train, [(tokenizer, config.data.template)], writer
+  )
 
 
 def test_what_is_read_and_left_out_is_said(config, tokenizer, capsys):

@@ -66,7 +66,7 @@ def test_responses_of_the_data_are_there_as_far_as_they_are_read(
 
   def sizes(**settings):
     writer = rollout.make('student', max_new_tokens=8, **settings)
-    found = inputs.texts(c, str(path), tokens, writer)
+    found = inputs.texts(c, str(path), [(tokens, c.data.template)], writer)
     return [len(response) for _, response in found]
 
   (whole,) = sizes(share=0.5)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gakd_jax import UserError
+from gakd_jax.data import aligned
 from gakd_jax.data.arrange import arrange
 
 
@@ -46,7 +47,9 @@ class Batch:
   """One text as both models read it.
 
   student, teacher: the same arrays where the tokenizers agree.
-  align: what relates differing ones, by row.
+  align: what relates the tokens of differing ones, int32, see `aligned`:
+    `pairs_t`, `dtw_t` and `span_s` [B, T], `span_t` [B, U]; -1 for none. Here
+    positions are those of the whole row, as are numbers of pieces.
   cached: of a teacher that need not run, 'teacher_hidden' [B, R, E].
   totals: of the whole optimizer step, see `objectives.base.Objective.count`.
   rows_B: int32, each row's (first) place in the data; -1 for none.
@@ -89,6 +92,30 @@ def collate(bins, length, pad_id):
   return Tokens(ids_BT=ids_BT, segments_BT=segments_BT, mask_BT=mask_BT)
 
 
+def collate_aligned(bins, length, pad_ids):
+  """A Batch of bins of rows of `aligned.Aligned`; pad_ids are both models'."""
+  student, teacher = (
+    collate([[row[side] for row in b] for b in bins], length, pad_ids[side])
+    for side in (0, 1)
+  )
+  names = {name for b in bins for row in b for name in row[2]}
+  found = {x: np.full((len(bins), length), -1, np.int32) for x in sorted(names)}
+  for b, rows in enumerate(bins):
+    start = [0, 0]
+    pieces = 0
+    for s, t, parts in rows:
+      begin = [start[0] + len(s[0]), start[1] + len(t[0])]
+      for name, part in parts.items():
+        side = int(name == 'span_t')
+        shift = pieces if name.startswith('span') else begin[1]
+        there = np.where(part >= 0, part + shift, -1)
+        found[name][b, begin[side] : begin[side] + len(part)] = there
+      if 'span_s' in parts:
+        pieces += 1 + parts['span_s'].max(initial=-1)
+      start = [begin[0] + len(s[1]), begin[1] + len(t[1])]
+  return Batch(student=student, teacher=teacher, align=found)
+
+
 class Batches:
   """Endless iterator over Batch, or over those of some epochs.
 
@@ -124,13 +151,14 @@ class Batches:
     i = self._step - self._first_step(self._epoch)
     length, bins = self._plan(self._epoch)[i]
     bins = bins[self._rows]
-    tokens = collate(
-      [[self._texts[i] for i in b] for b in bins],
-      length + self._room,
-      self._pad_id,
-    )
+    texts = [[self._texts[i] for i in b] for b in bins]
+    length += self._room
     self._step += 1
     rows_B = np.array([b[0] if len(b) else -1 for b in bins], np.int32)
+    if isinstance(self._texts, aligned.Aligned):
+      batch = collate_aligned(texts, length, self._pad_id)
+      return batch.replace(rows_B=rows_B)
+    tokens = collate(texts, length, self._pad_id)
     return Batch(student=tokens, teacher=tokens, rows_B=rows_B)
 
   def _first_step(self, epoch):
@@ -171,7 +199,9 @@ def batches(
 ):
   """Returns the Batches of some epochs (None: endless) as numpy arrays.
 
-  texts: `texts.Texts`, of which none is longer than max_length and room.
+  texts: `texts.Texts`, of which none is longer than max_length and room, or
+    `aligned.Aligned`, whose two texts of a row stand in buckets of one length.
+  pad_id: of the student; of both models if there are two tokenizers.
   batch_size: rows of the global batch, of which this process gets its slice.
   buckets: batch lengths, ascending to max_length (None: default_buckets).
   room: tokens that every batch has beyond its bucket, for responses that are

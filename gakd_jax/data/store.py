@@ -8,6 +8,7 @@ processes of a machine share it, and none holds it whole.
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -56,6 +57,14 @@ def load(root, key, make):
     for name, (dtype, size) in about['arrays'].items()
   }
   return arrays, about['facts'] | {'digest': about['digest']}
+
+
+@functools.cache
+def code(*patterns):
+  """A digest of files of this package: what they make depends on them."""
+  folder = Path(__file__).parent
+  files = sorted({file for p in patterns for file in folder.glob(p)})
+  return fingerprint.digest([file.read_text('utf-8') for file in files])
 
 
 @contextlib.contextmanager

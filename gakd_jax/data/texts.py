@@ -8,13 +8,11 @@ texts are, is chosen afterwards, from its lengths.
 
 import collections
 import dataclasses
-import functools
 import itertools
-from pathlib import Path
 
 import numpy as np
 
-from gakd_jax import UserError, fingerprint
+from gakd_jax import UserError
 from gakd_jax.data import sources, store
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.sources import BadRow
@@ -68,14 +66,15 @@ class Texts:
     keeps `prefix` tokens, if it is given, and what max_length leaves it.
     """
     fits = np.flatnonzero(self.prompts <= max_prompt_length)
-    few = self if len(fits) == len(self) else self._take(fits)
+    few = self if len(fits) == len(self) else self.take(fits)
     lengths = np.minimum(few.lengths, max_length)
     if prefix is not None:
       lengths = np.minimum(lengths, few.prompts + prefix)
     cut = int(np.sum(lengths < few.lengths))
     return dataclasses.replace(few, lengths=lengths), cut
 
-  def _take(self, indices):
+  def take(self, indices):
+    """Some of the texts."""
     some = {
       name: getattr(self, name)[indices]
       for name in ('starts', 'prompts', 'lengths', 'places', 'sets')
@@ -117,7 +116,7 @@ def load(spec, tokenizer, *, template, rules, thinking, root=None):
     'template': template,
     'thinking': thinking,
     'rules': dataclasses.asdict(rules),
-    'code': _code(),
+    'code': store.code('*.py'),
   }
 
   def make(add):
@@ -178,10 +177,3 @@ def _int32(values):
 def _starts(lengths):
   ends = np.cumsum(lengths, dtype=np.int64)
   return np.concatenate([np.zeros(1, np.int64), ends[:-1]])[: len(lengths)]
-
-
-@functools.cache
-def _code():
-  """A digest of the code that makes texts of files."""
-  files = sorted(Path(__file__).parent.glob('*.py'))
-  return fingerprint.digest([file.read_text('utf-8') for file in files])

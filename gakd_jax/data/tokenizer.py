@@ -92,6 +92,11 @@ def check_same(student, teacher, student_path, teacher_path):
     )
 
 
+def are_same(student, teacher):
+  """Whether both tokenizers give every text the same ids."""
+  return _difference(student, teacher) is None
+
+
 def _difference(student, teacher):
   s_vocab, t_vocab = student.get_vocab(), teacher.get_vocab()
   if s_vocab != t_vocab:

@@ -1,13 +1,9 @@
 """Which token of one vocabulary stands for a token of another."""
 
-import functools
-from pathlib import Path
-
 import numpy as np
 from rapidfuzz import process
 from rapidfuzz.distance import Levenshtein
 
-from gakd_jax import partial
 from gakd_jax.data import spelling as spelling_lib
 from gakd_jax.data import store
 from gakd_jax.data import tokenizer as tokenizer_lib
@@ -47,7 +43,7 @@ def nearest(student, teacher, root=None):
   """
   key = {
     'nearest': [tokenizer_lib.identity(x) for x in (student, teacher)],
-    'code': _code(),
+    'code': store.code('vocab_map.py', 'spelling.py'),
   }
 
   def make(add):
@@ -135,10 +131,3 @@ def _by_length(pairs):
     strings.append(string)
     numbers.append(number)
   return {n: (s, np.array(numbers)) for n, (s, numbers) in groups.items()}
-
-
-@functools.cache
-def _code():
-  """A digest of the code that makes maps."""
-  files = (Path(__file__), Path(spelling_lib.__file__))
-  return partial.digest([file.read_text('utf-8') for file in files])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gakd_jax import UserError
-from gakd_jax.data import sources, texts
+from gakd_jax.data import sources, store, texts
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.sources import BadRow, Rules
 
@@ -150,7 +150,7 @@ def test_a_data_set_is_tokenised_once(load, no_encoding, tiny, monkeypatch):
   load(pair('a', 'b'), pair('', 'c'), pair('c', 'e'), need_response=False)
   monkeypatch.setattr(tiny, 'chat_template', 'another')
   load(pair('a', 'b'), pair('', 'c'), pair('c', 'e'))
-  monkeypatch.setattr(texts, '_code', lambda: 'other')
+  monkeypatch.setattr(store, 'code', lambda *_: 'other')
   load(pair('a', 'b'), pair('', 'c'), pair('c', 'e'))
   assert no_encoding == [2] * 6
 

@@ -1,0 +1,184 @@
+"""Rows as two models read them, each in its own tokens, and how they relate.
+
+What relates the tokens of two responses is made once a row, like the tokens
+themselves, and lies in a file beside theirs:
+
+  pairs_t         of each of the student's tokens, the teacher's that covers the
+                  same bytes after the same text; -1 for none
+  dtw_t           the one that time warping by edit distance pairs with it alone
+  span_s, span_t  the number of the piece of text that a token is in; both
+                  sides end a piece at the same byte
+
+Positions are counted from where the responses begin.
+"""
+
+import dataclasses
+import functools
+import hashlib
+
+import numpy as np
+
+from gakd_jax import UserError
+from gakd_jax.data import align, spelling, store
+from gakd_jax.data import texts as texts_lib
+from gakd_jax.data import tokenizer as tokenizer_lib
+
+_CHUNK = 4096  # Rows whose alignments are held at once.
+
+
+@dataclasses.dataclass(frozen=True)
+class Aligned:
+  """Rows that both models have; [N] of them, in both `texts.Texts`.
+
+  parts: {name: (array of all rows, begins [N], ends [N])}, see above.
+  """
+
+  student: texts_lib.Texts
+  teacher: texts_lib.Texts
+  parts: dict
+
+  places = property(lambda self: self.student.places)
+  sets = property(lambda self: self.student.sets)
+  stats = property(lambda self: self.student.stats)
+
+  def __len__(self):
+    return len(self.student)
+
+  @property
+  def prompts(self):
+    return np.maximum(self.student.prompts, self.teacher.prompts)
+
+  @property
+  def lengths(self):
+    return np.maximum(self.student.lengths, self.teacher.lengths)
+
+  @property
+  def digest(self):
+    return self.student.digest + self.teacher.digest
+
+  def coverage(self, rows=1000):
+    """{name: share of tokens with a partner, or in a piece} of some rows."""
+    some = self.take(np.arange(min(rows, len(self))))
+    found = {}
+    for name, (array, begins, ends) in some.parts.items():
+      numbers = np.concatenate(
+        [array[b:e] for b, e in zip(begins, ends, strict=True)]
+      )
+      found[name] = align.coverage(numbers)
+    return found
+
+  def __getitem__(self, i):
+    """(student's text, teacher's text, {name: int32 [tokens]}) of a row.
+
+    Of a text that was cut, a token that has lost its partner has none, nor has
+    a piece that has lost a token.
+    """
+    s, t = self.student[i], self.teacher[i]
+    found = {x: a[b[i] : e[i]] for x, (a, b, e) in self.parts.items()}
+    for name in found.keys() & {'pairs_t', 'dtw_t'}:
+      kept = found[name][: len(s[1])]
+      found[name] = np.where(kept < len(t[1]), kept, -1)
+    if 'span_s' in found:
+      found['span_s'], found['span_t'] = align.cut(
+        found['span_s'], found['span_t'], len(s[1]), len(t[1])
+      )
+    return s, t, found
+
+  def take(self, indices):
+    return Aligned(
+      self.student.take(indices),
+      self.teacher.take(indices),
+      {
+        name: (array, begins[indices], ends[indices])
+        for name, (array, begins, ends) in self.parts.items()
+      },
+    )
+
+  def fit(self, max_length, max_prompt_length, prefix=None):
+    """The rows that fit both, see `Texts.fit`."""
+    few = self.take(np.flatnonzero(self.prompts <= max_prompt_length))
+    s, _ = few.student.fit(max_length, max_prompt_length, prefix)
+    t, _ = few.teacher.fit(max_length, max_prompt_length)
+    cut = s.lengths < few.student.lengths
+    cut |= t.lengths < few.teacher.lengths
+    return dataclasses.replace(few, student=s, teacher=t), int(cut.sum())
+
+
+def load(student, teacher, tokenizers, kinds, root=None):
+  """The rows that two `Texts` of a data set have in common, as `Aligned`.
+
+  Args:
+    student, teacher: of the same spec, with their places; whole, see `fit`.
+    tokenizers: of both.
+    kinds: of `KINDS`: what relates their tokens.
+    root: see `texts.load`.
+  """
+  _, s_rows, t_rows = np.intersect1d(
+    student.places, teacher.places, assume_unique=True, return_indices=True
+  )
+  if not len(s_rows):
+    raise UserError(
+      'no row is left that both tokenizers and templates can hold'
+    )
+  both = Aligned(student.take(s_rows), teacher.take(t_rows), {})
+  starts = np.stack([both.student.starts, both.teacher.starts])
+  identities = [tokenizer_lib.identity(x) for x in tokenizers]
+  spellings = functools.cache(lambda: [*map(spelling.of, tokenizers)])
+  parts = {}
+  for kind in kinds:
+    key = {
+      'kind': kind,
+      'texts': [student.digest, teacher.digest],
+      'rows': hashlib.blake2b(starts.tobytes(), digest_size=16).hexdigest(),
+      'tokenizers': identities,
+      'code': store.code('align*.py', 'spelling.py'),
+    }
+    arrays, _ = store.load(
+      root or store.default_root(),
+      key,
+      functools.partial(_make, both, spellings, KINDS[kind]),
+    )
+    for name, array in arrays.items():
+      texts = both.teacher if name == 'span_t' else both.student
+      ends = np.cumsum(texts.lengths - texts.prompts, dtype=np.int64)
+      parts[name] = array, ends - (texts.lengths - texts.prompts), ends
+  return dataclasses.replace(both, parts=parts)
+
+
+def _make(both, spellings, kind, add):
+  some = []
+  for i in range(len(both)):
+    responses = both.student[i][1], both.teacher[i][1]
+    some.append(kind(*spellings(), *responses))
+    if len(some) == _CHUNK or i + 1 == len(both):
+      add(**{x: np.concatenate([row[x] for row in some]) for x in some[0]})
+      some = []
+  return {}
+
+
+def _read(s_spelling, t_spelling, s_ids, t_ids):
+  return spelling.read(s_spelling, s_ids), spelling.read(t_spelling, t_ids)
+
+
+def _pairs(s_spelling, t_spelling, s_ids, t_ids):
+  readings = _read(s_spelling, t_spelling, s_ids, t_ids)
+  return {'pairs_t': align.partners(*align.exact_pairs(*readings), len(s_ids))}
+
+
+def _spans(s_spelling, t_spelling, s_ids, t_ids):
+  readings = _read(s_spelling, t_spelling, s_ids, t_ids)
+  return dict(zip(('span_s', 'span_t'), align.spans(*readings), strict=True))
+
+
+def _dtw(s_spelling, t_spelling, s_ids, t_ids):
+  s_strings, t_strings = (
+    [(strings[i] or '').replace(' ', '') for i in ids.tolist()]
+    for strings, ids in zip(
+      spelling.strings(s_spelling, t_spelling), (s_ids, t_ids), strict=True
+    )
+  )
+  t_at, s_at, _ = align.dtw(t_strings, s_strings)
+  return {'dtw_t': align.partners(s_at, t_at, len(s_ids))}
+
+
+KINDS = {'pairs': _pairs, 'span': _spans, 'dtw': _dtw}
