@@ -186,9 +186,9 @@ def _byte_alphabet():
 def _silent(tokenizer):
   """Ids of special tokens; those that enclose thoughts are text."""
   added = tokenizer.added_tokens_decoder.items()
-  silent = {*tokenizer.all_special_ids} | {i for i, t in added if t.special}
+  silent = {i for i, token in added if token.special}
   text = (templates.THINK, templates.THOUGHT)
-  return silent - {templates.token_id(tokenizer, t) for t in text}
+  return silent - {templates.token_id(tokenizer, x) for x in text}
 
 
 def _no_text(text, cut):

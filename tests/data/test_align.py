@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 
@@ -151,6 +152,10 @@ def test_no_partner_for_bytes_that_are_no_text(kind):
     [0, 1, 2, 3],
   ]
   assert align.spans(s, t)[0].tolist() == [0, -1, -1, 2, 3]
+  assert align.spans(s, t)[1].tolist() == [0, -1, 2, 3]
+  # Of one token, some bytes may be text.
+  s = dataclasses.replace(t, legible=np.array([True, False, True, True]))
+  assert align.exact_pairs(s, t)[0].tolist() == [0, 2, 3]
   assert align.spans(s, t)[1].tolist() == [0, -1, 2, 3]
 
 

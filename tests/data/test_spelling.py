@@ -6,6 +6,7 @@ import pytest
 
 from gakd_jax import UserError
 from gakd_jax.data import spelling
+from gakd_jax.data import tokenizer as tokenizer_lib
 
 NAMES = ('tiny', 'pieces', 'gpt2', 'qwen3', 'mistral', 'tinyllama')
 
@@ -64,6 +65,16 @@ def test_special_tokens_cover_nothing(kind):
   assert found.text == b'ab'
   assert found.ends.tolist() == [0, 1, 1, 2, 2]
   assert not found.ended
+
+
+def test_tokens_that_were_added_are_text_as_they_are(tiny_tokenizer_dir):
+  tiny = tokenizer_lib.load(tiny_tokenizer_dir)
+  tiny.add_tokens(['\u4f60 \u0120'])
+  ids = tiny('a\u4f60 \u0120b', add_special_tokens=False).input_ids
+  assert len(ids) == 3
+  found = spelling.read(spelling.of(tiny), ids)
+  assert found.text.decode() == 'a\u4f60 \u0120b'
+  assert found.ends.tolist() == [1, 7, 8]
 
 
 def test_bytes_that_are_no_text_are_left_out(kind):

@@ -11,11 +11,11 @@ def test_closest_is_exact_and_takes_the_first(monkeypatch):
   monkeypatch.setattr(vocab_map, '_CHUNK', 7)
   rng = np.random.default_rng(0)
 
-  def words(n):
-    found = [''.join(rng.choice([*'abc'], rng.integers(9))) for _ in range(n)]
-    return [None, *found, None]
+  def words(shortest, n):
+    lengths = rng.integers(shortest, 9, n)
+    return [None, *(''.join(rng.choice([*'abc'], m)) for m in lengths), None]
 
-  names, queries = words(60), words(200)
+  names, queries = words(1, 60), words(0, 200)
   found, distances = vocab_map.closest(names, queries)
   assert found.dtype == distances.dtype == np.int32
   for query, i, distance in zip(queries, found, distances, strict=True):
@@ -91,6 +91,10 @@ def test_shared_tokens_spell_the_same(kind):
   s, t = vocab_map.shared(tiny.tokenizer, pieces.tokenizer, ends)
   assert ends in [*zip(s.tolist(), t.tolist(), strict=True)]
   assert len({*s.tolist()}) == len({*t.tolist()}) == len(s)
+  # An end that spells what a token of the other's does is not that one's.
+  ends = (tiny.end, t_strings.index('a'))
+  s, t = vocab_map.shared(tiny.tokenizer, pieces.tokenizer, ends)
+  assert len({*t.tolist()}) == len(t)
 
 
 def test_one_tokenizer_shares_all(kind):
