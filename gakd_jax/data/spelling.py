@@ -111,6 +111,16 @@ def strings(a, b):
   return a.strings, b.strings
 
 
+def words(strings, ids, blanks=False):
+  """Those of `strings` that a row's ids are, a list; '' for no token.
+
+  Without blanks, as MinED compares them; MCW-KD compares them with blanks.
+  """
+  n = len(strings)
+  found = [strings[i] or '' if i < n else '' for i in np.asarray(ids).tolist()]
+  return found if blanks else [x.replace(' ', '') for x in found]
+
+
 def read(spelling, ids):
   """The Reading of a row's ids: of its prompt or of its response.
 

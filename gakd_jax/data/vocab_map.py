@@ -35,8 +35,11 @@ def shared(student, teacher, ends=None):
 def nearest(student, teacher, root=None):
   """The student's token with the least edit distance to each of the teacher's.
 
-  Exact, the lowest id of several: MinED's map. It is made once, in minutes,
-  and kept in root (None: `store.default_root()`).
+  Exact, the lowest id of several: MinED's map, but that a byte-level and
+  another vocabulary are compared by bytes, where MinED takes the alphabet that
+  stands for bytes for characters. It is made once and kept in root (None:
+  `store.default_root()`); of Qwen3's 151,669 tokens to GPT-2's 50,257 in half
+  a minute on two cores (tools/bench/align.py).
 
   Returns:
     int32 [U], the student's ids by the teacher's; -1 for an id without token.

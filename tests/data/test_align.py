@@ -266,7 +266,7 @@ def test_published_paths_of_responses(kind, golden):
   Published distances compare the vocabularies as they are written, where the
   apostrophe of one is at distance 3 from that of the other; `strings` does not.
   """
-  file = golden('alignments_real')
+  file, marks = golden('alignments_real'), {0x120: '', 0x2581: ''}
   for key, rows in file['dtw'].items():
     student, teacher = (x.partition('=')[2] for x in key.split(','))
     s, t = kind(student), kind(teacher)
@@ -279,7 +279,7 @@ def test_published_paths_of_responses(kind, golden):
       )
     for n, row in enumerate(rows):
       t_words, s_words = (
-        [strings[i].translate({0x20: '', 0x120: '', 0x2581: ''}) for i in ids]
+        [x.translate(marks) for x in spelling.words(strings, ids)]
         for strings, ids in (
           (t_strings, file['ids'][teacher][n]),
           (s_strings, file['ids'][student][n]),
@@ -288,6 +288,19 @@ def test_published_paths_of_responses(kind, golden):
       i, j, distances = align.dtw(t_words, s_words)
       assert np.stack([i, j], axis=1).tolist() == row['pairs']
       assert distances.sum() == row['cost']
+
+
+def test_published_paths_with_blanks(kind, golden):
+  file = golden('alignments_real')
+  for key in ('rows=gpt2,columns=mistral', 'rows=mistral,columns=gpt2'):
+    names = [x.partition('=')[2] for x in key.split(',')]
+    for n, path in enumerate(file['dtw_raw'][key]):
+      words = (
+        kind(name).tokenizer.convert_ids_to_tokens(file['ids'][name][n])
+        for name in names
+      )
+      i, j, _ = align.dtw(*words)
+      assert np.stack([i, j], axis=1).tolist() == path
 
 
 def test_published_exact_pairs(kind, golden):

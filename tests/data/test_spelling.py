@@ -111,6 +111,13 @@ def test_strings_are_of_characters_only_where_both_are(kind):
   assert len({*strings}) == len(strings)
 
 
+def test_words_of_ids():
+  strings = (' a b', None, 'c')
+  assert spelling.words(strings, [0, 1, 2, 3]) == ['ab', '', 'c', '']
+  found = spelling.words(strings, np.array([0, 2]), blanks=True)
+  assert found == [' a b', 'c']
+
+
 def test_thoughts_are_text_where_their_tokens_are_special(bytes_tokenizer):
   made = bytes_tokenizer('<think></think>', '<end>')
   found = spelling.of(made)

@@ -76,14 +76,11 @@ def _measure(student, teacher, rows, spellings):
   )
   pairs = timed('pairs', align.exact_pairs, readings)
   pieces = timed('spans', align.spans, readings)
-  s_strings, t_strings = (
-    [(x or '').replace(' ', '') for x in strings]
-    for strings in spelling.strings(s_spelling, t_spelling)
-  )
+  s_strings, t_strings = spelling.strings(s_spelling, t_spelling)
   paths = timed(
     'dtw',
     lambda s, t: align.dtw(
-      [t_strings[i] for i in t.tolist()], [s_strings[i] for i in s.tolist()]
+      spelling.words(t_strings, t), spelling.words(s_strings, s)
     ),
     responses,
   )
