@@ -5,11 +5,14 @@ themselves, and lies in a file beside theirs:
 
   pairs_t         of each of the student's tokens, the teacher's that covers the
                   same bytes after the same text; -1 for none
-  dtw_t           the one that time warping by edit distance pairs with it alone
+  dtw_t           of what the student has read when it predicts each of these,
+                  what the teacher has read that time warping by edit distance
+                  pairs with it alone
   span_s, span_t  the number of the piece of text that a token is in; both
                   sides end a piece at the same byte
 
-Positions are counted from where the responses begin.
+Positions are counted from where the responses begin; what is read there is the
+token before.
 """
 
 import dataclasses
@@ -148,37 +151,34 @@ def load(student, teacher, tokenizers, kinds, root=None):
 def _make(both, spellings, kind, add):
   some = []
   for i in range(len(both)):
-    responses = both.student[i][1], both.teacher[i][1]
-    some.append(kind(*spellings(), *responses))
+    some.append(kind(*spellings(), both.student[i], both.teacher[i]))
     if len(some) == _CHUNK or i + 1 == len(both):
       add(**{x: np.concatenate([row[x] for row in some]) for x in some[0]})
       some = []
   return {}
 
 
-def _read(s_spelling, t_spelling, s_ids, t_ids):
-  return spelling.read(s_spelling, s_ids), spelling.read(t_spelling, t_ids)
+def _pairs(s_spelling, t_spelling, s, t):
+  s_read = spelling.read(s_spelling, s[1])
+  pairs = align.exact_pairs(s_read, spelling.read(t_spelling, t[1]))
+  return {'pairs_t': align.partners(*pairs, len(s[1]))}
 
 
-def _pairs(s_spelling, t_spelling, s_ids, t_ids):
-  readings = _read(s_spelling, t_spelling, s_ids, t_ids)
-  return {'pairs_t': align.partners(*align.exact_pairs(*readings), len(s_ids))}
+def _spans(s_spelling, t_spelling, s, t):
+  s_read = spelling.read(s_spelling, s[1])
+  pieces = align.spans(s_read, spelling.read(t_spelling, t[1]))
+  return dict(zip(('span_s', 'span_t'), pieces, strict=True))
 
 
-def _spans(s_spelling, t_spelling, s_ids, t_ids):
-  readings = _read(s_spelling, t_spelling, s_ids, t_ids)
-  return dict(zip(('span_s', 'span_t'), align.spans(*readings), strict=True))
-
-
-def _dtw(s_spelling, t_spelling, s_ids, t_ids):
-  s_strings, t_strings = (
-    [(strings[i] or '').replace(' ', '') for i in ids.tolist()]
-    for strings, ids in zip(
-      spelling.strings(s_spelling, t_spelling), (s_ids, t_ids), strict=True
-    )
+def _dtw(s_spelling, t_spelling, s, t):
+  t_strings, s_strings = spelling.strings(t_spelling, s_spelling)
+  read = [
+    np.concatenate([prompt[-1:], response])[:-1] for prompt, response in (s, t)
+  ]
+  rows, columns, _ = align.dtw(
+    spelling.words(t_strings, read[1]), spelling.words(s_strings, read[0])
   )
-  t_at, s_at, _ = align.dtw(t_strings, s_strings)
-  return {'dtw_t': align.partners(s_at, t_at, len(s_ids))}
+  return {'dtw_t': align.partners(columns, rows, len(s[1]))}
 
 
 KINDS = {'pairs': _pairs, 'span': _spans, 'dtw': _dtw}

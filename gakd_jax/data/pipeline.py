@@ -106,10 +106,12 @@ def collate_aligned(bins, length, pad_ids):
     for s, t, parts in rows:
       begin = [start[0] + len(s[0]), start[1] + len(t[0])]
       for name, part in parts.items():
-        side = int(name == 'span_t')
+        first = begin[name == 'span_t']
         shift = pieces if name.startswith('span') else begin[1]
+        if name == 'dtw_t':  # Of tokens that are read: those before.
+          first, shift = first - 1, shift - 1
         there = np.where(part >= 0, part + shift, -1)
-        found[name][b, begin[side] : begin[side] + len(part)] = there
+        found[name][b, first : first + len(part)] = there
       if 'span_s' in parts:
         pieces += 1 + parts['span_s'].max(initial=-1)
       start = [begin[0] + len(s[1]), begin[1] + len(t[1])]
