@@ -157,6 +157,49 @@ def bytes_tokenizer(tmp_path):
 
 
 @pytest.fixture(scope='session')
+def pieces_tokenizer_dir(tmp_path_factory):
+  """A SentencePiece tokenizer of few pieces; other characters are bytes.
+
+  Words begin with U+2581, a text with a blank. No chat template.
+  """
+  import tokenizers
+  import transformers
+
+  folder = tmp_path_factory.mktemp('pieces')
+  tokens = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256))]
+  merges = [('t', 'h'), ('\u2581', 'th'), ('\u2581th', 'e'), ('e', 'r')]
+  tokens += [*'\u2581abcdehnorstuw\u4f60', *map(''.join, merges)]
+  made = tokenizers.Tokenizer(
+    tokenizers.models.BPE(
+      vocab={token: i for i, token in enumerate(tokens)},
+      merges=merges,
+      unk_token='<unk>',
+      byte_fallback=True,
+      fuse_unk=True,
+    )
+  )
+  normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+  made.normalizer = normalizers.Sequence(
+    [normalizers.Prepend('\u2581'), normalizers.Replace(' ', '\u2581')]
+  )
+  made.decoder = decoders.Sequence(
+    [
+      decoders.Replace('\u2581', ' '),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      decoders.Strip(' ', 1, 0),
+    ]
+  )
+  transformers.PreTrainedTokenizerFast(
+    tokenizer_object=made,
+    unk_token='<unk>',
+    bos_token='<s>',
+    eos_token='</s>',
+  ).save_pretrained(folder)
+  return folder
+
+
+@pytest.fixture(scope='session')
 def tiny_model_dir(tmp_path_factory, tiny_tokenizer_dir):
   """`tiny_model_dir(seed=0, dtype='float32', **shape)` -> a new Qwen3 directory.
 

@@ -54,7 +54,7 @@ class Kind:
 
 
 @pytest.fixture(scope='session')
-def kind(tiny_tokenizer_dir, tmp_path_factory, request):
+def kind(tiny_tokenizer_dir, pieces_tokenizer_dir, request):
   """`kind(name)`: 'tiny' (bytes), 'pieces' (SentencePiece), or a real one."""
   made = {}
 
@@ -63,48 +63,10 @@ def kind(tiny_tokenizer_dir, tmp_path_factory, request):
       if name in _REAL:
         folder = request.getfixturevalue('shared_dir') / 'tokenizers' / name
       elif name == 'pieces':
-        folder = tmp_path_factory.mktemp('pieces')
-        _write_pieces(folder)
+        folder = pieces_tokenizer_dir
       else:
         folder = tiny_tokenizer_dir
       made[name] = Kind(name, tokenizer_lib.load(folder))
     return made[name]
 
   return get
-
-
-def _write_pieces(folder):
-  """Words begin with U+2581, a text with a blank; other characters as bytes."""
-  import tokenizers
-  import transformers
-
-  tokens = ['<unk>', '<s>', '</s>', *(f'<0x{i:02X}>' for i in range(256))]
-  merges = [('t', 'h'), ('\u2581', 'th'), ('\u2581th', 'e'), ('e', 'r')]
-  tokens += [*'\u2581abcdehnorstuw\u4f60', *map(''.join, merges)]
-  made = tokenizers.Tokenizer(
-    tokenizers.models.BPE(
-      vocab={token: i for i, token in enumerate(tokens)},
-      merges=merges,
-      unk_token='<unk>',
-      byte_fallback=True,
-      fuse_unk=True,
-    )
-  )
-  normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
-  made.normalizer = normalizers.Sequence(
-    [normalizers.Prepend('\u2581'), normalizers.Replace(' ', '\u2581')]
-  )
-  made.decoder = decoders.Sequence(
-    [
-      decoders.Replace('\u2581', ' '),
-      decoders.ByteFallback(),
-      decoders.Fuse(),
-      decoders.Strip(' ', 1, 0),
-    ]
-  )
-  transformers.PreTrainedTokenizerFast(
-    tokenizer_object=made,
-    unk_token='<unk>',
-    bos_token='<s>',
-    eos_token='</s>',
-  ).save_pretrained(folder)
