@@ -2,7 +2,19 @@
 
 from gakd_jax import UserError
 from gakd_jax import settings as settings_lib
-from gakd_jax.objectives import distillm2, gakd, kld, sft
+from gakd_jax.objectives import (
+  alm,
+  distillm2,
+  dskd_cma,
+  gakd,
+  gold,
+  kld,
+  mined,
+  multilevel_ot,
+  overlap,
+  sft,
+  uld,
+)
 
 
 def make(name, *, critic=None, head_chunk=512, **settings):
@@ -16,6 +28,13 @@ def make(name, *, critic=None, head_chunk=512, **settings):
     'kld': kld.KLD,
     'gakd': gakd.GAKD,
     'distillm2': distillm2.DistiLLM2,
+    'uld': uld.ULD,
+    'dskd_cma': dskd_cma.DSKD,
+    'overlap': overlap.Overlap,
+    'mined': mined.MinED,
+    'gold': gold.GOLD,
+    'alm': alm.ALM,
+    'multilevel_ot': multilevel_ot.MultiLevelOT,
   }
   if name not in methods:
     raise UserError(

@@ -46,6 +46,9 @@ class Objective:
 
   needs_teacher = True
   one_tokenizer = True  # Whether the teacher's must be the student's.
+  # What it reads of `Batch.align` where tokenizers differ, by the part of its
+  # names before '_'.
+  align = ()
   critic_steps = 1  # updates of the critic in one step
   # Whether the critic is updated by every microbatch alone instead of once by
   # the whole batch.
@@ -56,6 +59,21 @@ class Objective:
       raise UserError(
         f'config.train.head_chunk={self.head_chunk} must be 1 or more tokens'
       )
+
+  def check_within(self, low, high, *names):
+    """Refuses settings of these names that are not."""
+    for name in names:
+      value = getattr(self, name)
+      if not low <= value <= high:
+        raise UserError(
+          f'config.objective: {name}={value} is not within {low} and {high}'
+        )
+
+  def check_positive(self, *names):
+    for name in names:
+      value = getattr(self, name)
+      if not value > 0:
+        raise UserError(f'config.objective: {name}={value} must be positive')
 
   def updates_critic_first(self, microbatches):
     """Whether the critic sees all microbatches before the student's loss.
@@ -118,11 +136,11 @@ class Objective:
     token_loss: see `head.weighted_sum`; targets are a `Target`.
     outputs: of models that read the same ids, over those that all have.
     """
-    ids_BT, mask_BT = head.next_token(batch.student)
+    target, mask_BT = targets(batch)
     return head.weighted_sum(
       token_loss,
       head.shared(outputs),
-      Target(ids_BT, **_by_writer(batch)),
+      target,
       mask_BT / batch.totals['tokens'],
       chunk=self.head_chunk,
     )
@@ -159,6 +177,15 @@ class Objective:
     """
     del student, teacher, own, rows, length, microbatches
     return {}
+
+
+def targets(batch):
+  """What each position of the student predicts, a `Target` of [B, T].
+
+  And which positions count.
+  """
+  ids_BT, mask_BT = head.next_token(batch.student)
+  return Target(ids_BT, **_by_writer(batch)), mask_BT
 
 
 def imitation(log_q_NV, target):

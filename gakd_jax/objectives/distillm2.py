@@ -25,12 +25,7 @@ class DistiLLM2(base.Objective):
 
   def __post_init__(self):
     super().__post_init__()
-    for name in ('alpha', 'beta'):
-      if not 0 <= getattr(self, name) <= 1:
-        raise UserError(
-          f'config.objective: {name}={getattr(self, name)} is not within 0 '
-          'and 1'
-        )
+    self.check_within(0, 1, 'alpha', 'beta')
 
   def check(self, config):
     if config.rollout.writer != 'student':

@@ -3,13 +3,14 @@
 A (B, T, 151936) array of logits is the memory and time problem of this field.
 Here the head runs over chunks of the tokens that count: peak memory is one
 chunk, whatever B and T are, and prompt and padding cost nothing. There is one
-loop over chunks, and three things to do with one:
+loop over chunks, and some things to do with one:
 
   weighted_sum  a loss of each token, summed. The gradient of a chunk is
                 computed *in the forward pass*, while its logits are there.
   token_map     a few numbers of each token, kept and differentiable; logits
                 are computed once more in the backward pass.
   log_probs     log q(target) of each token.
+  row_sums      sums over the tokens of each row.
 
 Any number of models may take part, and only heads and hidden states that are
 differentiated get a gradient: a frozen head, or an evaluation, costs none.
@@ -173,11 +174,28 @@ def token_map(function, outputs, rows, whole, mask_BT, *, chunk):
   return mapped(outputs.hidden_BTD, head, rows, whole, mask_BT)
 
 
-def log_probs(outputs, targets_BT, mask_BT, *, chunk):
+def row_sums(function, outputs, mask_BT, *, chunk):
+  """sum of function(fp32 logits [N, V]) over the tokens of each row, [B, ...].
+
+  It has no gradient.
+  """
+
+  def of_logits(z_NV):
+    return function(outputs.head.capped(z_NV))
+
+  head = _array(outputs.head)
+  return _by_rows(
+    functools.partial(_sums_by_row, of_logits, chunk),
+    (_ROWS, _spec(head), _ROWS),
+    _ROWS,
+  )(*jax.lax.stop_gradient((outputs.hidden_BTD, head)), mask_BT)
+
+
+def log_probs(outputs, targets_BT, mask_BT, *, chunk, temperature=1.0):
   """log q(target) in fp32, [B, T]; 0 outside of the mask. See `token_map`."""
 
   def of_targets(z_NV, target_N, _):
-    log_q_NV = jax.nn.log_softmax(z_NV)
+    log_q_NV = jax.nn.log_softmax(z_NV / temperature)
     return jnp.take_along_axis(log_q_NV, target_N[:, None], axis=1)[:, 0]
 
   return token_map(of_targets, outputs, targets_BT, (), mask_BT, chunk=chunk)
@@ -355,18 +373,41 @@ def _map_of_rows(
   return out_N.reshape(*mask_BT.shape, *out_N.shape[1:])
 
 
+def _sums_by_row(function, chunk, total, hidden_BTD, head, mask_BT):
+  del total
+  head_VD = _own(head)
+  hidden_ND, mask_N = _flat((hidden_BTD, mask_BT))
+  B, T = mask_BT.shape
+
+  def values(index_N):
+    return function(_logits(_take(hidden_ND, index_N), head_VD))
+
+  def body(index_N, sums_B):
+    is_in_N = mask_N.at[index_N].get(mode='fill', fill_value=False)
+    row_BN = (index_N[None] // T == jnp.arange(B)[:, None]) & is_in_N[None]
+    return sums_B + jnp.einsum(
+      'bn,n...->b...',
+      row_BN.astype(jnp.float32),
+      values(index_N),
+      precision='highest',
+    )
+
+  shape = jax.eval_shape(values, jnp.arange(1))
+  return _loop(mask_N, chunk, body, jnp.zeros((B, *shape.shape[1:])))
+
+
 def _own(head):
   """[V, D] of what a device was given."""
   return head[0] if head.ndim == 3 else head
 
 
 def _is_of_tokens(primitive, *_, **__):
-  """What a chunk's gradient keeps of its loss: one number a token.
+  """What a chunk's gradient keeps of its loss: a few numbers a token.
 
   Log-probabilities and the like are computed again from the logits, in the
   loop that uses them: that costs less than to write and read them.
   """
-  return primitive.name.startswith(('reduce', 'arg', 'while'))
+  return primitive.name.startswith(('reduce', 'arg', 'while', 'top_k'))
 
 
 def _logits(hidden_ND, head_VD):

@@ -33,6 +33,17 @@ DIVERGENCES = {
 }
 
 
+def divergence_of(name):
+  """The function of `divergences`; it has defaults for its settings."""
+  if name not in DIVERGENCES:
+    near = difflib.get_close_matches(name, DIVERGENCES, 1, 0)
+    raise UserError(
+      f'config.objective: no divergence {name!r}; did you mean {near[0]!r}? '
+      f'known are {", ".join(DIVERGENCES)}'
+    )
+  return DIVERGENCES[name][0]
+
+
 @dataclasses.dataclass(frozen=True)
 class KLD(base.Objective):
   divergence: str = 'reverse_kl'
@@ -45,22 +56,9 @@ class KLD(base.Objective):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.divergence not in DIVERGENCES:
-      near = difflib.get_close_matches(self.divergence, DIVERGENCES, 1, 0)
-      raise UserError(
-        f'config.objective: no divergence {self.divergence!r}; did you mean '
-        f'{near[0]!r}? known are {", ".join(DIVERGENCES)}'
-      )
-    for name, low, high in [('kd', 0, 1), ('beta', 0, 1), ('alpha', 0, 1)]:
-      if not low <= getattr(self, name) <= high:
-        raise UserError(
-          f'config.objective: {name}={getattr(self, name)} is not within '
-          f'{low} and {high}'
-        )
-    if not self.temperature > 0:
-      raise UserError(
-        f'config.objective: temperature={self.temperature} must be positive'
-      )
+    divergence_of(self.divergence)
+    self.check_within(0, 1, 'kd', 'beta', 'alpha')
+    self.check_positive('temperature')
 
   def loss(self, student, teacher, batch, own, key):
     del own, key
@@ -69,8 +67,8 @@ class KLD(base.Objective):
   def _token_loss(self, logits, target):
     z_q_NV, z_p_NV = logits
     T = self.temperature
-    function, settings = DIVERGENCES[self.divergence]
-    divergence_N = function(
+    _, settings = DIVERGENCES[self.divergence]
+    divergence_N = divergence_of(self.divergence)(
       jax.nn.log_softmax(z_p_NV / T),
       jax.nn.log_softmax(z_q_NV / T),
       **{name: getattr(self, name) for name in settings},

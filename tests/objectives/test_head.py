@@ -335,6 +335,18 @@ def test_positions_that_the_caller_chooses():
   _assert_close(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize('chunk', [4, 1000])
+def test_sums_over_the_tokens_of_each_row(chunk):
+  hiddens, heads = _outputs()
+  mask_BT = _tokens().mask_BT
+  got_BV = head.row_sums(
+    jax.nn.softmax, Outputs(hiddens[0], Head(heads[0])), mask_BT, chunk=chunk
+  )
+  q_BTV = jax.nn.softmax(hiddens[0] @ heads[0].T)
+  want_BV = np.sum(q_BTV, axis=1, where=mask_BT[:, :, None])
+  np.testing.assert_allclose(got_BV, want_BV, rtol=1e-5, atol=1e-6)
+
+
 @functools.cache
 def _compiled_map(rows, dtype='float32', argnums=(0, 1, 2), V=1000, C=4):
   """The gradients of features of all logits, for shapes alone."""

@@ -1,0 +1,45 @@
+"""ALM against recorded values."""
+
+import numpy as np
+import pytest
+
+from gakd_jax.data.pipeline import Batch, Tokens
+from gakd_jax.objectives.alm import ALM
+from gakd_jax.objectives.base import Own
+from tests.objectives import cross
+
+
+@pytest.mark.parametrize(
+  'name', ['alm_a_binary_ce', 'alm_b_abs', 'alm_e_chunk_sizes_1_2']
+)
+def test_recorded_values(name):
+  z, meta = cross.golden(name)
+  sides, align = [], {}
+  for side in cross.SIDES:
+    mask_BT = z[f'in.{side}_loss_mask'].copy()
+    mask_BT[:, 0] = False
+    ids_BT = z[f'in.{side}_ids']
+    chunks_BTC = z[f'in.{side}_chunks'] & mask_BT[:, :, None]
+    align[f'span_{side[0]}'] = np.where(
+      chunks_BTC.any(2), chunks_BTC.argmax(2), -1
+    ).astype(np.int32)
+    sides.append(Tokens(ids_BT, np.ones_like(ids_BT), mask_BT))
+  batch = Batch(*sides, align=align)
+  space = meta['alm_mode'] == 'append_space'
+  constants = {f'space_{s[0]}': z[f'in.{s}_space_ids'] for s in cross.SIDES}
+  objective = ALM(
+    kd=1.0,
+    difference=meta['diff_fn'],
+    space=space,
+    sizes=tuple(meta['distill_chunk_sizes']),
+    by_tokens=meta['numerator'] == 'token_count',
+    head_chunk=5,
+  )
+  (loss, _), gradient = cross.run(
+    objective,
+    *cross.from_logits(z, batch),
+    batch,
+    Own(constants=constants if space else {}),
+  )
+  np.testing.assert_allclose(loss, z['out.loss'], rtol=1e-5)
+  cross.assert_near(gradient, z['grad.loss'])

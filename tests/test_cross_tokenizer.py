@@ -1,0 +1,116 @@
+"""Training with a teacher whose tokenizer is another, from files to best/."""
+
+import json
+
+import pytest
+
+from configs import base
+from gakd_jax import UserError, check, inputs, log, rundir, train
+
+ROWS = [
+  {
+    'instruction': f'Say the {word}.',
+    'input': '',
+    'output': f'the other {word}',
+  }
+  for word in ('sea', 'sun', 'bread', 'north', 'shore', 'tide', 'hour', 'other')
+] * 2
+METHODS = (
+  'uld',
+  'overlap',
+  'mined',
+  'dskd_cma',
+  'gold',
+  'alm',
+  'multilevel_ot',
+)
+
+
+@pytest.fixture(scope='module')
+def models_of(tiny_model_dir, pieces_tokenizer_dir):
+  student = tiny_model_dir()
+  teacher = tiny_model_dir(
+    seed=1, tokenizer_dir=pieces_tokenizer_dir, vocab_size=288, width=48
+  )
+  return str(student), str(teacher)
+
+
+@pytest.fixture
+def config(models_of, tmp_path, monkeypatch):
+  data = tmp_path / 'rows.jsonl'
+  data.write_text(''.join(json.dumps(row) + '\n' for row in ROWS))
+  c = base.get_config()
+  c.student.path, c.teacher.path = models_of
+  c.student.dtype = c.teacher.dtype = c.train.precision = 'float32'
+  c.data.train = c.data.validation = str(data)
+  c.data.template = 'raw'
+  c.data.max_length, c.data.max_prompt_length = 64, 32
+  c.data.buckets = (64,)
+  c.train.steps, c.train.batch_size = 2, 8
+  c.mesh.data = 1
+  c.report.trackers = ()
+  return c
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name != 'overlap'))
+    for name in METHODS
+  ],
+)
+def test_a_student_learns_from_another_tokenizer(
+  name, config, tmp_path, capsys
+):
+  config.objective = {'name': name}
+  config.optimizer.learning_rate = 1e-3
+  results = train.run(config, tmp_path / 'run')
+  steps = [
+    row for row in log.read_metrics(tmp_path / 'run') if 'train/loss' in row
+  ]
+  assert [row['step'] for row in steps] == [1, 2]
+  assert all(row['train/grad_norm'] > 0 for row in steps)
+  # What would read the student's ids is not there.
+  assert results['best']['evaluators']['loss']['metrics'].keys() == {
+    'ce',
+    'ece',
+  }
+  said = capsys.readouterr().out
+  if name in ('overlap', 'mined', 'gold', 'alm'):
+    assert '% of response tokens have a partner' in said
+  assert rundir.is_finished(tmp_path / 'run')
+
+
+def test_what_needs_one_tokenizer_says_so(config, tmp_path):
+  config.objective = {'name': 'kld'}
+  with pytest.raises(UserError, match='have different tokenizers'):
+    train.run(config, tmp_path / 'run')
+  config.objective = {'name': 'overlap'}
+  config.rollout.writer = 'student'
+  config.rollout.max_new_tokens = 8
+  with pytest.raises(UserError, match='not tokenised for the teacher'):
+    train.run(config, tmp_path / 'other')
+
+
+def test_one_tokenizer_with_two_templates_is_all_pairs(
+  config, tmp_path, capsys
+):
+  config.teacher.path = config.student.path
+  config.teacher.template = 'alpaca'
+  config.objective = {'name': 'overlap'}
+  config.data.max_length, config.data.max_prompt_length = 1024, 512
+  config.data.buckets = (1024,)
+  check.run(config, tmp_path / 'run')
+  said = capsys.readouterr().out
+  assert 'pairs_t: 100.0% of response tokens have a partner' in said
+  assert 'data: 16 rows' in said
+  config.teacher.template = 'raw'  # One text: nothing is related.
+  check.run(config, tmp_path / 'run')
+  assert 'partner' not in capsys.readouterr().out
+
+
+def test_too_little_in_common_is_refused(config, tmp_path, monkeypatch):
+  config.objective = {'name': 'overlap'}
+  monkeypatch.setattr(inputs, '_LEAST_COVERAGE', 0.9)
+  with pytest.raises(UserError, match=r"pairs_t: only .* reads 'the other sea"):
+    check.run(config, tmp_path / 'run')
