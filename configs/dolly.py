@@ -26,11 +26,12 @@ def get_config():
   return c
 
 
-def pipeline(teacher, student, methods):
+def pipeline(teacher, student, methods, one_tokenizer=True):
   """Teacher SFT, student SFT, each method from both, and all on the test set.
 
   teacher, student: SFT configs. methods: {name: config}, whose models become
-  those stages.
+  those stages. one_tokenizer: whether both read the same ids, so that the
+  teacher can be asked about the student's.
   """
   c = base.get_config()
   stages = [('teacher', teacher), ('sft', student)]
@@ -39,19 +40,19 @@ def pipeline(teacher, student, methods):
     stage.teacher.path = 'stage:teacher'
     stages.append((name, stage))
   for name in ('teacher', 'sft', *methods):
-    stages.append((f'test_{name}', _test(name, teacher)))
+    test = _test(name, teacher.data.template)
+    if one_tokenizer:
+      test.teacher.path = 'stage:teacher'
+    stages.append((f'test_{name}', test))
   c.stages = tuple(stages)
   return c
 
 
-def _test(name, teacher):
-  """The best model of a stage on the test set, with the field's protocol, and
-  how far it is from the teacher there.
-  """
+def _test(name, template):
+  """The best model of a stage on the test set, with the field's protocol."""
   c = get_config()
-  c.data.template = teacher.data.template
+  c.data.template = template
   c.student.path = f'stage:{name}'
-  c.teacher.path = 'stage:teacher'
   c.train.steps = 0
   c.data.train = None
   c.evals = {
@@ -59,6 +60,18 @@ def _test(name, teacher):
     'generation': {'data': 'data/dolly/test.jsonl', 'batch_size': 128},
   }
   c.checkpoint.best_metric = None
+  return c
+
+
+def stage(path, objective, *, template, lora, learning_rate, epochs):
+  """A training of a pipeline."""
+  c = get_config()
+  c.student.path, c.student.lora = path, lora
+  c.data.template = template
+  c.objective = objective
+  c.optimizer.learning_rate = learning_rate
+  c.train.epochs = epochs
+  c.train.microbatch_size = 8
   return c
 
 
@@ -71,17 +84,8 @@ def pair(teacher, student, *, template, teacher_sft, student_sft, rate):
   distillation, which trains what the student's SFT trained, as long.
   """
 
-  def stage(path, objective, *, lora, learning_rate, epochs):
-    c = get_config()
-    c.student.path, c.student.lora = path, lora
-    c.data.template = template
-    c.objective = objective
-    c.optimizer.learning_rate = learning_rate
-    c.train.epochs = epochs
-    c.train.microbatch_size = 8
-    return c
-
-  first = stage(student, {'name': 'sft'}, **student_sft)
+  settings = {'template': template, **student_sft}
+  first = stage(student, {'name': 'sft'}, **settings)
   first.checkpoint.best_metric = 'loss/ce'
   rgan = {'name': 'gakd', 'kind': 'rgan', 'g': 0.1}
   objectives = {
@@ -91,10 +95,10 @@ def pair(teacher, student, *, template, teacher_sft, student_sft, rate):
     'rgan_without_critic': rgan | {'g': 0.0},
   }
   return pipeline(
-    stage(teacher, {'name': 'sft'}, **teacher_sft),
+    stage(teacher, {'name': 'sft'}, template=template, **teacher_sft),
     first,
     {
-      name: stage(None, objective, **student_sft | {'learning_rate': rate})
+      name: stage(None, objective, **settings | {'learning_rate': rate})
       for name, objective in objectives.items()
     },
   )

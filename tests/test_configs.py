@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from configs import base, gakd, on_policy, skd, tiny_teacher
+from configs import base, cross, gakd, on_policy, skd, tiny_teacher
 from gakd_jax import (
   UserError,
   binary,
@@ -45,7 +45,8 @@ ALL_FILES = [
 
 # Of GAKD's kinds, some are trained by default.
 LONG = re.compile(
-  'quickstart|tiny_teacher|fidelity_math|skd|on_policy|pipeline|fkl_|sft_8b'
+  'quickstart|tiny_teacher|fidelity_math|skd|on_policy|pipeline|fkl_|sft_8b|'
+  'cross'
 )
 
 # Of configs with an argument, others than the default.
@@ -77,7 +78,7 @@ def shrunk(name, model):
   )
   # Of stages side by side, one, unless each is another method.
   kept = ('teacher', 'sft', 'rgan', 'test_rgan', 'gkd_t2', 'gakd')
-  kept += ('sft_continued', 'forward_kl', 'on_policy')
+  kept += ('sft_continued', 'forward_kl', 'on_policy', 'overlap')
   config.stages = tuple(s for s in config.stages if s[0] in kept)
   for c in (config, *(stage for _, stage in config.stages)):
     c.optimizer.learning_rate = 1e-3
@@ -127,6 +128,19 @@ def test_every_config_trains(name, trained, small_model):
   last = where / config.stages[-1][0] if config.stages else where
   assert list((last / 'best').glob('*model.safetensors'))  # or an adapter's
   assert (where / 'report.html').exists()
+
+
+@pytest.mark.parametrize('which', ['gpt2', 'gpt2_qwen1p5,kld', ',uld', ''])
+def test_arguments_of_cross(which):
+  with pytest.raises(UserError, match='expected <pair>,<method>, of gpt2_qw'):
+    cross.get_config(which)
+  names = [name for name, _ in cross.get_config('gpt2_gpt2xl,all').stages]
+  assert names[:2] == ['teacher', 'sft']
+  assert {*names[2:]} > {*cross.METHODS, 'test_teacher', 'test_uld'}
+  # Only a teacher of the same ids is asked about them.
+  for pair in cross.PAIRS:
+    test = dict(cross.get_config(f'{pair},uld').stages)['test_uld']
+    assert (test.teacher.path is None) == (pair != 'gpt2_gpt2xl')
 
 
 def test_every_argument_of_gakd():
