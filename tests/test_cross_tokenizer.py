@@ -23,6 +23,8 @@ METHODS = (
   'gold',
   'alm',
   'multilevel_ot',
+  'mcw',
+  'dskd_v2',
 )
 
 

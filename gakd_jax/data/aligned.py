@@ -10,9 +10,11 @@ themselves, and lies in a file beside theirs:
                   pairs with it alone
   span_s, span_t  the number of the piece of text that a token is in; both
                   sides end a piece at the same byte
+  path_s, path_t, path_d  cells of the warping paths of whole rows, of both
+                  directions, and the edit distances there
 
-Positions are counted from where the responses begin; what is read there is the
-token before.
+Positions are counted from where the responses begin (those of `path`, the
+rows); what is read there is the token before.
 """
 
 import dataclasses
@@ -64,6 +66,8 @@ class Aligned:
     some = self.take(np.arange(min(rows, len(self))))
     found = {}
     for name, (array, begins, ends) in some.parts.items():
+      if name.startswith('path'):  # All of both texts, always.
+        continue
       numbers = np.concatenate(
         [array[b:e] for b, e in zip(begins, ends, strict=True)]
       )
@@ -81,6 +85,10 @@ class Aligned:
     for name in found.keys() & {'pairs_t', 'dtw_t'}:
       kept = found[name][: len(s[1])]
       found[name] = np.where(kept < len(t[1]), kept, -1)
+    if 'path_d' in found:
+      read = found['path_s'] < len(s[0]) + len(s[1])
+      read &= found['path_t'] < len(t[0]) + len(t[1])
+      found |= {x: found[x][read] for x in found if x.startswith('path')}
     if 'span_s' in found:
       found['span_s'], found['span_t'] = align.cut(
         found['span_s'], found['span_t'], len(s[1]), len(t[1])
@@ -141,10 +149,12 @@ def load(student, teacher, tokenizers, kinds, root=None):
       key,
       functools.partial(_make, both, spellings, KINDS[kind]),
     )
+    cells = arrays.pop('path_n', None)
     for name, array in arrays.items():
       texts = both.teacher if name == 'span_t' else both.student
-      ends = np.cumsum(texts.lengths - texts.prompts, dtype=np.int64)
-      parts[name] = array, ends - (texts.lengths - texts.prompts), ends
+      sizes = texts.lengths - texts.prompts if cells is None else cells
+      ends = np.cumsum(sizes, dtype=np.int64)
+      parts[name] = array, ends - sizes, ends
   return dataclasses.replace(both, parts=parts)
 
 
@@ -181,4 +191,21 @@ def _dtw(s_spelling, t_spelling, s, t):
   return {'dtw_t': align.partners(columns, rows, len(s[1]))}
 
 
-KINDS = {'pairs': _pairs, 'span': _spans, 'dtw': _dtw}
+def _paths(s_spelling, t_spelling, s, t):
+  t_words, s_words = (
+    spelling.words(strings, np.concatenate(text), blanks=True)
+    for strings, text in zip(
+      spelling.strings(t_spelling, s_spelling), (t, s), strict=True
+    )
+  )
+  t_at, s_at, there = align.dtw(t_words, s_words)
+  s_too, t_too, back = align.dtw(s_words, t_words)
+  return {
+    'path_t': np.concatenate([t_at, t_too]),
+    'path_s': np.concatenate([s_at, s_too]),
+    'path_d': np.concatenate([there, back]),
+    'path_n': np.array([len(there) + len(back)], np.int32),
+  }
+
+
+KINDS = {'pairs': _pairs, 'span': _spans, 'dtw': _dtw, 'path': _paths}

@@ -48,8 +48,9 @@ class Batch:
 
   student, teacher: the same arrays where the tokenizers agree.
   align: what relates the tokens of differing ones, int32, see `aligned`:
-    `pairs_t`, `dtw_t` and `span_s` [B, T], `span_t` [B, U]; -1 for none. Here
-    positions are those of the whole row, as are numbers of pieces.
+    `pairs_t`, `dtw_t` and `span_s` [B, T], `span_t` [B, U], `path_s`, `path_t`
+    and `path_d` [B, cells]; -1 for none. Here positions are those of the whole
+    row, as are numbers of pieces.
   cached: of a teacher that need not run, 'teacher_hidden' [B, R, E].
   totals: of the whole optimizer step, see `objectives.base.Objective.count`.
   rows_B: int32, each row's (first) place in the data; -1 for none.
@@ -99,13 +100,22 @@ def collate_aligned(bins, length, pad_ids):
     for side in (0, 1)
   )
   names = {name for b in bins for row in b for name in row[2]}
-  found = {x: np.full((len(bins), length), -1, np.int32) for x in sorted(names)}
+  found = {
+    # Two paths, each at most as long as both texts.
+    x: np.full(
+      (len(bins), length * (4 if x[:4] == 'path' else 1)), -1, np.int32
+    )
+    for x in sorted(names)
+  }
   for b, rows in enumerate(bins):
     start = [0, 0]
     pieces = 0
     for s, t, parts in rows:
       begin = [start[0] + len(s[0]), start[1] + len(t[0])]
       for name, part in parts.items():
+        if name.startswith('path'):  # Of a row that is not packed.
+          found[name][b, : len(part)] = part
+          continue
         first = begin[name == 'span_t']
         shift = pieces if name.startswith('span') else begin[1]
         if name == 'dtw_t':  # Of tokens that are read: those before.

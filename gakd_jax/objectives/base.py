@@ -99,6 +99,14 @@ class Objective:
     del key, student, teacher, mesh
     return Own()
 
+  def begin(self, own, models, params):
+    """`init`'s, with what starts from the weights of the models.
+
+    models: `models.pair.Models`; params: those of the student to train.
+    """
+    del models, params
+    return own
+
   def shapes(self, student, teacher):
     """What `init` returns, as shapes; no weight is read."""
     return jax.eval_shape(

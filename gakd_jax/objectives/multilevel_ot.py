@@ -133,7 +133,7 @@ class MultiLevelOT(base.Objective):
     def transport(x_BLK, y_BLK, a_BL, b_BL):
       return ot.entropic(
         ot.l1(x_BLK, y_BLK), a_BL, b_BL, epsilon=0.1, iterations=20
-      )
+      )[0]
 
     ot_B = transport(p_BLK, q_BLK, a_BL, b_BL) - 0.5 * (
       transport(p_BLK, p_BLK, a_BL, a_BL) + transport(q_BLK, q_BLK, b_BL, b_BL)
@@ -178,6 +178,6 @@ def _normed(z_NV):
   square_N1 = jnp.sum(
     jnp.where(is_NV, z_NV - mean_N1, 0) ** 2, axis=1, keepdims=True
   )
-  return jnp.where(
-    is_NV, z_NV / (jnp.sqrt(square_N1 / (n_N1 - 1)) + 1e-4), z_NV
-  )
+  # Where all are equal, as where nothing counts, the root has no gradient.
+  deviation_N1 = jnp.sqrt(jnp.maximum(square_N1 / (n_N1 - 1), 1e-12))
+  return jnp.where(is_NV, z_NV / (deviation_N1 + 1e-4), z_NV)

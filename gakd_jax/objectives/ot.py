@@ -71,22 +71,21 @@ def semi_dual(f_BM, cost_BMN, a_BM, b_BN, epsilon):
 def entropic(cost_BMN, a_BM, b_BN, *, epsilon, iterations):
   """OT, [B], whose gradient in the cost is the plan (the envelope theorem).
 
-  Potentials are found without a gradient: at the optimum they have none.
+  Potentials are found without a gradient: at the optimum they have none. Also
+  returns the plan.
   """
-  f_BM, _ = sinkhorn(
-    jax.lax.stop_gradient(cost_BMN),
-    a_BM,
-    b_BN,
-    epsilon=epsilon,
-    iterations=iterations,
+  fixed_BMN = jax.lax.stop_gradient(cost_BMN)
+  potentials = sinkhorn(
+    fixed_BMN, a_BM, b_BN, epsilon=epsilon, iterations=iterations
   )
-  return semi_dual(f_BM, cost_BMN, a_BM, b_BN, epsilon)
+  value_B = semi_dual(potentials[0], cost_BMN, a_BM, b_BN, epsilon)
+  return value_B, plan(potentials, fixed_BMN, a_BM, b_BN, epsilon)
 
 
 def unrolled(cost_BMN, a_BM, b_BN, *, epsilon, iterations):
-  """<P, C>, [B], with the gradient through all iterations, and P.
+  """<P, C>, [B], with the gradient through all iterations, and the plan P.
 
-  Without the entropy: its gradient is not the plan.
+  Without the entropy, so that its gradient is not the plan.
   """
   potentials = sinkhorn(
     cost_BMN, a_BM, b_BN, epsilon=epsilon, iterations=iterations
@@ -115,7 +114,7 @@ def l2(x_BMK, y_BNK):
   The gradient of the root at 0 is 0.
   """
   x2_BM, y2_BN = (jnp.sum(x * x, axis=2) for x in (x_BMK, y_BNK))
-  square_BMN = x2_BM[:, :, None] + y2_BN[:, None] - 2 * _inner(x_BMK, y_BNK)
+  square_BMN = x2_BM[:, :, None] + y2_BN[:, None] - 2 * inner(x_BMK, y_BNK)
   is_apart_BMN = square_BMN > 1e-12
   return jnp.where(
     is_apart_BMN, jnp.sqrt(jnp.where(is_apart_BMN, square_BMN, 1)), 0
@@ -126,7 +125,7 @@ def kl(p_BMK, q_BNK, floor):
   """sum_k p_m log(p_m / (q_n + floor)) of all pairs, [B, M, N]."""
   tiny = jnp.finfo(jnp.float32).tiny
   negentropy_BM = jnp.sum(p_BMK * jnp.log(jnp.maximum(p_BMK, tiny)), axis=2)
-  return negentropy_BM[:, :, None] - _inner(p_BMK, jnp.log(q_BNK + floor))
+  return negentropy_BM[:, :, None] - inner(p_BMK, jnp.log(q_BNK + floor))
 
 
 def onto_simplex(x_K, floor):
@@ -140,7 +139,8 @@ def onto_simplex(x_K, floor):
   return floor + jnp.maximum(y_K - excess_K[n - 1], 0)
 
 
-def _inner(x_BMK, y_BNK):
+def inner(x_BMK, y_BNK):
+  """x_m y_n of all pairs, [B, M, N], in fp32."""
   return jnp.einsum('bmk,bnk->bmn', x_BMK, y_BNK, precision='highest')
 
 

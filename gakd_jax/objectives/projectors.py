@@ -7,7 +7,7 @@ from gakd_jax import sharding
 from gakd_jax.objectives import base
 
 
-def init(key, sizes, mesh=None):
+def init(key, sizes, mesh=None, bias=True):
   """`Own` of {name: (in, out)}, uniform within the root of 1 / in."""
 
   def fresh(key):
@@ -20,6 +20,7 @@ def init(key, sizes, mesh=None):
         for part, k, shape in zip(
           ('kernel', 'bias'), keys, ((n, m), (m,)), strict=True
         )
+        if bias or part == 'kernel'
       }
     return base.Own(extra=extra)
 
@@ -30,5 +31,7 @@ def init(key, sizes, mesh=None):
 
 def apply(parameters, x_BTD):
   """In the dtype of x."""
-  kernel, bias = (parameters[k].astype(x_BTD.dtype) for k in ('kernel', 'bias'))
-  return x_BTD @ kernel + bias[None, None]
+  y_BTD = x_BTD @ parameters['kernel'].astype(x_BTD.dtype)
+  if 'bias' not in parameters:
+    return y_BTD
+  return y_BTD + parameters['bias'].astype(x_BTD.dtype)[None, None]

@@ -9,7 +9,9 @@ come out in it: no chunk of logits is ever gathered or scattered.
 import jax.numpy as jnp
 import numpy as np
 
+from gakd_jax.data import spelling as spelling_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.data import vocab_map
 from gakd_jax.objectives import head
 
 # The logit of an id without a probability: finite, so that no product is NaN.
@@ -17,44 +19,38 @@ NEVER = -1e30
 
 
 def shared(models):
-  """`shared_of` the tokens of one string.
+  """`shared_of` the tokens that spell the same, and of both ends of a turn.
 
   models: `models.pair.Models`. {} where both vocabularies are the same.
   """
   if not _differ(models):
     return {}
-  from gakd_jax.data import vocab_map
-
   student, teacher = models.tokenizers
+  ends = student.eos_token_id, teacher.eos_token_id
   return shared_of(
-    *vocab_map.shared(student, teacher),
+    *vocab_map.shared(student, teacher, None if None in ends else ends),
     models.student_config.vocab_size,
     tokenizer_lib.size(teacher),
   )
 
 
 def shared_of(s_ids, t_ids, V, U):
-  """Constants 'teacher_id_V', of pairs of ids, each counting once.
+  """Constants 'teacher_id_V', of pairs of ids, one for each of the student's.
 
   And 'teacher_rest_R', those of the teacher's U ids that are in no pair.
   """
-  t_ids, first = np.unique(np.asarray(t_ids), return_index=True)
-  t_id_V = _first(np.asarray(s_ids)[first], t_ids, V)
-  return {
-    'teacher_id_V': t_id_V,
-    'teacher_rest_R': np.setdiff1d(np.arange(U), t_id_V).astype(np.int32),
-  }
+  t_id_V = np.full(V, -1, np.int32)
+  t_id_V[s_ids] = t_ids
+  rest_R = np.setdiff1d(np.arange(U, dtype=np.int32), t_ids)
+  return {'teacher_id_V': t_id_V, 'teacher_rest_R': rest_R}
 
 
 def nearest(models):
   """`nearest_of` the edit distance between tokens; {} as above."""
   if not _differ(models):
     return {}
-  from gakd_jax.data import vocab_map
-
-  student, teacher = models.tokenizers
   s_id_U = np.full(models.teacher_config.vocab_size, -1, np.int32)
-  found_U = vocab_map.nearest(student, teacher)
+  found_U = vocab_map.nearest(*models.tokenizers)
   s_id_U[: len(found_U)] = found_U
   return nearest_of(s_id_U, models.student_config.vocab_size)
 
@@ -64,23 +60,39 @@ def nearest_of(s_id_U, V):
 
   And 'teacher_id_V', the first of the teacher's that goes to the student's.
   """
-  t_ids = np.flatnonzero(s_id_U >= 0)
   return {
     'student_id_U': s_id_U,
-    'teacher_id_V': _first(s_id_U[t_ids], t_ids, V),
+    'teacher_id_V': vocab_map.inverse(s_id_U, V),
   }
+
+
+def spaces(models):
+  """Constants 'space_s' and 'space_t': which tokens begin with a space.
+
+  Or spell nothing, as the end of a turn: with any, the word before has ended.
+  """
+  return {
+    f'space_{side}': _ends_word(tokenizer, config.vocab_size)
+    for side, tokenizer, config in zip(
+      'st', models.tokenizers, models.configs, strict=False
+    )
+  }
+
+
+def _ends_word(tokenizer, V):
+  """Bool [V]; of ids without a token, False."""
+  spelling = spelling_lib.of(tokenizer)
+  ends_V = np.zeros(V, bool)
+  for i, string in enumerate(spelling.strings):
+    if string is not None:
+      n = spelling.lengths[i]
+      ends_V[i] = not n or chr(spelling.bytes[spelling.starts[i]]).isspace()
+  return ends_V
 
 
 def _differ(models):
   vocabs = [tokenizer.get_vocab() for tokenizer in models.tokenizers]
   return len(vocabs) == 2 and vocabs[0] != vocabs[1]
-
-
-def _first(s_ids, t_ids, V):
-  """The map of pairs of ids; the first of a student's counts."""
-  t_id_V = np.full(V, -1, np.int32)
-  t_id_V[np.asarray(s_ids)[::-1]] = np.asarray(t_ids)[::-1]
-  return t_id_V
 
 
 def over_students(teacher, t_id_V):
@@ -128,27 +140,3 @@ def ordered(student, teacher, own):
     return outputs, jnp.ones(outputs[0].head.vocab_size, bool)
   order = jnp.concatenate([t_id_V, own.constants['teacher_rest_R']])
   return (student, over_students(teacher, order)), t_id_V >= 0
-
-
-def spaces(models):
-  """Constants 'space_s' and 'space_t': which tokens begin with a space.
-
-  Or are special: with any of them, the word before has ended. [V] and [U].
-  """
-  return {
-    f'space_{side}': _begins_with_space(tokenizer, config.vocab_size)
-    for side, tokenizer, config in zip(
-      'st', models.tokenizers, models.configs, strict=False
-    )
-  }
-
-
-def _begins_with_space(tokenizer, size):
-  is_space_V = np.zeros(size, bool)
-  for token, i in tokenizer.get_vocab().items():
-    # Blank, line feed, tab and return as byte-level tokenizers write them.
-    is_space_V[i] = (
-      token[:1] in ('Ġ', 'Ċ', 'ĉ', 'č', '▁') or token[:1].isspace()
-    )
-  is_space_V[list(tokenizer.all_special_ids)] = True
-  return is_space_V

@@ -177,3 +177,24 @@ def test_one_side_may_lack_a_row(load, kind, tmp_path):
       (),
       tmp_path,
     )
+
+
+def test_paths_are_of_whole_rows(load, kind):
+  found, _ = load(kinds=('path',)).fit(40, 40)
+  assert found.coverage() == {}
+  (s_prompt, s), (t_prompt, t), parts = found[0]
+  assert parts.keys() == {'path_s', 'path_t', 'path_d'}
+  # Both texts are there from their first to their last token, in each path.
+  assert parts['path_s'].max() == len(s_prompt) + len(s) - 1
+  assert parts['path_t'].max() == len(t_prompt) + len(t) - 1
+  assert (parts['path_s'] == 0).sum() >= 2
+  batch = next(
+    pipeline.batches(
+      found, batch_size=4, max_length=40, buckets=(40,), pad_id=PADS
+    )
+  )
+  for name in parts:
+    assert batch.align[name].shape == (4, 160)
+    n = len(parts[name])
+    np.testing.assert_array_equal(batch.align[name][0, :n], parts[name])
+    assert (batch.align[name][0, n:] == -1).all()

@@ -111,7 +111,7 @@ def run(objective, student, teacher, batch, own=None, wanted=None):
 
   wanted: 'all' for those in (hidden states, head, extra).
   """
-  own = (own or Own()).replace(step=0)
+  own = own or Own()
   batch = batch.replace(totals=objective.count(batch))
 
   @jax.jit

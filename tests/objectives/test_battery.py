@@ -42,6 +42,8 @@ OBJECTIVES = {
     0.0,
     ('l1', 'kl', 'transport'),
   ),
+  'mcw': (dict(name='mcw', kd=0.7, top=9), 1.0, None, ()),
+  'dskd_v2': (dict(name='dskd_v2', kd=0.7), 0.3, None, ()),
   'mined': (dict(name='mined', kd=0.7), 0.3, 0.0, ('mined',)),
 }
 ALL = pytest.mark.parametrize('name', OBJECTIVES)
@@ -80,7 +82,7 @@ def _params(seed):
 
 
 def _batch(ids_seed=0, rows=range(B)):
-  """Responses of 9, 2, 0 and 5 tokens; masks of other rows are empty."""
+  """Responses of 9, 2, 0 and 5 tokens; other rows than these are empty."""
   at_BT = np.broadcast_to(np.arange(T), (B, T))
   start_B1, end_B1 = np.array([[3, 4, 6, 1], [12, 6, 6, 6]])[:, :, None]
   mask_BT = (at_BT >= start_B1) & (at_BT < end_B1)
@@ -89,7 +91,7 @@ def _batch(ids_seed=0, rows=range(B)):
   ids_BT = np.where(at_BT < end_B1, ids_BT, rubbish_BT)
   segments_BT = (at_BT < end_B1).astype(np.int32)
   kept_B1 = np.isin(np.arange(B), list(rows))[:, None]
-  tokens = Tokens(ids_BT, segments_BT, mask_BT & kept_B1)
+  tokens = Tokens(ids_BT, segments_BT * kept_B1, mask_BT & kept_B1)
   return Batch(
     student=tokens,
     teacher=tokens,
