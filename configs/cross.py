@@ -48,6 +48,9 @@ METHODS = {
   'uld': {'name': 'uld'},
   'mined': {'name': 'mined'},
   'dskd': {'name': 'dskd_cma'},
+  'dskd_v2': {'name': 'dskd_v2'},
+  'mcw': {'name': 'mcw'},
+  'mcw_semi_dual': {'name': 'mcw', 'solver': 'semi_dual'},
   'multilevel_ot': {'name': 'multilevel_ot'},
   'overlap': {'name': 'overlap'},
   'gold': {'name': 'gold', 'kd': 0.5},
@@ -79,6 +82,6 @@ def get_config(which='gpt2_qwen1p5,overlap'):
 
 def _stage(path, settings, objective):
   c = dolly.stage(path, objective, template='alpaca', **settings)
-  if objective['name'] == 'dskd_cma':
+  if objective['name'] in ('dskd_cma', 'dskd_v2', 'mcw'):
     c.optimizer.extra_learning_rate = 1e-3
   return c
