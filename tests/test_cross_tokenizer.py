@@ -25,6 +25,7 @@ METHODS = (
   'multilevel_ot',
   'mcw',
   'dskd_v2',
+  'xtoken',
 )
 
 

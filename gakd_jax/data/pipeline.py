@@ -93,20 +93,20 @@ def collate(bins, length, pad_id):
   return Tokens(ids_BT=ids_BT, segments_BT=segments_BT, mask_BT=mask_BT)
 
 
-def collate_aligned(bins, length, pad_ids):
-  """A Batch of bins of rows of `aligned.Aligned`; pad_ids are both models'."""
+def collate_aligned(bins, length, pad_ids, names):
+  """A Batch of bins of rows of `aligned.Aligned`.
+
+  pad_ids: of both models. names: of the rows' parts.
+  """
   student, teacher = (
     collate([[row[side] for row in b] for b in bins], length, pad_ids[side])
     for side in (0, 1)
   )
-  names = {name for b in bins for row in b for name in row[2]}
-  found = {
+  found = {}
+  for name in names:
     # Two paths, each at most as long as both texts.
-    x: np.full(
-      (len(bins), length * (4 if x[:4] == 'path' else 1)), -1, np.int32
-    )
-    for x in sorted(names)
-  }
+    size = 4 * length if name.startswith('path') else length
+    found[name] = np.full((len(bins), size), -1, np.int32)
   for b, rows in enumerate(bins):
     start = [0, 0]
     pieces = 0
@@ -168,7 +168,8 @@ class Batches:
     self._step += 1
     rows_B = np.array([b[0] if len(b) else -1 for b in bins], np.int32)
     if isinstance(self._texts, aligned.Aligned):
-      batch = collate_aligned(texts, length, self._pad_id)
+      names = sorted(self._texts.parts)
+      batch = collate_aligned(texts, length, self._pad_id, names)
       return batch.replace(rows_B=rows_B)
     tokens = collate(texts, length, self._pad_id)
     return Batch(student=tokens, teacher=tokens, rows_B=rows_B)

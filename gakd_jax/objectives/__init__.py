@@ -16,6 +16,7 @@ from gakd_jax.objectives import (
   overlap,
   sft,
   uld,
+  xtoken,
 )
 
 
@@ -37,6 +38,7 @@ def make(name, *, critic=None, head_chunk=512, **settings):
     'mined': mined.MinED,
     'gold': gold.GOLD,
     'alm': alm.ALM,
+    'xtoken': xtoken.XToken,
     'mcw': mcw.MCW,
     'multilevel_ot': multilevel_ot.MultiLevelOT,
   }

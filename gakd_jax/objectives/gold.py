@@ -142,7 +142,7 @@ class GOLD(base.Objective):
 
     if not self.hybrid:
       return (student, teacher), by_rank
-    outputs, shared_V = vocabularies.ordered(student, teacher, own)
+    outputs, shared_V = vocabularies.ordered(student, teacher, own.constants)
     V, U = shared_V.size, own.constants.get('teacher_rest_R', shared_V[:0]).size
     n = jnp.sum(shared_V)
     share = n / (n + U)

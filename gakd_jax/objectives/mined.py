@@ -48,7 +48,7 @@ class MinED(base.Objective):
       paired_BT &= nearest_BT == batch.student.ids_BT
     target, mask_BT = base.targets(batch)
     teacher = head.at(teacher, index_BT)
-    outputs, masked = vocabularies.common(student, teacher, own)
+    outputs, masked = vocabularies.common(student, teacher, own.constants)
 
     def token_loss(logits, targets):
       target, paired_N = targets

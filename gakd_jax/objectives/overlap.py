@@ -46,7 +46,7 @@ class Overlap(base.Objective):
     index_BT, paired_BT = pairs.exact(batch)
     target, mask_BT = base.targets(batch)
     teacher = head.at(teacher, index_BT)
-    outputs, masked = vocabularies.common(student, teacher, own)
+    outputs, masked = vocabularies.common(student, teacher, own.constants)
 
     def token_loss(logits, targets):
       target, weight_N = targets

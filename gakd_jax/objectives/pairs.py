@@ -70,6 +70,23 @@ def spans(batch):
   ]
 
 
+def span_means(outputs, spans_BT):
+  """`Outputs` whose hidden state is the mean of its span's; 0 outside.
+
+  Logits are then the means of logits: the geometric mean of distributions,
+  but for what a soft cap bends.
+  """
+
+  def row(x_TD, spans_T):
+    n = spans_T.size + 1
+    sums_SD = jnp.zeros((n, x_TD.shape[1])).at[spans_T].add(x_TD)
+    sizes_S = jnp.zeros(n).at[spans_T].add(1)
+    means_SD = sums_SD / jnp.maximum(sizes_S, 1)[:, None]
+    return means_SD.at[0].set(0)[spans_T].astype(x_TD.dtype)
+
+  return outputs.replace(hidden_BTD=jax.vmap(row)(outputs.hidden_BTD, spans_BT))
+
+
 def ends(s_BT, t_BU):
   """The last tokens of `spans`."""
 

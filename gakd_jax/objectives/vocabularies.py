@@ -66,6 +66,93 @@ def nearest_of(s_id_U, V):
   }
 
 
+def projection(models, decay):
+  """`projection_of` what the tokens spell; {} as above."""
+  if not _differ(models):
+    return {}
+  student, teacher = models.tokenizers
+  spellings = [spelling_lib.of(x) for x in (student, teacher)]
+  strings = spelling_lib.strings(*spellings)
+  encoding = 'utf-8' if spellings[0].written == strings[0] else 'latin-1'
+  # Others go by a name: those that spell nothing, or one byte.
+  can_split = [
+    string is not None and len(string.encode(encoding)) == n
+    for string, n in zip(strings[0], spellings[0].lengths, strict=False)
+  ]
+  return projection_of(
+    *strings,
+    can_split,
+    V=models.student_config.vocab_size,
+    decay=decay,
+    ends=(student.eos_token_id, teacher.eos_token_id),
+  )
+
+
+def projection_of(s_strings, t_strings, can_split, *, V, decay, ends=None):
+  """Constants of X-Token: how the student's tokens are spelt in the teacher's.
+
+  Args:
+    s_strings, t_strings: what each id spells; None for no token.
+    can_split: whether a token of the student may go to several pieces.
+    V: the student's ids.
+    decay: the weight of a piece, of that of the piece before it.
+    ends: ids that end a turn, a pair whatever they spell.
+
+  Returns:
+    'piece_s', 'piece_t', 'piece_weight' [P]: for every token of the student
+    those of the teacher's that it is made of, the longest first from the left,
+    their weights summing to 1; one, of one string, where there is such.
+    'reached' [U]: ids of the teacher that are among them.
+    'teacher_id_V', 'teacher_rest_R': as in `shared_of`; a token without an
+    equal goes with its first piece, if no other does.
+  """
+  t_ids = {}
+  for i, string in enumerate(t_strings):
+    if string is not None:
+      t_ids.setdefault(string, i)
+  longest = max(map(len, t_ids))
+  pieces = {}
+  for i, string in enumerate(s_strings):
+    if string in t_ids:
+      pieces[i] = [t_ids[string]]
+    elif can_split[i]:
+      pieces[i] = _split(string, t_ids, longest)
+  if ends and None not in ends:
+    pieces[ends[0]] = [ends[1]]
+  pieces = {i: found for i, found in pieces.items() if found}
+  sizes = [len(x) for x in pieces.values()]
+  weights = [decay ** np.arange(n) for n in sizes]
+  t_P = np.concatenate(list(pieces.values())).astype(np.int32)
+  reached_U = np.zeros(len(t_strings), bool)
+  reached_U[t_P] = True
+  partner = {}
+  for i in sorted(pieces, key=lambda i: (len(pieces[i]), i)):
+    partner.setdefault(pieces[i][0], i)
+  return {
+    'piece_s': np.repeat(list(pieces), sizes).astype(np.int32),
+    'piece_t': t_P,
+    'piece_weight': np.concatenate(
+      [w / w.sum() for w in weights], dtype=np.float32
+    ),
+    'reached': reached_U,
+    **shared_of(list(partner.values()), list(partner), V, len(t_strings)),
+  }
+
+
+def _split(string, t_ids, longest):
+  """Ids of the longest tokens from the left; [] if some byte is in none."""
+  ids, start = [], 0
+  while start < len(string):
+    for end in range(min(len(string), start + longest), start, -1):
+      if string[start:end] in t_ids:
+        ids.append(t_ids[string[start:end]])
+        start = end
+        break
+    else:
+      return []
+  return ids
+
+
 def spaces(models):
   """Constants 'space_s' and 'space_t': which tokens begin with a space.
 
@@ -119,9 +206,9 @@ def masked(z_NV, t_id_V):
   return jnp.where(t_id_V >= 0, z_NV, NEVER)
 
 
-def common(student, teacher, own):
+def common(student, teacher, constants):
   """`Outputs` of both over the same ids, and `masked` for their logits."""
-  t_id_V = own.constants.get('teacher_id_V')
+  t_id_V = constants.get('teacher_id_V')
   if t_id_V is None:
     return head.shared((student, teacher)), lambda z_NV: z_NV
   return (student, over_students(teacher, t_id_V)), lambda z_NV: masked(
@@ -129,14 +216,14 @@ def common(student, teacher, own):
   )
 
 
-def ordered(student, teacher, own):
+def ordered(student, teacher, constants):
   """`Outputs`, the teacher's over the student's ids and then its own others.
 
   And which of the student's ids the teacher has, too, [V].
   """
-  t_id_V = own.constants.get('teacher_id_V')
+  t_id_V = constants.get('teacher_id_V')
   if t_id_V is None:
     outputs = head.shared((student, teacher))
     return outputs, jnp.ones(outputs[0].head.vocab_size, bool)
-  order = jnp.concatenate([t_id_V, own.constants['teacher_rest_R']])
+  order = jnp.concatenate([t_id_V, constants['teacher_rest_R']])
   return (student, over_students(teacher, order)), t_id_V >= 0

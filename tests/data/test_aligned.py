@@ -198,3 +198,24 @@ def test_paths_are_of_whole_rows(load, kind):
     n = len(parts[name])
     np.testing.assert_array_equal(batch.align[name][0, :n], parts[name])
     assert (batch.align[name][0, n:] == -1).all()
+
+
+def test_a_process_without_a_row_has_all_arrays(load):
+  """So that what all processes put together has one structure."""
+  found, _ = load().fit(64, 40)
+  shares = [
+    next(
+      pipeline.batches(
+        found.take(np.array([0])),
+        batch_size=2,
+        max_length=64,
+        buckets=(64,),
+        pad_id=PADS,
+        process_index=i,
+        process_count=2,
+      )
+    )
+    for i in range(2)
+  ]
+  assert shares[0].align.keys() == shares[1].align.keys() != set()
+  assert (shares[1].align['pairs_t'] == -1).all()

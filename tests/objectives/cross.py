@@ -1,7 +1,8 @@
 """Recorded values of methods for two tokenizers, as this project's inputs.
 
 In `FOLDER`, which lies beside the repository: small inputs (`in.`), and what
-the published implementations give on them in fp64 (`out.`, `mid.`, gradients `grad.`).
+the published implementations give on them in fp64 (`out.`, `mid.`, gradients
+`grad.`).
 """
 
 import functools

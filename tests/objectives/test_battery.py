@@ -44,6 +44,12 @@ OBJECTIVES = {
   ),
   'mcw': (dict(name='mcw', kd=0.7, top=9), 1.0, None, ()),
   'dskd_v2': (dict(name='dskd_v2', kd=0.7), 0.3, None, ()),
+  'xtoken': (
+    dict(name='xtoken', kd=0.7, temperature=1.5),
+    0.3,
+    0.0,
+    ('xtoken',),
+  ),
   'mined': (dict(name='mined', kd=0.7), 0.3, 0.0, ('mined',)),
 }
 ALL = pytest.mark.parametrize('name', OBJECTIVES)
