@@ -52,7 +52,15 @@ OBJECTIVES = {
   ),
   'mined': (dict(name='mined', kd=0.7), 0.3, 0.0, ('mined',)),
 }
-ALL = pytest.mark.parametrize('name', OBJECTIVES)
+# What takes long to compile; one of the kind is tested by default.
+_LONG = ('dskd_cma', 'alm', 'multilevel_ot', 'mcw', 'dskd_v2', 'xtoken')
+ALL = pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in _LONG))
+    for name in OBJECTIVES
+  ],
+)
 
 
 class Toy(nnx.Module):

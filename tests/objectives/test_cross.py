@@ -19,6 +19,7 @@ from gakd_jax.objectives import vocabularies
 
 T, U, D, E, V, W = 10, 13, 6, 8, 30, 40
 
+_SHORT = ('uld', 'overlap', 'mined')  # The others take long to compile.
 # id: arguments of `objectives.make`.
 METHODS = {
   'uld': {'name': 'uld', 'top': 9},
@@ -34,7 +35,13 @@ METHODS = {
   'xtoken': {'name': 'xtoken'},
   'xtoken_hybrid': {'name': 'xtoken', 'hybrid': True, 'top': 9},
 }
-ALL = pytest.mark.parametrize('name', METHODS)
+ALL = pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in _SHORT))
+    for name in METHODS
+  ],
+)
 
 
 def _tokens(starts, ends, length, vocab, seed):

@@ -12,6 +12,8 @@ from gakd_jax.objectives.base import Own
 from gakd_jax.objectives.dskd_cma import DSKD
 from tests.objectives import cross
 
+pytestmark = pytest.mark.slow  # Its terms take long to compile.
+
 DIVERGENCES = {
   'forward_kl': 'forward_kl',
   'skewed_forward_kl': 'skew_forward',

@@ -14,6 +14,8 @@ from gakd_jax.objectives.base import Own
 from gakd_jax.objectives.dskd_v2 import DSKDv2
 from tests.objectives import cross
 
+pytestmark = pytest.mark.slow  # Its terms take long to compile.
+
 
 def recorded(name):
   z, meta = cross.golden(name)

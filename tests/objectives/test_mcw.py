@@ -13,6 +13,8 @@ from gakd_jax.objectives import dskd_cma, mcw
 from gakd_jax.objectives.base import Own
 from tests.objectives import cross
 
+pytestmark = pytest.mark.slow  # Its terms take long to compile.
+
 PROJECTORS = 't2s', 's2t', 'query', 'ot', 'salience'
 
 

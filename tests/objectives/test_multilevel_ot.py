@@ -7,6 +7,8 @@ from gakd_jax.data.pipeline import Batch, Tokens
 from gakd_jax.objectives.multilevel_ot import MultiLevelOT
 from tests.objectives import cross
 
+pytestmark = pytest.mark.slow  # Its terms take long to compile.
+
 
 @pytest.mark.parametrize('name', ['multilevelot_a', 'multilevelot_d_length1'])
 def test_reference_is_what_was_released(name):
