@@ -55,6 +55,7 @@ METHODS = {
   'overlap': {'name': 'overlap'},
   'gold': {'name': 'gold', 'kd': 0.5},
   'alm': {'name': 'alm'},
+  'xtoken': {'name': 'xtoken'},
 }
 
 
