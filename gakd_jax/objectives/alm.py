@@ -90,8 +90,8 @@ class ALM(base.Objective):
     index_BT, ends_BT = pairs.ends(*sides)
     weight_BT = ends_BT.astype(jnp.float32)
     if self.by_tokens:
-      counts_BU = segments.total(jnp.ones(sides[1].shape), sides[1])
-      weight_BT *= jnp.take_along_axis(counts_BU, index_BT, axis=1)
+      counts_BR = segments.total(jnp.ones(sides[1].shape), sides[1])
+      weight_BT *= jnp.take_along_axis(counts_BR, index_BT, axis=1)
     return *sides, index_BT, weight_BT
 
   def loss(self, student, teacher, batch, own, key):
@@ -108,12 +108,12 @@ class ALM(base.Objective):
     ]
     total = 0
     for size in self.sizes:
-      s_BT, t_BU, index_BT, weight_BT = self._chunks(batch, size)
-      log_q_BT, log_p_BU = (
+      s_BT, t_BR, index_BT, weight_BT = self._chunks(batch, size)
+      log_q_BT, log_p_BR = (
         segments.total(x['log_prob'] * (chunks > 0), chunks) + x['space']
-        for x, chunks in zip(numbers, (s_BT, t_BU), strict=True)
+        for x, chunks in zip(numbers, (s_BT, t_BR), strict=True)
       )
-      log_p_BT = jnp.take_along_axis(log_p_BU, index_BT, axis=1)
+      log_p_BT = jnp.take_along_axis(log_p_BR, index_BT, axis=1)
       value_BT = DIFFERENCES[self.difference](
         jnp.minimum(log_p_BT, 0), jnp.minimum(log_q_BT, 0)
       )

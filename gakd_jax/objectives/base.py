@@ -46,8 +46,8 @@ class Objective:
 
   needs_teacher = True
   one_tokenizer = True  # Whether the teacher's must be the student's.
-  # What it reads of `Batch.align` where tokenizers differ, by the part of its
-  # names before '_'.
+  # What it reads of `Batch.align` where tokenizers differ, of its names the
+  # part before '_'.
   align = ()
   critic_steps = 1  # updates of the critic in one step
   # Whether the critic is updated by every microbatch alone instead of once by

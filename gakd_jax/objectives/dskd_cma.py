@@ -69,7 +69,7 @@ class DSKD(base.Objective):
 
   def loss(self, student, teacher, batch, own, key):
     del key
-    t2s, s2t, meets_BT, meets_BU = self.exchanged(
+    t2s, s2t, meets_BT, meets_BR = self.exchanged(
       student, teacher, batch, own.extra
     )
     target, mask_BT = base.targets(batch)
@@ -85,7 +85,7 @@ class DSKD(base.Objective):
       self._in_teachers_space,
       (teacher, s2t),
       (),
-      (batch.teacher.predicts_BT & meets_BU) / n,
+      (batch.teacher.predicts_BT & meets_BR) / n,
       chunk=self.head_chunk,
     )
     return to_student + self.kd * to_teacher, metrics | more
@@ -119,26 +119,26 @@ class DSKD(base.Objective):
     return s2t_N, {'s2t': s2t_N}
 
   def exchanged(self, student, teacher, batch, extra):
-    """`Outputs` t2s [B, T, D] and s2t [B, U, E], and where there is one."""
+    """`Outputs` t2s [B, T, D] and s2t [B, R, E], and where there is one."""
     h_s, h_t = student.hidden_BTD, teacher.hidden_BTD
     if self.attention:
-      s_BT, t_BU = (
+      s_BT, t_BR = (
         x.response_segments_BT for x in (batch.student, batch.teacher)
       )
-      meet_BTU = (s_BT[:, :, None] == t_BU[:, None]) & (s_BT > 0)[:, :, None]
+      meet_BTR = (s_BT[:, :, None] == t_BR[:, None]) & (s_BT > 0)[:, :, None]
       query, key, value = self._queries(student, teacher, batch, extra)
-      score_BTU = jnp.einsum(
-        'btk,buk->btu', query, key, preferred_element_type=jnp.float32
+      score_BTR = jnp.einsum(
+        'btk,brk->btr', query, key, preferred_element_type=jnp.float32
       )
-      score_BTU *= query.shape[-1] ** -0.5
-      score_BTU = jnp.where(meet_BTU, score_BTU, vocabularies.NEVER)
-      to_s_BTU = jax.nn.softmax(score_BTU, axis=2).astype(value.dtype)
-      to_t_BTU = jax.nn.softmax(score_BTU, axis=1).astype(h_s.dtype)
-      h_t = jnp.einsum('btu,bud->btd', to_s_BTU, value)
+      score_BTR *= query.shape[-1] ** -0.5
+      score_BTR = jnp.where(meet_BTR, score_BTR, vocabularies.NEVER)
+      to_s_BTR = jax.nn.softmax(score_BTR, axis=2).astype(value.dtype)
+      to_t_BTR = jax.nn.softmax(score_BTR, axis=1).astype(h_s.dtype)
+      h_t = jnp.einsum('btr,brd->btd', to_s_BTR, value)
       h_s = jnp.einsum(
-        'btu,bte->bue', to_t_BTU, projectors.apply(extra['s2t'], h_s)
+        'btr,bte->bre', to_t_BTR, projectors.apply(extra['s2t'], h_s)
       )
-      meets = meet_BTU.any(axis=2), meet_BTU.any(axis=1)
+      meets = meet_BTR.any(axis=2), meet_BTR.any(axis=1)
     else:
       h_t = projectors.apply(extra['t2s'], h_t)
       h_s = projectors.apply(extra['s2t'], h_s)
@@ -149,13 +149,13 @@ class DSKD(base.Objective):
     return t2s, teacher.replace(hidden_BTD=h_s), *meets
 
   def _queries(self, student, teacher, batch, extra):
-    """Q [B, T, 2E]; K [B, U, 2E] and V_t [B, U, D], of what counts."""
+    """Q [B, T, 2E]; K [B, R, 2E] and V_t [B, R, D], of what counts."""
     dtype = student.hidden_BTD.dtype
     read = jnp.concatenate(_embedded(student, batch.student, dtype), axis=-1)
     t_x, t_y = _embedded(teacher, batch.teacher, dtype)
 
-    def normed(x_BUD):
-      return x_BUD / self._deviation(x_BUD, batch.teacher).astype(dtype)
+    def normed(x_BRE):
+      return x_BRE / self._deviation(x_BRE, batch.teacher).astype(dtype)
 
     value = projectors.apply(
       extra['t2s'], normed(teacher.hidden_BTD) + normed(t_y)
@@ -163,23 +163,23 @@ class DSKD(base.Objective):
     key = normed(jnp.concatenate([t_x, t_y], axis=-1))
     return projectors.apply(extra['query'], read), key, value
 
-  def _deviation(self, x_BUD, tokens):
-    """That of each position's document, [B, U, 1]; or [1, 1, 1]."""
-    x_BUD = x_BUD.astype(jnp.float32)
+  def _deviation(self, x_BRE, tokens):
+    """That of each position's document, [B, R, 1]; or [1, 1, 1]."""
+    x_BRE = x_BRE.astype(jnp.float32)
     if self.reference:
       # Inputs of the authors' models are without a text's last token.
-      return jnp.std(x_BUD[:, :-1], ddof=1, keepdims=True)
-    segments_BU = tokens.response_segments_BT
-    counts_BU = (segments_BU > 0).astype(jnp.float32) * x_BUD.shape[-1]
+      return jnp.std(x_BRE[:, :-1], ddof=1, keepdims=True)
+    segments_BR = tokens.response_segments_BT
+    counts_BR = (segments_BR > 0).astype(jnp.float32) * x_BRE.shape[-1]
 
-    def total(x_BU):
-      return segments.total(x_BU, segments_BU)
+    def total(x_BR):
+      return segments.total(x_BR, segments_BR)
 
-    n_BU = jnp.maximum(total(counts_BU), 2)
-    mean_BU = total(jnp.sum(x_BUD, axis=-1)) / n_BU
-    square_BU = total(jnp.sum((x_BUD - mean_BU[:, :, None]) ** 2, axis=-1))
-    deviation_BU = jnp.sqrt(square_BU / (n_BU - 1))
-    return jnp.where(segments_BU > 0, deviation_BU, 1)[:, :, None]
+    n_BR = jnp.maximum(total(counts_BR), 2)
+    mean_BR = total(jnp.sum(x_BRE, axis=-1)) / n_BR
+    square_BR = total(jnp.sum((x_BRE - mean_BR[:, :, None]) ** 2, axis=-1))
+    deviation_BR = jnp.sqrt(square_BR / (n_BR - 1))
+    return jnp.where(segments_BR > 0, deviation_BR, 1)[:, :, None]
 
 
 def _embedded(outputs, tokens, dtype):

@@ -98,7 +98,7 @@ class DSKDv2(base.Objective):
       teacher,
       self._through_teachers_head(student, teacher, own),
     )
-    s_id_U = _students_ids(own, teacher.head.vocab_size)
+    s_id_U = own.constants.get('student_id_U')
 
     def sums(token_loss):
       return head.weighted_sum(
@@ -111,7 +111,11 @@ class DSKDv2(base.Objective):
 
     def found(logits, paired_N):
       """What the teacher finds likeliest, whether that is one, and a hit."""
-      id_N = s_id_U[jnp.argmax(logits[2], axis=-1)]
+      id_N = jnp.argmax(logits[2], axis=-1)
+      if s_id_U is not None:
+        # As a gather, it would mix what a device has with what all have.
+        is_it_NU = jnp.arange(s_id_U.size)[None] == id_N[:, None]
+        id_N = jnp.max(jnp.where(is_it_NU, s_id_U[None], -1), axis=1)
       has_N = paired_N & (id_N >= 0)
       return id_N, has_N, has_N & (jnp.argmax(logits[1], axis=-1) == id_N)
 
@@ -176,16 +180,6 @@ class DSKDv2(base.Objective):
     kernel_DE = _gram(w_s, w_t) @ own.memory['inverse_EE']
     hidden_BTE = student.hidden_BTD @ kernel_DE.astype(student.hidden_BTD.dtype)
     return teacher.replace(hidden_BTD=hidden_BTE)
-
-
-def _students_ids(own, U):
-  """The student's id of each of the teacher's, -1 for none."""
-  t_id_V = own.constants.get('teacher_id_V')
-  if t_id_V is None:
-    return jnp.arange(U)
-  V = t_id_V.size
-  at_V = jnp.where(t_id_V >= 0, t_id_V, U)
-  return jnp.full(U, -1).at[at_V].set(jnp.arange(V), mode='drop')
 
 
 def _shared_rows(student, teacher, constants):

@@ -19,6 +19,7 @@ it was read itself. That is off by one, and here for comparison.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -68,12 +69,12 @@ class GOLD(base.Objective):
 
   def _spans(self, batch):
     """Spans of both sides, and where they meet."""
-    s_BT, t_BU = pairs.spans(batch)
+    s_BT, t_BR = pairs.spans(batch)
     if self.merge == 'bayesian':
-      return s_BT, t_BU, pairs.ends(s_BT, t_BU)
-    s_BT, t_BU = (jnp.roll(x, 1, axis=1) for x in (s_BT, t_BU))
-    index_BT, paired_BT = pairs.begins(s_BT, t_BU)
-    return s_BT, t_BU, (index_BT, paired_BT & batch.student.predicts_BT)
+      return s_BT, t_BR, pairs.ends(s_BT, t_BR)
+    s_BT, t_BR = (jnp.roll(x, 1, axis=1) for x in (s_BT, t_BR))
+    index_BT, paired_BT = pairs.begins(s_BT, t_BR)
+    return s_BT, t_BR, (index_BT, paired_BT & batch.student.predicts_BT)
 
   def _others(self, outputs, tokens, spans_BT):
     """Log-probability of a span but for the one token that meets; [B, T]."""
@@ -93,9 +94,9 @@ class GOLD(base.Objective):
 
   def loss(self, student, teacher, batch, own, key):
     del key
-    s_BT, t_BU, (index_BT, paired_BT) = self._spans(batch)
+    s_BT, t_BR, (index_BT, paired_BT) = self._spans(batch)
     s_others_BT = self._others(student, batch.student, s_BT)
-    t_others_BU = self._others(teacher, batch.teacher, t_BU)
+    t_others_BR = self._others(teacher, batch.teacher, t_BR)
     # A number of each token that has a gradient: a model of width one.
     others = Outputs(s_others_BT[:, :, None], Head(jnp.ones((1, 1))))
     tokens = batch.totals['tokens']
@@ -106,67 +107,64 @@ class GOLD(base.Objective):
       scale = tokens / batch.totals['sequences']
       weight_BT = paired_BT * scale / jnp.maximum(n_BT, 1)
     target, mask_BT = base.targets(batch)
-    (student, teacher), distance = self._distance(student, teacher, own)
+    outputs, distance = self._distance(
+      student, head.at(teacher, index_BT), own.constants
+    )
 
     def token_loss(logits, targets):
       target, weight_N, t_others_N = targets
-      z_q_NV, z_p_NU, s_others_N1 = logits
+      s_others_N1, *logits = logits
       gold_N = weight_N * distance(
-        z_p_NU / self.temperature,
-        z_q_NV / self.temperature,
-        t_others_N[:, None],
         s_others_N1,
+        t_others_N[:, None],
+        *(z / self.temperature for z in logits),
       )
-      ce_N, metrics = base.imitation(jax.nn.log_softmax(z_q_NV), target)
+      ce_N, metrics = base.imitation(jax.nn.log_softmax(logits[0]), target)
       loss_N = (1 - self.kd) * ce_N + self.kd * gold_N
       return loss_N, metrics | {'gold': gold_N}
 
-    t_others_BT = jnp.take_along_axis(t_others_BU, index_BT, axis=1)
+    t_others_BT = jnp.take_along_axis(t_others_BR, index_BT, axis=1)
     return head.weighted_sum(
       token_loss,
-      (student, head.at(teacher, index_BT), others),
+      (others, *outputs),
       (target, weight_BT, t_others_BT),
       mask_BT / tokens,
       chunk=self.head_chunk,
     )
 
-  def _distance(self, student, teacher, own):
-    """Outputs of both, and L of a span of their logits and `_others`."""
+  def _distance(self, student, teacher, constants):
+    """Outputs of both, and L of a span, of `_others` and logits of both."""
+    if not self.hybrid:
+      return (student, teacher), self._by_rank
+    outputs, shared_V = vocabularies.ordered(student, teacher, constants)
+    return outputs, functools.partial(self._hybrid, shared_V)
 
-    def by_rank(z_p_NU, z_q_NV, p_others_N1, q_others_N1):
-      return divergences.ranked_distance(
-        jnp.exp(jax.nn.log_softmax(z_p_NU) + p_others_N1),
-        jnp.exp(jax.nn.log_softmax(z_q_NV) + q_others_N1),
+  def _by_rank(self, q_others_N1, p_others_N1, z_q_NV, z_p_NU):
+    return divergences.ranked_distance(
+      jnp.exp(jax.nn.log_softmax(z_p_NU) + p_others_N1),
+      jnp.exp(jax.nn.log_softmax(z_q_NV) + q_others_N1),
+      self.top,
+    )
+
+  def _hybrid(self, shared_V, q_others_N1, p_others_N1, z_q_NV, z_p_NV, *rest):
+    log_p_NV, rest = vocabularies.log_softmax(z_p_NV, rest, shared_V)
+    log_p_NV += p_others_N1
+    log_q_NV = jax.nn.log_softmax(z_q_NV) + q_others_N1
+    loss_N = divergences.jsd(
+      *(
+        jnp.where(shared_V, jnp.maximum(x, _FLOOR), vocabularies.NEVER)
+        for x in (log_p_NV, log_q_NV)
+      ),
+      self.beta,
+    )
+    n = jnp.sum(shared_V)
+    for log_p_NO in rest:
+      share = n / (n + log_p_NO.shape[1])
+      by_rank_N = divergences.ranked_distance(
+        jnp.exp(log_p_NO + p_others_N1),
+        jnp.where(shared_V, 0, jnp.exp(log_q_NV)),
         self.top,
       )
-
-    if not self.hybrid:
-      return (student, teacher), by_rank
-    outputs, shared_V = vocabularies.ordered(student, teacher, own.constants)
-    V, U = shared_V.size, own.constants.get('teacher_rest_R', shared_V[:0]).size
-    n = jnp.sum(shared_V)
-    share = n / (n + U)
-
-    def both(z_p_NU, z_q_NV, p_others_N1, q_others_N1):
-      z_p_NV, z_p_NR = z_p_NU[:, :V], z_p_NU[:, V:]
-      z_p_NV = jnp.where(shared_V, z_p_NV, vocabularies.NEVER)
-      log_p_NU = jax.nn.log_softmax(jnp.concatenate([z_p_NV, z_p_NR], axis=1))
-      log_p_NU += p_others_N1
-      log_q_NV = jax.nn.log_softmax(z_q_NV) + q_others_N1
-      loss_N = share * divergences.jsd(
-        *(
-          jnp.where(shared_V, jnp.maximum(x, _FLOOR), vocabularies.NEVER)
-          for x in (log_p_NU[:, :V], log_q_NV)
-        ),
-        self.beta,
-      )
-      if not U:
-        return loss_N
-      other_NV = jnp.where(shared_V, 0, jnp.exp(log_q_NV))
-      return loss_N + jnp.where(n < V, 1 - share, 0) * (
-        divergences.ranked_distance(
-          jnp.exp(log_p_NU[:, V:]), other_NV, self.top
-        )
-      )
-
-    return outputs, both
+      is_other = n < shared_V.size
+      loss_N = share * loss_N + is_other * (1 - share) * by_rank_N
+    return loss_N

@@ -18,18 +18,18 @@ def by_rank(student, teacher):
 
   student, teacher: `data.pipeline.Tokens`.
   """
-  s_BT, t_BU = student.response_segments_BT, teacher.response_segments_BT
-  rank_BT, rank_BU = segments.positions(s_BT), segments.positions(t_BU)
+  s_BT, t_BR = student.response_segments_BT, teacher.response_segments_BT
+  rank_BT, rank_BR = segments.positions(s_BT), segments.positions(t_BR)
 
-  def row(s_T, rank_T, t_U, rank_U):
-    n = max(s_T.size, t_U.size) + 1
+  def row(s_T, rank_T, t_R, rank_R):
+    n = max(s_T.size, t_R.size) + 1
     # Of each document there: where it begins, and how long it is.
-    begins_U = jnp.where((t_U > 0) & (rank_U == 0), t_U, n)
-    first_S = _blank(n, 0).at[begins_U].set(jnp.arange(t_U.size), mode='drop')
-    size_S = _blank(n, 0).at[t_U].add(1)
+    begins_R = jnp.where((t_R > 0) & (rank_R == 0), t_R, n)
+    first_S = _blank(n, 0).at[begins_R].set(jnp.arange(t_R.size), mode='drop')
+    size_S = _blank(n, 0).at[t_R].add(1)
     return first_S[s_T] + rank_T, (s_T > 0) & (rank_T < size_S[s_T])
 
-  return _pairs(*jax.vmap(row)(s_BT, rank_BT, t_BU, rank_BU))
+  return _pairs(*jax.vmap(row)(s_BT, rank_BT, t_BR, rank_BR))
 
 
 def exact(batch):
@@ -55,18 +55,18 @@ def warped(batch):
 
 
 def spans(batch):
-  """The 'span' of text of every token, as segments: [B, T] and [B, U].
+  """The 'span' of text of every token, as segments: [B, T] and [B, R].
 
   Both sides end at the same byte. They stand where their tokens are predicted.
   """
-  s_BT, t_BU = (
+  s_BT, t_BR = (
     x.response_segments_BT > 0 for x in (batch.student, batch.teacher)
   )
   if 'span_s' not in batch.align:
-    return [jnp.cumsum(x, axis=1) * x for x in (s_BT, t_BU)]
+    return [jnp.cumsum(x, axis=1) * x for x in (s_BT, t_BR)]
   return [
     x * (jnp.roll(batch.align[name], -1, axis=1) + 1)
-    for x, name in ((s_BT, 'span_s'), (t_BU, 'span_t'))
+    for x, name in ((s_BT, 'span_s'), (t_BR, 'span_t'))
   ]
 
 
@@ -87,22 +87,22 @@ def span_means(outputs, spans_BT):
   return outputs.replace(hidden_BTD=jax.vmap(row)(outputs.hidden_BTD, spans_BT))
 
 
-def ends(s_BT, t_BU):
+def ends(s_BT, t_BR):
   """The last tokens of `spans`."""
 
-  def row(s_T, t_U):
-    at_S = _blank(max(s_T.size, t_U.size) + 1, -1)
-    return at_S.at[t_U].max(jnp.arange(t_U.size)).at[0].set(-1)[s_T]
+  def row(s_T, t_R):
+    at_S = _blank(max(s_T.size, t_R.size) + 1, -1)
+    return at_S.at[t_R].max(jnp.arange(t_R.size)).at[0].set(-1)[s_T]
 
-  index_BT = jax.vmap(row)(s_BT, t_BU)
+  index_BT = jax.vmap(row)(s_BT, t_BR)
   return _pairs(index_BT, segments.is_last(s_BT) & (index_BT >= 0))
 
 
-def begins(s_BT, t_BU):
+def begins(s_BT, t_BR):
   """The first tokens of `spans`."""
-  U = t_BU.shape[1]
-  index_BT, mask_BT = ends(s_BT[:, ::-1], t_BU[:, ::-1])
-  return _pairs(U - 1 - index_BT[:, ::-1], mask_BT[:, ::-1])
+  R = t_BR.shape[1]
+  index_BT, mask_BT = ends(s_BT[:, ::-1], t_BR[:, ::-1])
+  return _pairs(R - 1 - index_BT[:, ::-1], mask_BT[:, ::-1])
 
 
 def _same(mask_BT):

@@ -6,6 +6,9 @@ of the teacher's head are what is brought into order, once, so that its logits
 come out in it: no chunk of logits is ever gathered or scattered.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -35,14 +38,19 @@ def shared(models):
 
 
 def shared_of(s_ids, t_ids, V, U):
-  """Constants 'teacher_id_V', of pairs of ids, one for each of the student's.
+  """Constants 'teacher_id_V' and 'student_id_U', of pairs of ids.
 
-  And 'teacher_rest_R', those of the teacher's U ids that are in no pair.
+  And 'teacher_rest_O', those of the teacher's U ids that are in no pair.
   """
-  t_id_V = np.full(V, -1, np.int32)
+  t_id_V, s_id_U = np.full(V, -1, np.int32), np.full(U, -1, np.int32)
   t_id_V[s_ids] = t_ids
-  rest_R = np.setdiff1d(np.arange(U, dtype=np.int32), t_ids)
-  return {'teacher_id_V': t_id_V, 'teacher_rest_R': rest_R}
+  s_id_U[t_ids] = s_ids
+  rest_O = np.setdiff1d(np.arange(U, dtype=np.int32), t_ids)
+  return {
+    'teacher_id_V': t_id_V,
+    'student_id_U': s_id_U,
+    'teacher_rest_O': rest_O,
+  }
 
 
 def nearest(models):
@@ -83,18 +91,19 @@ def projection(models, decay):
     *strings,
     can_split,
     V=models.student_config.vocab_size,
+    U=models.teacher_config.vocab_size,
     decay=decay,
     ends=(student.eos_token_id, teacher.eos_token_id),
   )
 
 
-def projection_of(s_strings, t_strings, can_split, *, V, decay, ends=None):
+def projection_of(s_strings, t_strings, can_split, *, V, U, decay, ends=None):
   """Constants of X-Token: how the student's tokens are spelt in the teacher's.
 
   Args:
     s_strings, t_strings: what each id spells; None for no token.
     can_split: whether a token of the student may go to several pieces.
-    V: the student's ids.
+    V, U: how many ids the heads have.
     decay: the weight of a piece, of that of the piece before it.
     ends: ids that end a turn, a pair whatever they spell.
 
@@ -103,7 +112,7 @@ def projection_of(s_strings, t_strings, can_split, *, V, decay, ends=None):
     those of the teacher's that it is made of, the longest first from the left,
     their weights summing to 1; one, of one string, where there is such.
     'reached' [U]: ids of the teacher that are among them.
-    'teacher_id_V', 'teacher_rest_R': as in `shared_of`; a token without an
+    'teacher_id_V', 'teacher_rest_O': as in `shared_of`; a token without an
     equal goes with its first piece, if no other does.
   """
   t_ids = {}
@@ -123,7 +132,7 @@ def projection_of(s_strings, t_strings, can_split, *, V, decay, ends=None):
   sizes = [len(x) for x in pieces.values()]
   weights = [decay ** np.arange(n) for n in sizes]
   t_P = np.concatenate(list(pieces.values())).astype(np.int32)
-  reached_U = np.zeros(len(t_strings), bool)
+  reached_U = np.zeros(U, bool)
   reached_U[t_P] = True
   partner = {}
   for i in sorted(pieces, key=lambda i: (len(pieces[i]), i)):
@@ -217,13 +226,31 @@ def common(student, teacher, constants):
 
 
 def ordered(student, teacher, constants):
-  """`Outputs`, the teacher's over the student's ids and then its own others.
+  """`Outputs` of the student, of the teacher over its ids, and over the others.
 
-  And which of the student's ids the teacher has, too, [V].
+  The last is missing where there are none. They are apart since to slice logits
+  would move them between devices that split the vocabulary, which those that
+  have other rows wait for. And which of the student's ids the teacher has, [V].
   """
   t_id_V = constants.get('teacher_id_V')
   if t_id_V is None:
     outputs = head.shared((student, teacher))
     return outputs, jnp.ones(outputs[0].head.vocab_size, bool)
-  order = jnp.concatenate([t_id_V, constants['teacher_rest_R']])
-  return (student, over_students(teacher, order)), t_id_V >= 0
+  rest_O = constants['teacher_rest_O']
+  outputs = student, over_students(teacher, t_id_V)
+  if rest_O.size:
+    outputs += (over_students(teacher, rest_O),)
+  return outputs, t_id_V >= 0
+
+
+def log_softmax(z_NV, rest, shared_V):
+  """Log-probabilities of what `ordered` has of the teacher: [N, V], ([N, O],).
+
+  rest: of its others, a tuple of one or none.
+  """
+  z_NV = jnp.where(shared_V, z_NV, NEVER)
+  total_N1 = functools.reduce(
+    jnp.logaddexp,
+    [jax.nn.logsumexp(z, axis=-1, keepdims=True) for z in (z_NV, *rest)],
+  )
+  return z_NV - total_N1, tuple(z - total_N1 for z in rest)

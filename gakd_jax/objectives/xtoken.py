@@ -22,6 +22,7 @@ KL.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -54,76 +55,72 @@ class XToken(base.Objective):
 
   def loss(self, student, teacher, batch, own, key):
     del key
-    s_BT, t_BU = pairs.spans(batch)
-    index_BT, paired_BT = pairs.ends(s_BT, t_BU)
+    s_BT, t_BR = pairs.spans(batch)
+    index_BT, paired_BT = pairs.ends(s_BT, t_BR)
     target, mask_BT = base.targets(batch)
     tokens = batch.totals['tokens']
     span = student
     if 'span_s' in batch.align:
       span = pairs.span_means(student, s_BT)
-      teacher = pairs.span_means(teacher, t_BU)
-    (span, teacher), distance = self._distance(span, teacher, own.constants)
+      teacher = pairs.span_means(teacher, t_BR)
+    outputs, distance = self._distance(
+      span, head.at(teacher, index_BT), own.constants
+    )
 
     def token_loss(logits, targets):
       target, weight_N = targets
-      z_N, z_q_NV, z_p_NU = logits
-      distance_N = weight_N * distance(
-        z_p_NU / self.temperature, z_q_NV / self.temperature
-      )
-      distance_N *= self.temperature**2
-      ce_N, metrics = base.imitation(jax.nn.log_softmax(z_N), target)
+      z_NV, *others = logits
+      distance_N = distance(*(z / self.temperature for z in others))
+      distance_N *= weight_N * self.temperature**2
+      ce_N, metrics = base.imitation(jax.nn.log_softmax(z_NV), target)
       loss_N = (1 - self.kd) * ce_N + self.kd * distance_N
       return loss_N, metrics | {'xtoken': distance_N}
 
     return head.weighted_sum(
       token_loss,
-      (student, span, head.at(teacher, index_BT)),
+      (student, *outputs),
       (target, paired_BT * (tokens / batch.totals['spans'])),
       mask_BT / tokens,
       chunk=self.head_chunk,
     )
 
   def _distance(self, student, teacher, constants):
-    """Outputs of both, and L of a span of their logits."""
+    """Outputs of both, and L of a span of their logits, the student's first."""
     if 'teacher_id_V' not in constants:
       return head.shared(
         (student, teacher)
-      ), lambda z_p, z_q: divergences.forward_kl(
-        jax.nn.log_softmax(z_p), jax.nn.log_softmax(z_q)
+      ), lambda z_q_NV, z_p_NV: divergences.forward_kl(
+        jax.nn.log_softmax(z_p_NV), jax.nn.log_softmax(z_q_NV)
       )
     if self.hybrid:
       outputs, shared_V = vocabularies.ordered(student, teacher, constants)
-      return outputs, lambda z_p, z_q: self._by_pairs(z_p, z_q, shared_V)
-    return (student, teacher), lambda z_p, z_q: _projected(z_p, z_q, constants)
+      return outputs, functools.partial(self._by_pairs, shared_V)
+    return (student, teacher), functools.partial(_projected, constants)
 
-  def _by_pairs(self, z_p_NU, z_q_NV, shared_V):
-    V = shared_V.size
-    z_p_NV = jnp.where(shared_V, z_p_NU[:, :V], vocabularies.NEVER)
-    log_p_NU = jax.nn.log_softmax(
-      jnp.concatenate([z_p_NV, z_p_NU[:, V:]], axis=1)
-    )
+  def _by_pairs(self, shared_V, z_q_NV, z_p_NV, *rest):
+    log_p_NV, rest = vocabularies.log_softmax(z_p_NV, rest, shared_V)
     log_q_NV = jax.nn.log_softmax(z_q_NV)
-    of_pairs_N = divergences.forward_kl(
-      log_p_NU[:, :V], jnp.where(shared_V, log_q_NV, vocabularies.NEVER)
+    loss_N = divergences.forward_kl(
+      log_p_NV, jnp.where(shared_V, log_q_NV, vocabularies.NEVER)
     )
     others_NV = jnp.where(shared_V, 0, jnp.exp(log_q_NV))
-    others_NR = jnp.exp(log_p_NU[:, V:])
-    return of_pairs_N + divergences.ranked_distance(
-      others_NR, others_NV, self.top
-    )
+    for log_p_NO in rest:
+      loss_N += divergences.ranked_distance(
+        jnp.exp(log_p_NO), others_NV, self.top
+      )
+    return loss_N
 
 
-def _projected(z_p_NU, z_q_NV, constants):
+def _projected(constants, z_q_NV, z_p_NU):
   """KL(p, q W) over what W reaches."""
-  reached_U = constants['reached']
-  U = reached_U.size
+  reached_U = constants['reached']  # [U], as the head has rows.
   # Rows of tokens: a whole row is added to another, not element to element.
   q_VN = jax.nn.softmax(z_q_NV).T
   parts_PN = q_VN[constants['piece_s']] * constants['piece_weight'][:, None]
-  q_UN = jnp.zeros((U, z_q_NV.shape[0])).at[constants['piece_t']].add(parts_PN)
+  q_UN = jnp.zeros(z_p_NU.T.shape).at[constants['piece_t']].add(parts_PN)
   log_q_NU = jnp.log(jnp.maximum(q_UN.T, 1e-30))
   log_p_NU = jax.nn.log_softmax(
-    jnp.where(reached_U, z_p_NU[:, :U], vocabularies.NEVER)
+    jnp.where(reached_U, z_p_NU, vocabularies.NEVER)
   )
   return divergences.forward_kl(
     log_p_NU, jnp.where(reached_U, log_q_NU, vocabularies.NEVER)

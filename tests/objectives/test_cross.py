@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from gakd_jax import objectives
+from gakd_jax import objectives, sharding
 from gakd_jax.data.pipeline import Batch, Tokens
 from gakd_jax.models import DecoderConfig
 from gakd_jax.models.transformer import Head, Outputs
@@ -121,12 +123,10 @@ def _constants():
   t_strings = [chr(97 + i) for i in range(20)] + [str(i) for i in range(20)]
   t_strings = t_strings[::-1]
   constants = vocabularies.projection_of(
-    s_strings, t_strings, [True] * V, V=V, decay=0.1
+    s_strings, t_strings, [True] * V, V=V, U=W, decay=0.1
   )
-  nearest_U = np.arange(W, dtype=np.int32)[::-1] % V
   rng = np.random.default_rng(3)
   return constants | {
-    'student_id_U': nearest_U,
     'space_s': rng.random(V) < 0.4,
     'space_t': rng.random(W) < 0.4,
   }
@@ -146,9 +146,9 @@ def _method(name, chunk):
     read_BT = np.take_along_axis(
       _batch().teacher.ids_BT, np.maximum(_batch().align['dtw_t'], 0), 1
     )
-    constants['student_id_U'] = (
-      constants['student_id_U'].at[read_BT[0]].set(_batch().student.ids_BT[0])
-    )
+    nearest_U = np.arange(W, dtype=np.int32)[::-1] % V
+    nearest_U[read_BT[0]] = _batch().student.ids_BT[0]
+    constants |= vocabularies.nearest_of(nearest_U, V)
   return objective, own.replace(constants=constants, step=1)
 
 
@@ -158,6 +158,9 @@ def _compiled(name, chunk=4):
   objective, own = _method(name, chunk)
 
   def value(student, teacher, batch, own):
+    student, teacher = (
+      x.replace(head=x.head.gathered()) for x in (student, teacher)
+    )
     total, metrics = 0, {}
     for term in objective.terms().values():
       loss, new = term(student, teacher, batch, own, jax.random.key(0))
@@ -166,10 +169,9 @@ def _compiled(name, chunk=4):
 
   f = jax.jit(jax.value_and_grad(value, has_aux=True, allow_int=True))
 
-  def run(models, batch, totals=None):
+  def run(models, batch, totals=None, own=own):
     batch = batch.replace(totals=totals or objective.count(batch))
-    student = models[0].replace(embedding_VD=models[0].embedding_VD)
-    values, d = f(student, models[1], batch, own)
+    values, d = f(*models, batch, own)
     return values, (d.hidden_BTD, d.head.weight_VD)
 
   return run
@@ -245,3 +247,35 @@ def test_rows_sum_to_the_whole(name):
     )
     parts.append(_compiled(name)(models, one, totals))
   _assert_close(jax.tree.map(jnp.add, *parts), _usual(name))
+
+
+@pytest.mark.slow
+@ALL
+def test_eight_devices_are_one(name):
+  """Rows over four, vocabularies over two, heads gathered as a step does."""
+  batch, models = jax.tree.map(
+    lambda x: np.concatenate([x] * 2),
+    (_batch(), [x.hidden_BTD for x in _models()]),
+  )
+  models = [
+    x.replace(hidden_BTD=hidden)
+    for x, hidden in zip(_models(), models, strict=True)
+  ]
+  objective, own = _method(name, 4)
+  totals = objective.count(batch)
+  want = _compiled(name)(models, batch, totals)
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  rows = NamedSharding(mesh, P(sharding.BATCH_AXES))
+  table = NamedSharding(mesh, P('tensor', 'fsdp'))
+  with jax.set_mesh(mesh):
+    placed = [
+      Outputs(
+        jax.device_put(x.hidden_BTD, rows),
+        Head(jax.device_put(x.head.weight_VD, table)),
+        jax.device_put(x.embedding_VD, table),
+      )
+      for x in models
+    ]
+    own = jax.device_put(own, NamedSharding(mesh, P()))
+    got = _compiled(name)(placed, jax.device_put(batch, rows), totals, own)
+  _assert_close(got, want, rtol=1e-4, atol=1e-5)

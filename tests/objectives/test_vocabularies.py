@@ -44,7 +44,7 @@ def test_shared_tokens_are_those_of_one_string_and_the_ends(models):
   assert t_id_V[student['<|im_end|>']] == teacher['</s>']
   assert t_id_V[student['Ġteacher']] == -1
   assert (t_id_V[-4:] == -1).all()
-  both = [*t_id_V[t_id_V >= 0], *constants['teacher_rest_R']]
+  both = [*t_id_V[t_id_V >= 0], *constants['teacher_rest_O']]
   assert sorted(both) == list(range(tokenizer_lib.size(models.tokenizers[1])))
 
 
@@ -72,6 +72,7 @@ def test_tokens_are_spelt_in_the_longest_pieces():
     ['<e>', '1', '2', 'th', 'the', 'a', 'n', 'z'],
     [False, *[True] * 5, False],
     V=9,
+    U=9,
     decay=0.5,
     ends=(0, 0),
   )
@@ -87,12 +88,11 @@ def test_tokens_are_spelt_in_the_longest_pieces():
     3: [(4, 0.6667), (6, 0.3333)],
     4: [(1, 0.6667), (2, 0.3333)],
   }
-  assert constants['reached'].tolist() == [True] * 3 + [False] + [True] * 3 + [
-    False
-  ]
+  reached = [0, 1, 2, 4, 5, 6]
+  assert np.flatnonzero(constants['reached']).tolist() == reached
   # `then` begins with what `the` is already paired with; `12` is alone.
   assert constants['teacher_id_V'].tolist() == [0, 5, 4, -1, 1, -1, -1, -1, -1]
-  assert constants['teacher_rest_R'].tolist() == [2, 3, 6, 7]
+  assert constants['teacher_rest_O'].tolist() == [2, 3, 6, 7]
 
 
 def test_special_tokens_are_not_spelt(models):
