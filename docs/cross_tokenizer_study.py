@@ -14,7 +14,7 @@ import os
 from configs import quickstart as q
 
 STUDENT = os.path.join(os.path.dirname(q.__file__), 'assets', 'tiny_student')
-STEPS = 300
+STEPS = 200  # about one pass over the text
 # The stage: its objective.
 METHODS = {
   'seqkd': {'name': 'sft'},

@@ -55,7 +55,7 @@ def constants(name):
 
 
 def aligned_batch(rows, length, t_vocab):
-  """A `Batch` of whole responses, each side in pieces of one or two tokens."""
+  """A `Batch` of whole responses, each side in pieces of a token or more."""
   import jax
   import numpy as np
 
