@@ -6,7 +6,8 @@ The quickstart's teacher, and a student of the quickstart's shape whose
 tokenizer cuts most words in other places (tools/make_tiny_student.py). From the
 seed's own SFT checkpoint every method takes as many steps on the same text: the
 gold rows and the teacher's answers. Weights and temperatures are each method's
-own default. Three seeds; `:1` after the file is the first alone.
+own default, but for one more run of GOLD. Three seeds; `:1` after the file is
+the first alone.
 """
 
 import os
@@ -25,6 +26,7 @@ METHODS = {
   'gold': {'name': 'gold'},
   'alm': {'name': 'alm'},
   'multilevel_ot': {'name': 'multilevel_ot'},
+  'gold_ce': {'name': 'gold', 'kd': 0.5},  # its default has no cross-entropy
 }
 
 
