@@ -2,12 +2,14 @@ import collections
 import hashlib
 import itertools
 import json
+import pathlib
 import random
 import re
 
 import pytest
 import transformers
 
+from configs import base
 from tools import synthetic
 from tools.synthetic import knowing, reading, words
 
@@ -221,6 +223,35 @@ def test_larger_vocabulary_still_splits_numbers(tmp_path):
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
   assert len(tokenizer) == 1200
   assert all(len(tokenizer.encode(f'{n:02}')) == 2 for n in range(100))
+
+
+@pytest.fixture(scope='module')
+def pieces(tmp_path_factory):
+  path = tmp_path_factory.mktemp('pieces')
+  synthetic.train_pieces(path)
+  return transformers.AutoTokenizer.from_pretrained(path)
+
+
+def test_pieces_round_trip_and_cut_words_elsewhere(pieces, tokenizer, train):
+  assert len(pieces) == 640
+  odd = [' two  spaces ', 'tab\tand\nnewline', 'naïve “quotes” 🙂', "it's 1234"]
+  for text in odd + [text for row in train[:600] for text in texts(row)]:
+    assert pieces.decode(pieces.encode(text)) == text
+  words = [
+    word for row in train[:600] for word in re.findall(' [a-z]+', row['output'])
+  ]
+  alike = sum(
+    [x.replace('\u2581', 'Ġ') for x in pieces.tokenize(word)]
+    == tokenizer.tokenize(word)
+    for word in words
+  )
+  assert 0.1 < alike / len(words) < 0.5
+
+
+def test_the_shipped_pieces_are_these(pieces):
+  path = pathlib.Path(base.__file__).parent / 'assets/tiny_student'
+  shipped = transformers.AutoTokenizer.from_pretrained(path)
+  assert shipped.get_vocab() == pieces.get_vocab()
 
 
 def chat(tokenizer, row, **kwargs):

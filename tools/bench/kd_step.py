@@ -40,6 +40,7 @@ def jax_parts(
   quantize=None,
   shape=STUDENT,
   remat=False,
+  teacher_vocab=V,
   **objective,
 ):
   """`Models`, a `TrainState` of the student, and the train step.
@@ -47,6 +48,7 @@ def jax_parts(
   adapters: settings of `LoRAConfig`, to train these alone; None: all weights.
   quantize: of the student's base, see `models.load`.
   shape, remat: of the student.
+  teacher_vocab: how many ids the teacher has.
   """
   import jax
   from flax import nnx
@@ -54,9 +56,9 @@ def jax_parts(
   from gakd_jax import objectives, optim, step
   from gakd_jax.models import Decoder, DecoderConfig, lora, pair
 
-  def model(shape, seed, adapters=None, quantize=None):
+  def model(shape, seed, vocab=V, adapters=None, quantize=None):
     config = DecoderConfig(
-      vocab_size=V,
+      vocab_size=vocab,
       kv_heads=2,
       head_dim=64,
       tied_head=True,
@@ -74,8 +76,8 @@ def jax_parts(
     return decoder
 
   models, params = pair.make(
-    model(shape, 0, adapters, quantize),
-    model(TEACHER, 1),
+    model(shape, 0, adapters=adapters, quantize=quantize),
+    model(TEACHER, 1, teacher_vocab),
     dtype='float32',
     remat=remat,
   )

@@ -18,7 +18,14 @@ import random
 import zlib
 from collections.abc import Iterator
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (
+  Tokenizer,
+  decoders,
+  models,
+  normalizers,
+  pre_tokenizers,
+  trainers,
+)
 
 from tools.synthetic import knowing, reading
 from tools.synthetic.task import Task, ask, say
@@ -114,6 +121,42 @@ def train_tokenizer(path, vocab_size: int = 768, n: int = 6000) -> None:
     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     show_progress=False,
   )
+  _write(tokenizer, trainer, path, n)
+
+
+def train_pieces(path, vocab_size: int = 640, n: int = 6000) -> None:
+  """As `train_tokenizer`, a BPE of characters in the way of SentencePiece.
+
+  A blank is U+2581, and a character that the rows do not have is bytes. Pieces
+  have four characters at most: most words are cut in other places than there.
+  """
+  tokenizer = Tokenizer(models.BPE(byte_fallback=True))
+  tokenizer.normalizer = normalizers.Replace(' ', '\u2581')
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Digits(individual_digits=True),
+      pre_tokenizers.Split('\n', 'isolated'),
+      pre_tokenizers.Split('\u2581', 'merged_with_next'),
+    ]
+  )
+  tokenizer.decoder = decoders.Sequence(
+    [
+      decoders.Replace('\u2581', ' '),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+    ]
+  )
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=[PAD, START, END, *(f'<0x{i:02X}>' for i in range(256))],
+    max_token_length=4,
+    show_progress=False,
+  )
+  _write(tokenizer, trainer, path, n)
+
+
+def _write(tokenizer, trainer, path, n):
+  """Trains on n training rows, and writes what `AutoTokenizer` loads."""
   # With the roles that the template names, so that each becomes one token.
   texts = (
     f'user\n{row["instruction"]}\n{row["input"]}\nassistant\n{row["output"]}'

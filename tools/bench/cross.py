@@ -1,0 +1,180 @@
+"""Train steps of methods for two tokenizers, beside forward KL with one.
+
+  python tools/bench/cross.py
+
+Models of kd_step.py, V = 151936 against the teacher's 50257 ids (forward KL:
+151936), rows of 512 tokens, fp32, AdamW. Ids, alignments and maps of
+vocabularies are drawn: of the teacher's ids nine in ten have a partner, of a
+row's tokens seven. All steps are compiled in one process and then taken in
+turns. Printed as JSON: seconds, their ratio to forward KL's (median over the
+rounds), and the compiler's count of temporary memory in MB; then that with
+twice the chunk, and with rows twice as long.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from tools.bench import kd_step
+
+V, U, T = kd_step.V, 50257, 512
+BASELINE = 'forward_kl'
+METHODS = (
+  'uld',
+  'overlap',
+  'mined',
+  'dskd_cma',
+  'gold',
+  'alm',
+  'multilevel_ot',
+)
+
+
+def constants(name):
+  """What a method reads of two vocabularies."""
+  import numpy as np
+
+  from gakd_jax.objectives import vocabularies
+
+  rng = np.random.default_rng(0)
+  t_ids = rng.permutation(U)[: round(0.9 * U)]
+  s_ids = rng.permutation(V)[: len(t_ids)]
+  if name == 'mined':
+    s_id_U = rng.integers(0, V, U).astype(np.int32)
+    s_id_U[t_ids] = s_ids
+    return vocabularies.nearest_of(s_id_U, V)
+  spaces = {
+    f'space_{side}': rng.random(n) < 0.4 for side, n in (('s', V), ('t', U))
+  }
+  return vocabularies.shared_of(s_ids, t_ids, V, U) | spaces
+
+
+def aligned_batch(rows, length, t_vocab):
+  """A `Batch` of whole responses, each side in pieces of a token or more."""
+  import jax
+  import numpy as np
+
+  from gakd_jax.data.pipeline import Batch, Tokens
+
+  rng = np.random.default_rng(0)
+  shape = rows, length
+  mask_BT = np.broadcast_to(np.arange(length) > 0, shape)
+  student, teacher = (
+    Tokens(
+      rng.integers(0, n, shape).astype(np.int32),
+      np.ones(shape, np.int32),
+      mask_BT,
+    )
+    for n in (V, t_vocab)
+  )
+  spans = [
+    np.cumsum(rng.random(shape) < 0.9, axis=1, dtype=np.int32) for _ in range(2)
+  ]
+  # Those that both have; the others' text is cut off.
+  last_B1 = np.minimum(*(x[:, -1:] for x in spans)) - 1
+  span_s, span_t = (np.where((x > 0) & (x <= last_B1), x, -1) for x in spans)
+  pairs_t = np.stack([*map(_single, span_s, span_t)])
+  dtw_t = np.roll(np.where(pairs_t > 0, pairs_t - 1, -1), -1, axis=1)
+  dtw_t[:, -1] = -1
+  align = {
+    'span_s': span_s,
+    'span_t': span_t,
+    'pairs_t': pairs_t,
+    'dtw_t': dtw_t,
+  }
+  return jax.device_put(Batch(student, teacher, align=align))
+
+
+def _single(s_T, t_T):
+  """The teacher's token of each that is a piece alone on both sides; -1."""
+  import numpy as np
+
+  (s_span, s_at, s_n), (t_span, t_at, t_n) = (
+    np.unique(x, return_index=True, return_counts=True) for x in (s_T, t_T)
+  )
+  _, i, j = np.intersect1d(s_span, t_span, return_indices=True)
+  alone = (s_n[i] == 1) & (t_n[j] == 1) & (s_span[i] >= 0)
+  found_T = np.full(len(s_T), -1, np.int32)
+  found_T[s_at[i[alone]]] = t_at[j[alone]]
+  return found_T
+
+
+def compiled(side, rows, length, chunk):
+  """The compiled step, its state, models and batch."""
+  import dataclasses
+
+  import jax
+
+  one = side == BASELINE
+  settings = (
+    {'name': 'kld', 'divergence': 'forward_kl'}
+    if one
+    else {'name': side, 'teacher_vocab': U}
+  )
+  models, state, train_step = kd_step.jax_parts(chunk, **settings)
+  if not one:
+    frozen = models.frozen | {'constants': jax.device_put(constants(side))}
+    models = dataclasses.replace(models, frozen=frozen)
+  batch = aligned_batch(rows, length, V if one else U)
+  step = train_step.lower(state, models, batch).compile()
+  return step, state, models, batch
+
+
+def temporary_mb(step):
+  return round(step.memory_analysis().temp_size_in_bytes / 1e6)
+
+
+def in_turns(sides, args):
+  """{side: seconds, ratio, loss, memory} of all steps."""
+  runs = {
+    side: list(compiled(side, args.rows, T, args.chunk)) for side in sides
+  }
+  seconds, losses = {side: [] for side in sides}, {}
+  for _ in range(1 + args.rounds):
+    for side, (step, state, models, batch) in runs.items():
+      start = time.perf_counter()
+      runs[side][1], metrics = step(state, models, batch)
+      losses[side] = float(metrics['loss'])
+      seconds[side].append(time.perf_counter() - start)
+  found = {}
+  for side, (step, *_) in runs.items():
+    pairs = zip(seconds[side][1:], seconds[BASELINE][1:], strict=True)
+    found[side] = {
+      'seconds': statistics.median(seconds[side][1:]),
+      'times_forward_kl': statistics.median(a / b for a, b in pairs),
+      'mb': temporary_mb(step),
+      'loss': losses[side],
+    }
+  return found
+
+
+def main():
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--methods', default=','.join(METHODS))
+  parser.add_argument('--rows', type=int, default=2)
+  parser.add_argument('--chunk', type=int, default=128)
+  parser.add_argument('--rounds', type=int, default=5)
+  args = parser.parse_args()
+  sides = BASELINE, *args.methods.split(',')
+  for side, values in in_turns(sides, args).items():
+    print(side, json.dumps(values), flush=True)
+  for side in sides:
+    more = {
+      name: temporary_mb(compiled(side, args.rows, *size)[0])
+      for name, size in (
+        ('mb_of_twice_the_chunk', (T, 2 * args.chunk)),
+        ('mb_of_twice_the_length', (2 * T, args.chunk)),
+      )
+    }
+    print(side, json.dumps(more), flush=True)
+
+
+if __name__ == '__main__':
+  main()
