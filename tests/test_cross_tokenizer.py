@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from configs import base
+from configs import base, cross
 from gakd_jax import UserError, check, inputs, log, rundir, train
+from tests.shrink import shrink
 
 ROWS = [
   {
@@ -117,3 +118,33 @@ def test_too_little_in_common_is_refused(config, tmp_path, monkeypatch):
   monkeypatch.setattr(inputs, '_LEAST_COVERAGE', 0.9)
   with pytest.raises(UserError, match=r"pairs_t: only .* reads 'the other sea"):
     check.run(config, tmp_path / 'run')
+
+
+@pytest.mark.slow
+def test_a_pair_from_two_models_to_a_table(
+  tiny_model_dir, shared_dir, tmp_path
+):
+  """GPT-2's tokenizer from Qwen's, on real rows: `configs/cross.py`, small."""
+  student, teacher = (
+    str(
+      tiny_model_dir(
+        tokenizer_dir=shared_dir / 'tokenizers' / name, vocab_size=n, width=16
+      )
+    )
+    for name, n in (('gpt2', 50_257), ('qwen3', 151_936))
+  )
+  data = tmp_path / 'rows.jsonl'
+  lines = (shared_dir / 'data/dolly/test.jsonl').read_text().splitlines()
+  data.write_text('\n'.join(lines[:24]) + '\n')
+  config = cross.get_config('gpt2_qwen1p5,overlap')
+  config = shrink(config, model=student, data=str(data))
+  stages = dict(config.stages)
+  stages['teacher'].student.path = teacher
+  for stage in stages.values():
+    stage.data.max_length, stage.data.max_prompt_length = 256, 160
+  config.stages = tuple(stages.items())
+  train.run_stages(config, tmp_path / 'run')
+  found = rundir.read_results(tmp_path / 'run' / 'test_overlap')
+  assert found['best']['evaluators']['generation']['rows'] == 4
+  page = (tmp_path / 'run' / 'report.html').read_text()
+  assert 'test_overlap' in page
