@@ -394,8 +394,10 @@ def training(run, steps_per_epoch, total):
     own = run.objective.init(
       keys.of(c.seed, 'method'), *run.models.configs, run.mesh
     )
+    params = run.start()
+    own = run.objective.begin(own, run.models, params)
     make = jax.jit(first_state, out_shardings=places, donate_argnums=(0, 1))
-    return make(run.start(), own)
+    return make(params, own)
 
   train_step = step.make_train_step(
     run.objective.for_run(steps_per_epoch, total),

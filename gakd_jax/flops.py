@@ -38,12 +38,14 @@ def of_step(objective, models, params, own, *, rows, length, microbatches=1):
     'student forward': n * forward * (2 if again else 1),
     'student backward': n * (backward + (forward if models.remat else 0)),
   }
-  V = student.vocab_size
+  V = U = student.vocab_size
   if objective.needs_teacher:
-    V = min(V, teacher.vocab_size)
+    U = teacher.vocab_size
+    if objective.one_tokenizer:
+      V = U = min(V, U)
     weights = block_weights(frozen['teacher'])
     parts['teacher forward'] = n * (2 * weights + attention(teacher, length))
-    parts['teacher head'] = n * 2 * V * teacher.width
+    parts['teacher head'] = n * 2 * U * teacher.width
   # Logits, the gradient of the hidden states, and that of the head.
   passes = 3 if models.head_name in params else 2
   parts['student head'] = n * passes * 2 * V * student.width

@@ -3,9 +3,8 @@
 (1 - kd) CE + kd D(p, q): D is a divergence of `kld`, p and q the teacher's and
 the student's distribution *given that a shared token follows*, compared where
 both models have read the same text and go on with the same token (exact pairs).
-The means are those over response tokens, and over pairs. Without projectors or
-attention, it is what DSKD's authors now recommend to try first. Logits are
-divided by the temperature in D.
+The means are those over response tokens, and over pairs. Logits are divided by
+the temperature in D. There are neither projectors nor attention.
 
 What it does not see is a word that is one token to the teacher and several to
 the student; with one tokenizer nothing is unseen, and it is `kld`.
