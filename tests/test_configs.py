@@ -557,6 +557,7 @@ def test_unknown_evaluator_setting(broken):
   assert "did you mean 'temperature'" in text
 
 
+@pytest.mark.slow  # A whole run.
 def test_a_checkpoint_that_does_not_fit(broken, monkeypatch):
   usage = shutil.disk_usage('.')._replace(free=10**4)
   monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage)

@@ -53,7 +53,7 @@ OBJECTIVES = {
   'mined': (dict(name='mined', kd=0.7), 0.3, 0.0, ('mined',)),
 }
 # What takes long to compile; one of the kind is tested by default.
-_LONG = ('dskd_cma', 'alm', 'multilevel_ot', 'mcw', 'dskd_v2', 'xtoken')
+_LONG = ('dskd_cma', 'alm', 'multilevel_ot', 'mcw', 'dskd_v2', 'xtoken', 'gold')
 ALL = pytest.mark.parametrize(
   'name',
   [
