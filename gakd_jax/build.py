@@ -26,7 +26,7 @@ from gakd_jax import (
   step,
   trackers,
 )
-from gakd_jax.data import templates
+from gakd_jax.data import aligned, templates
 from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import evaluator as evaluator_lib
@@ -50,10 +50,10 @@ class Run:
   # Who reads the texts in tokens of their own, (tokenizer, template): the
   # student, and the teacher if its tokens are others.
   readers: tuple = ()
-  teacher_template: str | None = None
   force: bool = False  # what is half written goes on, see `fingerprint.check`
   evaluators: dict = dataclasses.field(default_factory=dict)
-  texts: texts_lib.Texts | None = None  # None: the writer makes them
+  # None: the writer makes them.
+  texts: texts_lib.Texts | aligned.Aligned | None = None
 
   def subject_of(self, evaluator, workdir):
     """The run as an evaluator sees it; `workdir` is where answers go."""
@@ -145,7 +145,6 @@ def build(config, workdir, mesh, force=False, weights=True):
     tokenizers=tokenizers,
     workdir=workdir,
     readers=readers,
-    teacher_template=readers[-1][1],
     force=force,
     evaluators=evaluators,
     texts=texts,

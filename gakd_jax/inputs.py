@@ -37,9 +37,11 @@ def texts(config, spec, readers, writer, kinds=()):
   c = config.data
   _check(c, spec)
   rules = _rules(config, writer)
+  contents = sources.identity(spec)
   read = [
     texts_lib.load(
       spec,
+      contents,
       tokenizer,
       template=template,
       rules=rules,
@@ -185,7 +187,7 @@ def teacher_answers(run):
         'weights': models.identity(c.teacher.path),
         'data': c.data.train,
       },
-      template=run.teacher_template,
+      template=run.readers[-1][1],
       max_prompt_length=c.data.max_prompt_length,
       seed=c.seed,
       on_bad_row=c.data.on_bad_row,

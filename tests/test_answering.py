@@ -275,7 +275,7 @@ def test_training_goes_on_with_the_teachers_answers(
       types.SimpleNamespace(
         config=config,
         workdir=workdir,
-        teacher_template='chat',
+        readers=[(subject[1], 'chat')],
         force=False,
         writer=rollout.make(**config.rollout),
         models=pair.make(

@@ -6,6 +6,7 @@ import pytest
 
 from configs import base
 from gakd_jax import UserError, inputs, rollout
+from gakd_jax.data import sources
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.sources import BadRow
 
@@ -80,3 +81,27 @@ def test_rows_are_those_of_the_texts(config, tokenizer):
   writer = rollout.make('dataset')
   rows = inputs.rows(config, writer, found.places)
   assert [len(row.instruction) for row in rows] == [5, 10, 5]
+
+
+def test_the_data_is_looked_at_once_for_both_models(
+  config, tokenizer, pieces_tokenizer_dir, monkeypatch, capsys
+):
+  """A large file takes seconds to digest."""
+  looked, identity = [], sources.identity
+
+  def spy(spec):
+    looked.append(spec)
+    return identity(spec)
+
+  monkeypatch.setattr(sources, 'identity', spy)
+  teacher = tokenizer_lib.load(pieces_tokenizer_dir)
+  found = inputs.texts(
+    config,
+    config.data.train,
+    [(tokenizer, 'raw'), (teacher, 'raw')],
+    rollout.make('dataset'),
+    ('span',),
+  )
+  assert looked == [config.data.train]
+  assert found.places.tolist() == [0, 2, 3]
+  assert 'span_t: 100.0% of response tokens' in capsys.readouterr().out

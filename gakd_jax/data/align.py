@@ -10,8 +10,6 @@ import numpy as np
 from rapidfuzz import process
 from rapidfuzz.distance import Levenshtein
 
-from gakd_jax import UserError
-
 _FAR = 1 << 40
 
 
@@ -162,19 +160,3 @@ def _of_common_text(x, at):
 def coverage(numbers):
   """The share of tokens with a partner, or in a piece; -1 says none."""
   return float(np.mean(numbers >= 0)) if len(numbers) else 0.0
-
-
-def check_coverage(share, least, name, s, t):
-  """Raises UserError if too few of the student's tokens have a partner.
-
-  share: of tokens with one. least: the smallest that will do. name: of the
-  pair of tokenizers. s, t: Readings of an example.
-  """
-  if share < least:
-    s_text, t_text = (x.text.decode(errors='replace')[:60] for x in (s, t))
-    raise UserError(
-      f"{name}: only {share:.1%} of the student's response tokens have a "
-      f"partner among the teacher's (it takes {least:.0%}); the student reads "
-      f'{s_text!r} where the teacher reads {t_text!r}; compare the templates '
-      'and the tokenizers'
-    )

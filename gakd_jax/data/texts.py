@@ -98,11 +98,12 @@ def of(pairs):
   )
 
 
-def load(spec, tokenizer, *, template, rules, thinking, root=None):
+def load(spec, contents, tokenizer, *, template, rules, thinking, root=None):
   """Returns (the Texts of a data spec, Counter of bad rows by reason).
 
   Args:
     spec: of `sources`, or several.
+    contents: `sources.identity(spec)`.
     tokenizer, template, thinking: see `tokenizer.encode`.
     rules: `sources.Rules`: which rows are read, and what is a bad one.
     root: where they are kept; None: `store.default_root()`.
@@ -111,7 +112,7 @@ def load(spec, tokenizer, *, template, rules, thinking, root=None):
     UserError: if no row is left, and at the first bad row if the rules say so.
   """
   key = {
-    'data': sources.identity(spec),
+    'data': contents,
     'tokenizer': tokenizer_lib.identity(tokenizer),
     'template': template,
     'thinking': thinking,

@@ -25,7 +25,7 @@ class Encoded:
 
 
 def encode(subject, rows):
-  """The rows as ids, the rows under a subject's template.
+  """The rows as ids, under a subject's template.
 
   Raises:
     UserError: if lengths leave no room, or a row cannot be shown.

@@ -105,7 +105,7 @@ class Generation:
     }
 
   def texts(self, subject):
-    """`texts.Texts`, in which the task's examples stand before each prompt.
+    """`encoded.Encoded`, in which the task's examples stand before each prompt.
 
     Raises:
       UserError: if the task has examples that do not fit.

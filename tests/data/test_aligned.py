@@ -28,6 +28,7 @@ def load(kind, tmp_path):
     read = [
       texts.load(
         str(file),
+        sources.identity(file),
         tokenizer,
         template='raw',
         rules=sources.Rules(),

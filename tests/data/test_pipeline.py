@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gakd_jax import UserError
-from gakd_jax.data import pipeline, texts
+from gakd_jax.data import pipeline, sources, texts
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.sources import Row, Rules
 
@@ -261,8 +261,10 @@ def test_bad_arguments():
 
 def test_real_rows_end_to_end(shared_dir, tmp_path):
   tokenizer = tokenizer_lib.load(shared_dir / 'tokenizers/qwen3')
+  file = shared_dir / 'data/dolly/test.jsonl'
   every, bad = texts.load(
-    shared_dir / 'data/dolly/test.jsonl',
+    file,
+    sources.identity(file),
     tokenizer,
     template='qwen3',
     rules=Rules(),

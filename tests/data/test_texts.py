@@ -23,6 +23,7 @@ def load(tmp_path, tiny):
     file.write_text(''.join(json.dumps(x) + '\n' for x in records))
     return texts.load(
       str(file),
+      sources.identity(file),
       tiny,
       template=template,
       rules=Rules(**rules),

@@ -38,9 +38,11 @@ def main():
           f'map of {names[1]} ({len(student_ids_U):,} ids) to {names[0]}: '
           f'{seconds:.1f} s'
         )
+  contents = sources.identity(args.data)
   rows = {
     name: texts.load(
       args.data,
+      contents,
       tokenizer,
       template='alpaca',
       rules=sources.Rules(),

@@ -63,14 +63,19 @@ def _write(file, source, n):
 
 
 def _run(args):
-  from gakd_jax.data import pipeline, texts
+  from gakd_jax.data import pipeline, sources, texts
   from gakd_jax.data import tokenizer as tokenizer_lib
   from gakd_jax.data.sources import Rules
 
   tokenizer = tokenizer_lib.load(args.tokenizer)
   imported, start = _memory(), time.perf_counter()
   every, _ = texts.load(
-    args.data, tokenizer, template='qwen3', rules=Rules(), thinking='refuse'
+    args.data,
+    sources.identity(args.data),
+    tokenizer,
+    template='qwen3',
+    rules=Rules(),
+    thinking='refuse',
   )
   found, _ = every.fit(512, 256)
   batches = pipeline.batches(
