@@ -6,8 +6,9 @@ The quickstart's teacher, and a student of the quickstart's shape whose
 tokenizer cuts most words in other places (tools/make_tiny_student.py). From the
 seed's own SFT checkpoint every method takes as many steps on the same text: the
 gold rows and the teacher's answers. Weights and temperatures are each method's
-own default, but for one more run of GOLD. Three seeds; `:1` after the file is
-the first alone.
+own default but where a stage's name says otherwise; projectors learn three
+times as fast as the student. Three seeds; `:1` after the file is the first
+alone.
 """
 
 import os
@@ -16,6 +17,7 @@ from configs import quickstart as q
 
 STUDENT = os.path.join(os.path.dirname(q.__file__), 'assets', 'tiny_student')
 STEPS = 200  # about one pass over the text
+RATE = 2e-3
 # The stage: its objective.
 METHODS = {
   'seqkd': {'name': 'sft'},
@@ -23,10 +25,23 @@ METHODS = {
   'overlap': {'name': 'overlap'},
   'mined': {'name': 'mined'},
   'dskd_cma': {'name': 'dskd_cma'},
-  'gold': {'name': 'gold'},
-  'alm': {'name': 'alm'},
+  'dskd_v2': {'name': 'dskd_v2'},
   'multilevel_ot': {'name': 'multilevel_ot'},
+  'multilevel_ot_10x': {'name': 'multilevel_ot', 'weight': 1.5},
+  'multilevel_ot_10x_no_ot': {
+    'name': 'multilevel_ot',
+    'weight': 1.5,
+    'ot': 0.0,
+  },
+  'mcw': {'name': 'mcw', 'update_every': 50},
+  'mcw_semi_dual': {'name': 'mcw', 'solver': 'semi_dual'},
+  'mcw_reference': {'name': 'mcw', 'reference': True},
+  'mcw_no_ot': {'name': 'mcw', 'ot_logits': 0.0, 'ot_hidden': 0.0},
+  'gold': {'name': 'gold'},
   'gold_ce': {'name': 'gold', 'kd': 0.5},  # its default has no cross-entropy
+  'alm': {'name': 'alm'},
+  'alm_99': {'name': 'alm', 'kd': 0.99},
+  'xtoken': {'name': 'xtoken'},
 }
 
 
@@ -45,9 +60,11 @@ def _students(seed):
   yield 'sft', _adapted(sft)
   start = f'stage:sft-seed{seed}'
   yield 'sft_continued', _adapted(q.student(q.GOLD, STEPS, seed, start))
+  yield 'seqkd_6e-3', _adapted(q.student(q.MIXED, STEPS, seed, start))
   for name, objective in METHODS.items():
-    stage = q.student(q.MIXED, STEPS, seed, start)
+    stage = q.student(q.MIXED, STEPS, seed, start, RATE)
     stage.objective = objective
+    stage.optimizer.extra_learning_rate = 3 * RATE
     yield name, _adapted(stage)
 
 

@@ -37,6 +37,7 @@ from gakd_jax.objectives import base, divergences, head, ot, vocabularies
 @dataclasses.dataclass(frozen=True)
 class MultiLevelOT(base.Objective):
   weight: float = 0.15  # of all but cross-entropy
+  ot: float = 0.1  # weight of transport among these
   top: int = 50  # ids that are compared
   temperature: float = 1.0
   reference: bool = False  # as it was released
@@ -45,7 +46,7 @@ class MultiLevelOT(base.Objective):
 
   def __post_init__(self):
     super().__post_init__()
-    self.check_within(0, math.inf, 'weight')
+    self.check_within(0, math.inf, 'weight', 'ot')
     self.check_positive('top', 'temperature')
 
   def check(self, config):
@@ -79,7 +80,7 @@ class MultiLevelOT(base.Objective):
     terms = self._released if self.reference else self._terms
     levels = terms(p_BLK, q_BLK, is_p_BL, is_q_BL, batch.totals)
     l1, kl, transport = levels
-    loss = ce + self.weight * (l1 + 0.1 * kl + 0.1 * transport)
+    loss = ce + self.weight * (l1 + 0.1 * kl + self.ot * transport)
     return loss, metrics | {'l1': l1, 'kl': kl, 'transport': transport}
 
   def _likeliest(self, outputs, tokens, length):

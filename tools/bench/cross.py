@@ -24,15 +24,20 @@ from tools.bench import kd_step
 
 V, U, T = kd_step.V, 50257, 512
 BASELINE = 'forward_kl'
-METHODS = (
-  'uld',
-  'overlap',
-  'mined',
-  'dskd_cma',
-  'gold',
-  'alm',
-  'multilevel_ot',
-)
+METHODS = {
+  'uld': {},
+  'overlap': {},
+  'mined': {},
+  'dskd_cma': {},
+  'dskd_v2': {},
+  'gold': {},
+  'alm': {},
+  'multilevel_ot': {},
+  'xtoken': {},
+  'mcw': {},
+  'mcw_semi_dual': {'name': 'mcw', 'solver': 'semi_dual'},
+  'mcw_reference': {'name': 'mcw', 'reference': True},
+}
 
 
 def constants(name):
@@ -48,10 +53,32 @@ def constants(name):
     s_id_U = rng.integers(0, V, U).astype(np.int32)
     s_id_U[t_ids] = s_ids
     return vocabularies.nearest_of(s_id_U, V)
+  if name == 'xtoken':
+    return projection(s_ids, t_ids)
   spaces = {
     f'space_{side}': rng.random(n) < 0.4 for side, n in (('s', V), ('t', U))
   }
   return vocabularies.shared_of(s_ids, t_ids, V, U) | spaces
+
+
+def projection(s_ids, t_ids):
+  """Constants of X-Token: ids without a partner are two of the teacher's."""
+  import numpy as np
+
+  from gakd_jax.objectives import vocabularies
+
+  others = np.setdiff1d(np.arange(V), s_ids)
+  pieces = np.random.default_rng(0).integers(0, U, (len(others), 2))
+  weight_P = np.repeat([1.0, 0.9, 0.1], [len(s_ids), *[len(others)] * 2])
+  t_P = np.concatenate([t_ids, pieces.T.ravel()])
+  s_P = np.concatenate([s_ids, others, others])
+  order = np.argsort(s_P, kind='stable')
+  return vocabularies.shared_of(s_ids, t_ids, V, U) | {
+    'piece_s': s_P[order].astype(np.int32),
+    'piece_t': t_P[order].astype(np.int32),
+    'piece_weight': weight_P[order].astype(np.float32),
+    'reached': np.ones(U, bool),
+  }
 
 
 def aligned_batch(rows, length, t_vocab):
@@ -86,8 +113,22 @@ def aligned_batch(rows, length, t_vocab):
     'span_t': span_t,
     'pairs_t': pairs_t,
     'dtw_t': dtw_t,
+    **paths(rng, shape),
   }
   return jax.device_put(Batch(student, teacher, align=align))
+
+
+def paths(rng, shape):
+  """Cells of two warping paths a row, a quarter of them no diagonal steps."""
+  import numpy as np
+
+  rows, length = shape
+  cells = {name: np.full((rows, 4 * length), -1, np.int32) for name in 'std'}
+  for name, found_BC in cells.items():
+    drawn = rng.random((rows, 2, length)) < (0.5 if name == 'd' else 0.875)
+    drawn = drawn if name == 'd' else np.cumsum(drawn, axis=2) - drawn[..., :1]
+    found_BC[:, : 2 * length] = drawn.reshape(rows, -1)
+  return {f'path_{name}': found_BC for name, found_BC in cells.items()}
 
 
 def _single(s_T, t_T):
@@ -114,7 +155,7 @@ def compiled(side, rows, length, chunk):
   settings = (
     {'name': 'kld', 'divergence': 'forward_kl'}
     if one
-    else {'name': side, 'teacher_vocab': U}
+    else {'name': side, 'teacher_vocab': U} | METHODS[side]
   )
   models, state, train_step = kd_step.jax_parts(chunk, **settings)
   if not one:
