@@ -21,6 +21,7 @@ from gakd_jax import (
   models,
   objectives,
   optim,
+  rereading,
   rollout,
   sharding,
   step,
@@ -54,6 +55,13 @@ class Run:
   evaluators: dict = dataclasses.field(default_factory=dict)
   # None: the writer makes them.
   texts: texts_lib.Texts | aligned.Aligned | None = None
+
+  @functools.cached_property
+  def reader(self):
+    """Who reads what is written in the run in other tokens; None: nobody."""
+    if len(self.readers) == 2 and self.writer.room:
+      return rereading.Reader(self.readers, self.objective.align)
+    return None
 
   def subject_of(self, evaluator, workdir):
     """The run as an evaluator sees it; `workdir` is where answers go."""
@@ -173,11 +181,12 @@ def _readers(config, objective, writer, tokenizers, paths):
   )
   if template == student[1] and tokenizer_lib.are_same(*tokenizers):
     return (student,)
-  if writer.room:
+  if writer.one_tokenizer:
     raise UserError(
-      f'{paths[0]} and {paths[1]} have different tokenizers, and what the '
-      'student writes in the run is not tokenised for the teacher: set '
-      "config.rollout.writer to 'dataset' or 'teacher'"
+      f'{paths[0]} and {paths[1]} have different tokenizers, and the writer '
+      f'{config.rollout.writer!r} needs one: the teacher corrects tokens of '
+      "the student; set config.rollout.writer to 'student', 'dataset' or "
+      "'teacher'"
     )
   return student, (tokenizers[1], template)
 

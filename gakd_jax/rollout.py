@@ -24,7 +24,7 @@ import numpy as np
 from gakd_jax import UserError, sampling, sharding, speculative, writing
 from gakd_jax import settings as settings_lib
 from gakd_jax.answering import MOST_SAMPLES
-from gakd_jax.data import templates
+from gakd_jax.data import pipeline, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.models import decoding
 from gakd_jax.sampler import Sampler
@@ -43,6 +43,7 @@ class Dataset:
   """The responses of the data, as they are."""
 
   needs_teacher = False
+  one_tokenizer = False  # Whether the teacher's must be the student's.
   makes_rows = False  # Whether it writes the rows before the first batch.
   needs_responses = True  # Whether the data must have some.
   room = 0  # tokens that it may write after a prompt
@@ -74,7 +75,10 @@ class Dataset:
       A list of (`data.pipeline.Batch` on the mesh, {metric: scalar}).
     """
     del models, params, key, step, progress
-    return [(sharding.put_batch(batch, mesh), {}) for batch in group]
+    return [
+      (sharding.put_batch(batch, mesh), pipeline.coverage(batch))
+      for batch in group
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +188,11 @@ class Student(Dataset):
     if not self.begin <= progress < self.end:
       return [(writing.as_it_is(batch, mesh), {}) for batch in group]
     lengths = [batch.student.ids_BT.shape[1] for batch in group]
-    host = writing.interleaved(group, max(lengths))
+    # A teacher that reads other tokens gets these from `rereading`.
+    host = writing.interleaved(
+      [batch.replace(teacher=batch.student, align={}) for batch in group],
+      max(lengths),
+    )
     steps_B = np.arange(step, step + len(group), dtype=np.uint32)
     steps_B = np.tile(steps_B, len(host.rows_B) // len(group))
     batch, steps_B = sharding.put_batch((host, steps_B), mesh)
@@ -248,6 +256,7 @@ class Speculative(Student):
   """
 
   needs_teacher = True
+  one_tokenizer = True
 
   gamma: int = 5  # tokens that the teacher reads at a time
   accept: str = 'rank'  # rank, probability, mixture

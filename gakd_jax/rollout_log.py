@@ -42,7 +42,8 @@ class RolloutLog:
     self._prompts, self._rows = [], []
     if run.writer.room:
       n = run.config.report.rollouts
-      self._prompts = [run.texts[i][0] for i in range(min(n, len(run.texts)))]
+      texts = run.texts if len(run.readers) == 1 else run.texts.student
+      self._prompts = [texts[i][0] for i in range(min(n, len(texts)))]
       self._rows = inputs.rows(run.config, run.writer, run.texts.places[:n])
     if self._prompts and jax.process_index() == 0:
       lines = rundir.read_rollouts(run.workdir)

@@ -260,15 +260,21 @@ class _Texts:
     run = self._run
     if not self.ahead:
       n = min(run.writer.every, self._total - now + 1)
+      given = [next(self._batches) for _ in range(n)]
       self.ahead = run.writer.write(
         run.models,
         params,
-        [next(self._batches) for _ in range(n)],
+        given,
         run.mesh,
         key=self._key,
         step=now,
         progress=(now - 1) / self._total,
       )
+      if run.reader:
+        self.ahead = [
+          run.reader.read(batch, *found, run.mesh)
+          for batch, found in zip(given, self.ahead, strict=True)
+        ]
     return self.ahead.pop(0)
 
 

@@ -90,10 +90,32 @@ def test_what_needs_one_tokenizer_says_so(config, tmp_path):
   with pytest.raises(UserError, match='have different tokenizers'):
     train.run(config, tmp_path / 'run')
   config.objective = {'name': 'overlap'}
-  config.rollout.writer = 'student'
+  config.rollout.writer = 'speculative'
   config.rollout.max_new_tokens = 8
-  with pytest.raises(UserError, match='not tokenised for the teacher'):
+  with pytest.raises(UserError, match="writer 'speculative' needs one"):
     train.run(config, tmp_path / 'other')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['gold', 'mcw', 'uld'])
+def test_the_student_writes_and_its_teacher_reads(name, config, tmp_path):
+  config.objective = {'name': name}
+  config.rollout = {
+    'writer': 'student',
+    'share': 0.5,
+    'max_new_tokens': 24,
+    'every': 2,
+  }
+  config.data.buckets = None
+  config.train.steps = 4
+  train.run(config, tmp_path / 'run')
+  steps = [
+    row for row in log.read_metrics(tmp_path / 'run') if 'train/loss' in row
+  ]
+  assert [row['step'] for row in steps] == [1, 2, 3, 4]
+  assert all(row['train/grad_norm'] > 0 for row in steps)
+  if name == 'gold':
+    assert all(0 < row['train/coverage/span_s'] <= 1 for row in steps)
 
 
 def test_one_tokenizer_with_two_templates_is_all_pairs(

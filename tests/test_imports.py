@@ -20,7 +20,7 @@ LEVELS = (
   ('train', 'plan', 'check'),
   ('rollout_log', 'chosen'),
   ('build', 'inputs', 'best'),
-  ('step', 'rollout', 'writing', 'answering', 'evals'),
+  ('step', 'rollout', 'rereading', 'writing', 'answering', 'evals'),
   ('objectives', 'speculative', 'sampling', 'sampler', 'flops'),
   ('models', 'data'),
   (

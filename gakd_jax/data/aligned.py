@@ -75,25 +75,9 @@ class Aligned:
     return found
 
   def __getitem__(self, i):
-    """(student's text, teacher's text, {name: int32 [tokens]}) of a row.
-
-    Of a text that was cut, a token that has lost its partner has none, nor has
-    a piece that has lost a token.
-    """
-    s, t = self.student[i], self.teacher[i]
-    found = {x: a[b[i] : e[i]] for x, (a, b, e) in self.parts.items()}
-    for name in found.keys() & {'pairs_t', 'dtw_t'}:
-      kept = found[name][: len(s[1])]
-      found[name] = np.where(kept < len(t[1]), kept, -1)
-    if 'path_d' in found:
-      read = found['path_s'] < len(s[0]) + len(s[1])
-      read &= found['path_t'] < len(t[0]) + len(t[1])
-      found |= {x: found[x][read] for x in found if x.startswith('path')}
-    if 'span_s' in found:
-      found['span_s'], found['span_t'] = align.cut(
-        found['span_s'], found['span_t'], len(s[1]), len(t[1])
-      )
-    return s, t, found
+    """(student's text, teacher's text, {name: int32 [tokens]}) of a row."""
+    parts = {x: a[b[i] : e[i]] for x, (a, b, e) in self.parts.items()}
+    return kept(self.student[i], self.teacher[i], parts)
 
   def take(self, indices):
     return Aligned(
@@ -113,6 +97,39 @@ class Aligned:
     cut = s.lengths < few.student.lengths
     cut |= t.lengths < few.teacher.lengths
     return dataclasses.replace(few, student=s, teacher=t), int(cut.sum())
+
+
+def kept(s, t, parts):
+  """(s, t, parts) of a row whose texts s and t may have been cut.
+
+  A token that has lost its partner has none, nor has a piece that has lost a
+  token.
+  """
+  found = dict(parts)
+  for name in found.keys() & {'pairs_t', 'dtw_t'}:
+    there = found[name][: len(s[1])]
+    found[name] = np.where(there < len(t[1]), there, -1)
+  if 'path_d' in found:
+    read = found['path_s'] < len(s[0]) + len(s[1])
+    read &= found['path_t'] < len(t[0]) + len(t[1])
+    found |= {x: found[x][read] for x in found if x.startswith('path')}
+  if 'span_s' in found:
+    found['span_s'], found['span_t'] = align.cut(
+      found['span_s'], found['span_t'], len(s[1]), len(t[1])
+    )
+  return s, t, found
+
+
+def relate(kinds, spellings, s, t):
+  """{name: int32 [tokens]} of `kinds`, of a row's (prompt ids, response ids).
+
+  spellings: `spelling.of` both tokenizers, the student's first.
+  """
+  found = {}
+  for kind in kinds:
+    found |= KINDS[kind](*spellings, s, t)
+  found.pop('path_n', None)
+  return found
 
 
 def load(student, teacher, tokenizers, kinds, root=None):

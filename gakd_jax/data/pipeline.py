@@ -128,6 +128,17 @@ def collate_aligned(bins, length, pad_ids, names):
   return Batch(student=student, teacher=teacher, align=found)
 
 
+def coverage(batch):
+  """{'coverage/<part of align>': share of response tokens that it relates}."""
+  found = {}
+  for name, x_BT in batch.align.items():
+    if not name.startswith('path'):  # All of both texts, always.
+      side = batch.teacher if name == 'span_t' else batch.student
+      n = max(1, np.sum(side.mask_BT))
+      found[f'coverage/{name}'] = np.sum(x_BT >= 0) / n
+  return found
+
+
 class Batches:
   """Endless iterator over Batch, or over those of some epochs.
 

@@ -172,6 +172,16 @@ def encode_batch(tokenizer, rows, template, thinking='refuse'):
   return found
 
 
+def encode_responses(tokenizer, texts, ended, template):
+  """The ids of responses that a model wrote, with its end where it ended."""
+  end, special = templates.eos_id(template, tokenizer), _special(tokenizer)
+  found = _ids(tokenizer, [_as_text(text, special) for text in texts])
+  return [
+    [*ids, end] if is_whole else ids
+    for ids, is_whole in zip(found, ended, strict=True)
+  ]
+
+
 def _check_thinking(thinking, row, prompt, response):
   """Refuses a response whose thoughts are not where its prompt has them."""
   if thinking not in ('refuse', 'keep'):
