@@ -48,18 +48,23 @@ class Run:
   shapes: dict  # of these
   # Of a run that is only planned, there are none of these.
   workdir: Path | None = None
-  # Who reads the texts in tokens of their own, (tokenizer, template): the
-  # student, and the teacher if its tokens are others.
+  # Who has tokens of their own, (tokenizer, template): the student, and the
+  # teacher if its tokens are others.
   readers: tuple = ()
   force: bool = False  # what is half written goes on, see `fingerprint.check`
   evaluators: dict = dataclasses.field(default_factory=dict)
   # None: the writer makes them.
   texts: texts_lib.Texts | aligned.Aligned | None = None
 
+  @property
+  def reading(self):
+    """Those of `readers` that read the texts which are trained on."""
+    return reading(self.readers, self.objective)
+
   @functools.cached_property
   def reader(self):
     """Who reads what is written in the run in other tokens; None: nobody."""
-    if len(self.readers) == 2 and self.writer.room:
+    if len(self.reading) == 2 and self.writer.room:
       return rereading.Reader(self.readers, self.objective.align)
     return None
 
@@ -132,7 +137,11 @@ def build(config, workdir, mesh, force=False, weights=True):
   texts = None
   if not writer.makes_rows and config.train.steps != 0:
     texts = inputs.texts(
-      config, config.data.train, readers, writer, objective.align
+      config,
+      config.data.train,
+      reading(readers, objective),
+      writer,
+      objective.align,
     )
 
   def load(part, dtype):
@@ -167,19 +176,26 @@ def build(config, workdir, mesh, force=False, weights=True):
   )
 
 
+def reading(readers, objective):
+  """Those of a run's readers that read the texts which are trained on."""
+  return readers if objective.needs_teacher else readers[:1]
+
+
 def _readers(config, objective, writer, tokenizers, paths):
   """See `Run`; refuses two tokenizers where there must be one."""
   student = tokenizers[0], config.data.template
   if len(paths) == 1:
     return (student,)
-  if objective.one_tokenizer:
+  if objective.one_tokenizer and objective.needs_teacher:
     tokenizer_lib.check_same(*tokenizers, *paths)
+  are_same = tokenizer_lib.are_same(*tokenizers)
+  if objective.one_tokenizer and are_same:
     _tell_ends(config.data.template, tokenizers, paths)
     return (student,)
   template = config.teacher.template or best.template_of(
     config.teacher.path, default=config.data.template
   )
-  if template == student[1] and tokenizer_lib.are_same(*tokenizers):
+  if template == student[1] and are_same:
     return (student,)
   if writer.one_tokenizer:
     raise UserError(

@@ -43,6 +43,8 @@ def of_step(objective, models, params, own, *, rows, length, microbatches=1):
     U = teacher.vocab_size
     if objective.one_tokenizer:
       V = U = min(V, U)
+    if objective.teacher_over_students:
+      U = V
     weights = block_weights(frozen['teacher'])
     parts['teacher forward'] = n * (2 * weights + attention(teacher, length))
     parts['teacher head'] = n * 2 * U * teacher.width

@@ -129,9 +129,9 @@ def training_batches(run):
   found = run.texts
   if found is None:
     found = texts(
-      c, teacher_answers(run), run.readers, run.writer, run.objective.align
+      c, teacher_answers(run), run.reading, run.writer, run.objective.align
     )
-  pads = [tokenizer_lib.pad_id(tokenizer) for tokenizer, _ in run.readers]
+  pads = [tokenizer_lib.pad_id(tokenizer) for tokenizer, _ in run.reading]
   batches = pipeline.batches(
     found,
     batch_size=c.train.batch_size,

@@ -42,7 +42,7 @@ class RolloutLog:
     self._prompts, self._rows = [], []
     if run.writer.room:
       n = run.config.report.rollouts
-      texts = run.texts if len(run.readers) == 1 else run.texts.student
+      texts = run.texts if len(run.reading) == 1 else run.texts.student
       self._prompts = [texts[i][0] for i in range(min(n, len(texts)))]
       self._rows = inputs.rows(run.config, run.writer, run.texts.places[:n])
     if self._prompts and jax.process_index() == 0:

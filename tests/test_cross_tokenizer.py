@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configs import base, cross
-from gakd_jax import UserError, check, inputs, log, rundir, train
+from gakd_jax import UserError, answering, check, inputs, log, rundir, train
 from tests.shrink import shrink
 
 ROWS = [
@@ -83,6 +83,26 @@ def test_a_student_learns_from_another_tokenizer(
   if name in ('overlap', 'mined', 'gold', 'alm'):
     assert '% of response tokens have a partner' in said
   assert rundir.is_finished(tmp_path / 'run')
+
+
+def test_sft_on_what_a_teacher_of_another_tokenizer_writes(
+  config, models_of, tmp_path, monkeypatch
+):
+  """The teacher writes as it reads; then nobody but the student reads."""
+
+  def write(writer, model, tokenizer, rows, path, *, template, **_):
+    assert template == 'gakd'
+    assert tokenizer.name_or_path == models_of[1]
+    path.write_text(''.join(json.dumps(row) + '\n' for row in ROWS[:8]))
+
+  monkeypatch.setattr(answering, 'write', write)
+  config.objective = {'name': 'sft'}
+  config.rollout = {'writer': 'teacher'}
+  config.teacher.template = 'gakd'
+  config.train.steps = 1
+  results = train.run(config, tmp_path / 'run')
+  metrics = results['best']['evaluators']['loss']['metrics']
+  assert metrics.keys() == {'ce', 'ece'}
 
 
 def test_what_needs_one_tokenizer_says_so(config, tmp_path):

@@ -55,6 +55,7 @@ class ALM(base.Objective):
 
   one_tokenizer = False
   align = ('span',)
+  more_head_passes = 1, 0  # the student's once more, to go back
 
   def __post_init__(self):
     super().__post_init__()

@@ -49,6 +49,12 @@ class Objective:
   # What it reads of `Batch.align` where tokenizers differ, of its names the
   # part before '_'.
   align = ()
+  # Whether the teacher's logits are computed over the student's ids. What some
+  # read besides, of ids that only the teacher has, `flops` leaves out.
+  teacher_over_students = False
+  # Products of heads with all hidden states of a text, the student's and the
+  # teacher's, beyond those that a loss of logits takes, see `flops.of_step`.
+  more_head_passes = 0, 0
   critic_steps = 1  # updates of the critic in one step
   # Whether the critic is updated by every microbatch alone instead of once by
   # the whole batch.
@@ -183,8 +189,17 @@ class Objective:
 
     `own` may be shapes; a batch has `rows` of `length` tokens.
     """
-    del student, teacher, own, rows, length, microbatches
-    return {}
+    del own, microbatches
+    return {
+      f'{side} head, again': rows * length * 2 * x.vocab_size * x.width * passes
+      for side, x, passes in zip(
+        ('student', 'teacher'),
+        (student, teacher),
+        self.more_head_passes,
+        strict=True,
+      )
+      if passes
+    }
 
 
 def targets(batch):

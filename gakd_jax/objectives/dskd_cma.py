@@ -50,6 +50,8 @@ class DSKD(base.Objective):
   attention: bool = True  # False: one tokenizer, position by position
   reference: bool = False  # as the authors ran it
 
+  more_head_passes = 2, 2  # t2s and s2t, and back to their inputs
+
   def __post_init__(self):
     super().__post_init__()
     kld.divergence_of(self.divergence)

@@ -49,6 +49,7 @@ class DSKDv2(base.Objective):
 
   one_tokenizer = False
   align = ('pairs',)
+  more_head_passes = 2, 2  # t2s and s2t, and back to their inputs
 
   def __post_init__(self):
     super().__post_init__()

@@ -44,6 +44,7 @@ class GOLD(base.Objective):
   reference: bool = False  # averages as TRL does
 
   one_tokenizer = False
+  teacher_over_students = True
   align = ('span',)
 
   def __post_init__(self):

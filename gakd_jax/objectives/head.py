@@ -10,6 +10,7 @@ loop over chunks, and some things to do with one:
   token_map     a few numbers of each token, kept and differentiable; logits
                 are computed once more in the backward pass.
   log_probs     log q(target) of each token.
+  largest       the largest logits of each token.
   row_sums      sums over the tokens of each row.
 
 Any number of models may take part, and only heads and hidden states that are
@@ -172,6 +173,41 @@ def token_map(function, outputs, rows, whole, mask_BT, *, chunk):
   mapped.defvjp(forward, backward, symbolic_zeros=True)
   head = _array(outputs.head)
   return mapped(outputs.hidden_BTD, head, rows, whole, mask_BT)
+
+
+def largest(outputs, k, mask_BT, *, chunk):
+  """The k largest logits of each token, descending: [B, T, k], fp32.
+
+  The backward pass needs which they are, and no logits.
+  """
+
+  def top(z_NV, *_):
+    values_NK, ids_NK = jax.lax.top_k(z_NV, k)
+    # As floats, ids below 2^24 are exact.
+    return jnp.stack([values_NK, ids_NK.astype(jnp.float32)], axis=1)
+
+  def at_ids(z_NV, ids_NK, _):
+    return jnp.take_along_axis(z_NV, ids_NK, axis=1)
+
+  @jax.custom_vjp
+  def found(outputs, mask_BT):
+    return forward(outputs, mask_BT)[0]
+
+  def forward(outputs, mask_BT):
+    x_BT2K = token_map(top, outputs, (), (), mask_BT, chunk=chunk)
+    ids_BTK = x_BT2K[:, :, 1].astype(jnp.int32)
+    return x_BT2K[:, :, 0], (outputs, ids_BTK, mask_BT)
+
+  def backward(kept, d_BTK):
+    outputs, ids_BTK, mask_BT = kept
+
+    def values(outputs):
+      return token_map(at_ids, outputs, ids_BTK, (), mask_BT, chunk=chunk)
+
+    return *jax.vjp(values, outputs)[1](d_BTK), None
+
+  found.defvjp(forward, backward)
+  return found(outputs, mask_BT)
 
 
 def row_sums(function, outputs, mask_BT, *, chunk):

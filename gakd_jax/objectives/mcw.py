@@ -78,6 +78,7 @@ class MCW(base.Objective):
 
   one_tokenizer = False
   align = ('path',)
+  more_head_passes = 5, 3  # of DSKD; the largest logits, and back
 
   def __post_init__(self):
     super().__post_init__()
@@ -196,14 +197,7 @@ class MCW(base.Objective):
     K = min(self.top, student.head.vocab_size, teacher.head.vocab_size)
     s_mask_BN = sides.s_BN | self.reference
     t_BMK, s_BNK = (
-      head.token_map(
-        lambda z_NV, *_: jax.lax.top_k(z_NV, K)[0],
-        outputs,
-        (),
-        (),
-        mask,
-        chunk=self.head_chunk,
-      )
+      head.largest(outputs, K, mask, chunk=self.head_chunk)
       for outputs, mask in ((teacher, sides.t_BM), (student, s_mask_BN))
     )
     done = jnp.minimum(own.step / (self.total_steps or 1), 1)

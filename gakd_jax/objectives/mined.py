@@ -29,6 +29,7 @@ class MinED(base.Objective):
   temperature: float = 2.0
 
   one_tokenizer = False
+  teacher_over_students = True
   align = ('dtw',)
 
   def __post_init__(self):

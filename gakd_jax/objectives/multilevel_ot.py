@@ -43,6 +43,7 @@ class MultiLevelOT(base.Objective):
   reference: bool = False  # as it was released
 
   one_tokenizer = False
+  more_head_passes = 5, 1  # ranks; what is ranked, there and back
 
   def __post_init__(self):
     super().__post_init__()

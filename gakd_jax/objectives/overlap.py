@@ -25,6 +25,7 @@ class Overlap(base.Objective):
   temperature: float = 1.0
 
   one_tokenizer = False
+  teacher_over_students = True
   align = ('pairs',)
 
   def __post_init__(self):

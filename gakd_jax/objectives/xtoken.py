@@ -40,6 +40,7 @@ class XToken(base.Objective):
 
   one_tokenizer = False
   align = ('span',)
+  more_head_passes = 3, 0  # of spans
 
   def __post_init__(self):
     super().__post_init__()

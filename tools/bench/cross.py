@@ -2,13 +2,13 @@
 
   python tools/bench/cross.py
 
-Models of kd_step.py, V = 151936 against the teacher's 50257 ids (forward KL:
-151936), rows of 512 tokens, fp32, AdamW. Ids, alignments and maps of
-vocabularies are drawn: of the teacher's ids nine in ten have a partner, of a
-row's tokens seven. All steps are compiled in one process and then taken in
-turns. Printed as JSON: seconds, their ratio to forward KL's (median over the
-rounds), and the compiler's count of temporary memory in MB; then that with
-twice the chunk, and with rows twice as long.
+Models of kd_step.py, V = 151936 against the teacher's 50257 ids, or the other
+way round with `--swap` (forward KL: 151936), rows of 512 tokens, fp32, AdamW.
+Ids, alignments and maps of vocabularies are drawn: of the smaller vocabulary
+nine in ten have a partner, of a row's tokens seven. All steps are compiled in
+one process and then taken in turns. Printed as JSON: seconds, their ratio to
+forward KL's (median over the rounds), and the compiler's count of temporary
+memory in MB; then that with twice the chunk, and with rows twice as long.
 """
 
 import argparse
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tools.bench import kd_step
 
-V, U, T = kd_step.V, 50257, 512
+LARGE, SMALL, T = kd_step.V, 50257, 512
 BASELINE = 'forward_kl'
 METHODS = {
   'uld': {},
@@ -40,28 +40,28 @@ METHODS = {
 }
 
 
-def constants(name):
-  """What a method reads of two vocabularies."""
+def constants(name, V, U):
+  """What a method reads of two vocabularies, of the student and the teacher."""
   import numpy as np
 
   from gakd_jax.objectives import vocabularies
 
   rng = np.random.default_rng(0)
-  t_ids = rng.permutation(U)[: round(0.9 * U)]
-  s_ids = rng.permutation(V)[: len(t_ids)]
+  n = round(0.9 * min(V, U))
+  t_ids, s_ids = rng.permutation(U)[:n], rng.permutation(V)[:n]
   if name == 'mined':
     s_id_U = rng.integers(0, V, U).astype(np.int32)
     s_id_U[t_ids] = s_ids
     return vocabularies.nearest_of(s_id_U, V)
   if name == 'xtoken':
-    return projection(s_ids, t_ids)
+    return projection(s_ids, t_ids, V, U)
   spaces = {
     f'space_{side}': rng.random(n) < 0.4 for side, n in (('s', V), ('t', U))
   }
   return vocabularies.shared_of(s_ids, t_ids, V, U) | spaces
 
 
-def projection(s_ids, t_ids):
+def projection(s_ids, t_ids, V, U):
   """Constants of X-Token: ids without a partner are two of the teacher's."""
   import numpy as np
 
@@ -81,7 +81,7 @@ def projection(s_ids, t_ids):
   }
 
 
-def aligned_batch(rows, length, t_vocab):
+def aligned_batch(rows, length, vocabs):
   """A `Batch` of whole responses, each side in pieces of a token or more."""
   import jax
   import numpy as np
@@ -97,7 +97,7 @@ def aligned_batch(rows, length, t_vocab):
       np.ones(shape, np.int32),
       mask_BT,
     )
-    for n in (V, t_vocab)
+    for n in vocabs
   )
   spans = [
     np.cumsum(rng.random(shape) < 0.9, axis=1, dtype=np.int32) for _ in range(2)
@@ -145,23 +145,25 @@ def _single(s_T, t_T):
   return found_T
 
 
-def compiled(side, rows, length, chunk):
+def compiled(side, vocabs, rows, length, chunk):
   """The compiled step, its state, models and batch."""
   import dataclasses
 
   import jax
 
-  one = side == BASELINE
-  settings = (
-    {'name': 'kld', 'divergence': 'forward_kl'}
-    if one
-    else {'name': side, 'teacher_vocab': U} | METHODS[side]
+  settings = {'name': side} | METHODS.get(side, {})
+  if side == BASELINE:
+    settings = {'name': 'kld', 'divergence': side}
+    vocabs = LARGE, LARGE
+  models, state, train_step = kd_step.jax_parts(
+    chunk, vocab=vocabs[0], teacher_vocab=vocabs[1], **settings
   )
-  models, state, train_step = kd_step.jax_parts(chunk, **settings)
-  if not one:
-    frozen = models.frozen | {'constants': jax.device_put(constants(side))}
-    models = dataclasses.replace(models, frozen=frozen)
-  batch = aligned_batch(rows, length, V if one else U)
+  if side != BASELINE:
+    made = jax.device_put(constants(side, *vocabs))
+    models = dataclasses.replace(
+      models, frozen=models.frozen | {'constants': made}
+    )
+  batch = aligned_batch(rows, length, vocabs)
   step = train_step.lower(state, models, batch).compile()
   return step, state, models, batch
 
@@ -170,10 +172,11 @@ def temporary_mb(step):
   return round(step.memory_analysis().temp_size_in_bytes / 1e6)
 
 
-def in_turns(sides, args):
+def in_turns(sides, vocabs, args):
   """{side: seconds, ratio, loss, memory} of all steps."""
   runs = {
-    side: list(compiled(side, args.rows, T, args.chunk)) for side in sides
+    side: list(compiled(side, vocabs, args.rows, T, args.chunk))
+    for side in sides
   }
   seconds, losses = {side: [] for side in sides}, {}
   for _ in range(1 + args.rounds):
@@ -199,16 +202,18 @@ def main():
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--methods', default=','.join(METHODS))
+  parser.add_argument('--swap', action='store_true')
   parser.add_argument('--rows', type=int, default=2)
   parser.add_argument('--chunk', type=int, default=128)
   parser.add_argument('--rounds', type=int, default=5)
   args = parser.parse_args()
   sides = BASELINE, *args.methods.split(',')
-  for side, values in in_turns(sides, args).items():
+  vocabs = (SMALL, LARGE) if args.swap else (LARGE, SMALL)
+  for side, values in in_turns(sides, vocabs, args).items():
     print(side, json.dumps(values), flush=True)
   for side in sides:
     more = {
-      name: temporary_mb(compiled(side, args.rows, *size)[0])
+      name: temporary_mb(compiled(side, vocabs, args.rows, *size)[0])
       for name, size in (
         ('mb_of_twice_the_chunk', (T, 2 * args.chunk)),
         ('mb_of_twice_the_length', (2 * T, args.chunk)),

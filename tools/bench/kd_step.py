@@ -40,7 +40,8 @@ def jax_parts(
   quantize=None,
   shape=STUDENT,
   remat=False,
-  teacher_vocab=V,
+  vocab=V,
+  teacher_vocab=None,
   **objective,
 ):
   """`Models`, a `TrainState` of the student, and the train step.
@@ -48,7 +49,7 @@ def jax_parts(
   adapters: settings of `LoRAConfig`, to train these alone; None: all weights.
   quantize: of the student's base, see `models.load`.
   shape, remat: of the student.
-  teacher_vocab: how many ids the teacher has.
+  vocab, teacher_vocab: how many ids each model has; None: the student's.
   """
   import jax
   from flax import nnx
@@ -56,7 +57,7 @@ def jax_parts(
   from gakd_jax import objectives, optim, step
   from gakd_jax.models import Decoder, DecoderConfig, lora, pair
 
-  def model(shape, seed, vocab=V, adapters=None, quantize=None):
+  def model(shape, seed, vocab, adapters=None, quantize=None):
     config = DecoderConfig(
       vocab_size=vocab,
       kv_heads=2,
@@ -76,8 +77,8 @@ def jax_parts(
     return decoder
 
   models, params = pair.make(
-    model(shape, 0, adapters=adapters, quantize=quantize),
-    model(TEACHER, 1, teacher_vocab),
+    model(shape, 0, vocab, adapters, quantize),
+    model(TEACHER, 1, teacher_vocab or vocab),
     dtype='float32',
     remat=remat,
   )
