@@ -88,6 +88,13 @@ class DSKDv2(base.Objective):
     n = jnp.sum(pairs.exact(batch)[1])
     return super().count(batch) | {'pairs': jnp.maximum(n, 1)}
 
+  def flops(self, student, teacher, own, rows, length, microbatches):
+    more = super().flops(student, teacher, own, rows, length, microbatches)
+    if not self.pinv:
+      return more
+    product = 2 * student.vocab_size * student.width * teacher.width
+    return more | {'product of heads': microbatches * product}
+
   def loss(self, student, teacher, batch, own, key):
     del key
     index_BT, paired_BT = pairs.exact(batch)

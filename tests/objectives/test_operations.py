@@ -39,10 +39,11 @@ def test_passes_of_heads_are_the_compilers(name):
   expected = 2 * B * T * (3 * V * D + ids * E)
   more = objective.flops(*configs, own, B, T, 1)
   expected += sum(more.values())
-  # GOLD reads the ids that only the teacher has, and tokens within pieces; all
-  # compute with logits, of which the formula has nothing.
-  low, high = (0.6, 1.0) if name == 'gold' else (0.85, 1.05)
-  assert low < expected / counted < high
+  # GOLD's loop over tokens within pieces, few in a text, is counted as if all
+  # were (295 and 66 MFLOP). All compute with logits, which the formula leaves out.
+  if name == 'gold':
+    counted -= 2 * B * T * (4 * V * D + U * E)
+  assert 0.85 < expected / counted < 1.05
 
 
 def _config(vocab, width):
