@@ -66,6 +66,13 @@ def _students(seed):
     stage.objective = objective
     stage.optimizer.extra_learning_rate = 3 * RATE
     yield name, _adapted(stage)
+  # As its authors mean it: on what the student writes, without cross-entropy.
+  own = q.student(q.MIXED, STEPS, seed, start, RATE)
+  own.objective = {'name': 'gold'}
+  own = _adapted(own)
+  own.rollout = {'writer': 'student', 'max_new_tokens': 88}
+  own.data.max_length, own.data.buckets = 80 + 88, None
+  yield 'gold_own', own
 
 
 def _adapted(c):
