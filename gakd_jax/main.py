@@ -60,6 +60,8 @@ def _main(argv):
     if flag.value is not None:
       raise UserError(f'--{flag.name} is of --plan; give both, or none')
   workdir = _WORKDIR.value or binary.default_workdir()
+  if not _CHECK.value:
+    binary.start_hosts()
   if _CHECK.value:
     # What the package does not import, a config of ours has.
     base = sys.modules.get('configs.base')
