@@ -55,7 +55,7 @@ def start(
   global _roll_call
   given = (coordinator, processes, process_id)
   if given == (None, None, None):
-    given = _slurm()
+    given = of_slurm(os.environ)
   elif None in given:
     raise UserError(
       '--coordinator, --processes and --process_id: give all three, or none'
@@ -210,13 +210,12 @@ def _address(text):
   return host.strip('[]'), int(port)
 
 
-def _slurm():
-  """(address, processes, process_id) of a step of SLURM; None: it is none.
+def of_slurm(env):
+  """(address, processes, process_id) that SLURM tells a step; None: nothing.
 
   A port that follows from the job and step, below those that systems give to
   outgoing connections.
   """
-  env = os.environ
   numbers = [
     env.get(f'SLURM_{name}')
     for name in ('JOB_ID', 'STEP_ID', 'PROCID', 'STEP_NUM_TASKS')

@@ -44,8 +44,12 @@ class RollCall:
     self._deadline = time.monotonic() + timeout
     self._timeout = timeout
     self._peers = {}  # process -> (its host, socket, file of its messages)
-    self._gone = set()  # said good-bye
-    (self._call if process_id == 0 else self._answer)(address, processes)
+    try:
+      (self._call if process_id == 0 else self._answer)(address, processes)
+    except UserError:
+      for process in [*self._peers]:
+        self._close(process)
+      raise
     for process in self._peers:
       threading.Thread(target=self._watch, args=[process], daemon=True).start()
 
@@ -71,11 +75,14 @@ class RollCall:
         listener.settimeout(self._left())
         try:
           connection, _ = listener.accept()
-          hello, messages = self._hello(connection)
-        except (OSError, ValueError):  # Too late, or none of ours.
+        except TimeoutError:
+          break
+        hello, messages = self._hello(connection)
+        if hello is None:
+          connection.close()
           continue
         if hello['process'] not in missing:
-          self._refuse(hello, connection, processes)
+          self._refuse(hello, connection, messages, processes)
         missing.remove(hello['process'])
         self._peers[hello['process']] = hello['host'], connection, messages
     if missing:
@@ -88,38 +95,42 @@ class RollCall:
       raise UserError(error)
     self._send({'go': True})
 
-  def _refuse(self, hello, connection, processes):
+  def _refuse(self, hello, connection, messages, processes):
     error = (
       f'{hello["host"]} has come as process {hello["process"]}, which '
       f'{"is there already" if hello["process"] in self._peers else "is none"}'
       f' of {processes}; give each its own --process_id'
     )
-    self._peers[None] = hello['host'], connection, None
+    self._peers[-1] = hello['host'], connection, messages
     self._send({'error': error})
     raise UserError(error)
 
   def _hello(self, connection):
+    """What a process says that comes; (None, None) from none of ours."""
     self._prepare(connection)
     connection.settimeout(5)
     messages = connection.makefile('r')
-    hello = json.loads(messages.readline())
-    if not isinstance(hello, dict) or hello.keys() != {'process', 'host'}:
-      raise ValueError('none of ours')
-    connection.settimeout(None)
-    return hello, messages
+    try:
+      hello = json.loads(messages.readline())
+      if hello.keys() == {'process', 'host'}:
+        connection.settimeout(None)
+        return hello, messages
+    except (OSError, ValueError, AttributeError):
+      pass
+    messages.close()
+    return None, None
 
   def _answer(self, address, processes):
     message = None
-    try:
+    with contextlib.suppress(OSError):
       connection = self._connect(address)
+      messages = connection.makefile('r')
+      self._peers[0] = address[0], connection, messages
       _put(connection, {'process': self._id, 'host': socket.gethostname()})
       # The first may have begun later to wait.
       connection.settimeout(self._timeout + 5)
-      messages = connection.makefile('r')
       message = json.loads(messages.readline() or 'null')
       connection.settimeout(None)
-    except OSError:
-      pass
     if message is None:
       raise UserError(
         f'process 0 of {processes} did not come to {self._where} within '
@@ -127,7 +138,6 @@ class RollCall:
       )
     if 'error' in message:
       raise UserError(message['error'])
-    self._peers[0] = address[0], connection, messages
 
   def _connect(self, address):
     while True:
@@ -156,6 +166,11 @@ class RollCall:
         with contextlib.suppress(OSError):  # It has gone.
           _put(connection, message)
 
+  def _close(self, process):
+    _, connection, messages = self._peers[process]
+    messages.close()
+    connection.close()
+
   def _watch(self, process):
     """Ends this process with another, for the same reason."""
     host, _, messages = self._peers[process]
@@ -167,6 +182,7 @@ class RollCall:
       error = f'process {process} on {host} has died; see its log'
       message = {'code': 1, 'error': error}
     if 'bye' in message:
+      self._close(process)
       return
     self._send(message, but=process)
     leave(message['code'], message['error'])
