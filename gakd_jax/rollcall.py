@@ -47,8 +47,9 @@ class RollCall:
     try:
       (self._call if process_id == 0 else self._answer)(address, processes)
     except UserError:
-      for process in [*self._peers]:
-        self._close(process)
+      for _, connection, messages in self._peers.values():
+        messages.close()
+        connection.close()
       raise
     for process in self._peers:
       threading.Thread(target=self._watch, args=[process], daemon=True).start()
@@ -166,11 +167,6 @@ class RollCall:
         with contextlib.suppress(OSError):  # It has gone.
           _put(connection, message)
 
-  def _close(self, process):
-    _, connection, messages = self._peers[process]
-    messages.close()
-    connection.close()
-
   def _watch(self, process):
     """Ends this process with another, for the same reason."""
     host, _, messages = self._peers[process]
@@ -181,8 +177,7 @@ class RollCall:
     if message is None:
       error = f'process {process} on {host} has died; see its log'
       message = {'code': 1, 'error': error}
-    if 'bye' in message:
-      self._close(process)
+    if 'bye' in message:  # The connection stays: it has ours still to hear.
       return
     self._send(message, but=process)
     leave(message['code'], message['error'])

@@ -272,13 +272,11 @@ def test_two_that_are_called_alike_are_refused(free_port):
 
 def test_strangers_are_not_listened_to(free_port):
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    first = pool.submit(call, free_port, 2, 0)
+    first = pool.submit(call, free_port, 2, 0, timeout=1)
     for said in (b'GET / HTTP/1.1\n', b'[]\n', b'{}\n', b''):
       with connected(free_port) as stranger:
         stranger.sendall(said)
-    second = pool.submit(call, free_port, 2, 1).result()
-    for roll_call in (first.result(), second):
-      roll_call.bye()
+    assert 'process 1 of 2 did not come' in first.result()
 
 
 def connected(port):
