@@ -47,6 +47,7 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where it all goes; default: runs/<name of the config>.'
 )
 _FORCE = binary.force_flag()
+flags.adopt_module_key_flags(binary)  # So that --help shows them.
 
 
 def run(config, paths, workdir, force=False):

@@ -80,6 +80,7 @@ _KEEP_UNFINISHED = flags.DEFINE_bool(
   'With --dataset: keep answers that are empty or were cut off.',
 )
 _FORCE = binary.force_flag()
+flags.adopt_module_key_flags(binary)  # So that --help shows them.
 _OF_DATASET = (
   _FORCE,
   _OUTPUT,

@@ -4,7 +4,7 @@
 
 `--config.a.b=value` overrides a setting. Run again, the same command continues
 where it stopped. `--check` shows what it would do, `--plan` what it would take;
-both run nothing.
+both run nothing. On several hosts it is started on each, see docs/scale.md.
 """
 
 import sys
@@ -19,6 +19,7 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where it all goes; default: runs/<name of the config>.'
 )
 _FORCE = binary.force_flag()
+flags.adopt_module_key_flags(binary)  # So that --help shows them.
 _CHECK = flags.DEFINE_bool(
   'check', False, 'Show settings, data, sizes and the first batch; run nothing.'
 )

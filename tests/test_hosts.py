@@ -169,7 +169,8 @@ def test_a_signal_to_one_stops_all_and_others_go_on(
     assert max(losses(tmp_path)) == step < STEPS
   (out, _), (silent, _) = end(begin(of(config_file, tmp_path)), 0, 0)
   assert f'continuing from step {step}' in out
-  assert silent == ''
+  # What is not ours is printed where Python does not see it.
+  assert not re.sub(r'^\[Gloo\].*\n', '', silent, flags=re.M)
   found = losses(tmp_path)
   assert list(found) == list(whole)
   np.testing.assert_allclose(
@@ -203,6 +204,7 @@ def test_when_one_dies_or_hangs_the_other_ends(
 def test_rollouts_are_shared(config_file, begin, tmp_path):
   rollout = "{'writer': 'student', 'max_new_tokens': 8, 'every': 2}"
   flags = [f'--config.rollout={rollout}', '--config.train.steps=4']
+  flags += ['--config.data.max_length=56']
   two, one = tmp_path / 'two', tmp_path / 'one'
   end(begin(of(config_file, two, *flags)), 0, 0)
   end(begin(of(config_file, one, *flags), 1, devices=4), 0)
