@@ -63,19 +63,17 @@ def config_file(tiny_model_dir, tmp_path_factory):
 
 @pytest.fixture
 def begin(free_port):
-  """`begin(arguments, processes=2, devices=2, wait=60)`: starts them."""
+  """`begin(arguments, processes=2)`: starts them, or some, of `which`."""
   started = []
 
-  def do(
-    arguments, processes=2, which=None, devices=2, wait=60, program='main'
-  ):
+  def do(arguments, processes=2, which=None, devices=2, program='main', **env):
     which = range(processes) if which is None else which
     for i in which:
       several = [
         f'--coordinator=localhost:{free_port}',
         f'--processes={processes}',
         f'--process_id={i}',
-        f'--start_timeout={wait}',
+        '--start_timeout=60',
         '--heartbeat_timeout=10',
       ]
       started.append(
@@ -86,7 +84,7 @@ def begin(free_port):
           stderr=subprocess.PIPE,
           text=True,
           cwd=ROOT,
-          env=QUICK | {'JAX_NUM_CPU_DEVICES': str(devices)},
+          env=QUICK | {'JAX_NUM_CPU_DEVICES': str(devices)} | env,
         )
       )
     return started[-len(which) :]
@@ -240,6 +238,16 @@ def test_an_error_of_one_ends_all(config_file, begin, tmp_path):
     assert err.count('error:') == 1
     assert 'config.seed is 1, and on the first host 0' in err
   assert 'error: process 1: ' in said[0][1]
+
+
+@pytest.mark.slow
+def test_a_disk_that_one_cannot_write_to_ends_all(config_file, begin, tmp_path):
+  flags = of(config_file, tmp_path / 'run')
+  first = begin(flags, which=[0])
+  second = begin(flags, which=[1], GAKD_JAX_CACHE='/dev/null/cache')
+  for _, err in end([*first, *second], 2, 2):
+    assert '/dev/null/cache/data: cannot write there (Not a directory)' in err
+    assert 'Traceback' not in err
 
 
 def call(port, processes, process_id, timeout=60):
