@@ -9,10 +9,7 @@ import json
 import time
 from pathlib import Path
 
-import jax
-from jax.experimental import multihost_utils
-
-from gakd_jax import UserError, fingerprint, log, partial, sampling
+from gakd_jax import UserError, fingerprint, hosts, log, partial, sampling
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import scores
@@ -108,10 +105,8 @@ def write(
       f'{writer.max_new_tokens} and said something; raise it, or fine-tune the '
       'model that answers'
     )
-  if jax.process_index() == 0:
-    log.write_atomically(path, ''.join(lines))
+  hosts.only_first(lambda: log.write_atomically(path, ''.join(lines)))
   kept.remove()
-  multihost_utils.sync_global_devices(f'wrote {path}')
   facts = [
     f'answers: {len(lines):,} to {len(prompts):,} prompts',
     *(f'{n:,} left out: {why}' for why, n in sorted(left_out.items())),

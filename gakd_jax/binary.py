@@ -8,10 +8,40 @@ import sys
 import traceback
 
 import jax
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
-from gakd_jax import Interrupted, UserError
+from gakd_jax import Interrupted, UserError, hosts
+
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator',
+  None,
+  'Of several processes: <host>:<port> of the first. Under SLURM, MPI and on '
+  'TPU VMs they find each other.',
+)
+_PROCESSES = flags.DEFINE_integer('processes', None, 'How many they are.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which one this is.')
+HOSTS = (_COORDINATOR, _PROCESSES, _PROCESS_ID)
+_START_TIMEOUT = flags.DEFINE_float(
+  'start_timeout', 300, 'Seconds to wait for all processes.', lower_bound=1
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_float(
+  'heartbeat_timeout',
+  60,
+  'Seconds after which a host that is silent counts as dead.',
+  lower_bound=5,
+)
+
+
+def start_hosts():
+  """Joins the other processes of the run, if there are any."""
+  hosts.start(
+    _COORDINATOR.value,
+    _PROCESSES.value,
+    _PROCESS_ID.value,
+    _START_TIMEOUT.value,
+    _HEARTBEAT_TIMEOUT.value,
+  )
 
 
 def config_flag(help_string, **settings):
@@ -99,15 +129,27 @@ def _is_of_flags(error):
 
 
 def guarded(main, argv):
-  """Runs a binary's main: user errors are one line and exit status 2."""
+  """Runs a binary's main: user errors are one line and exit status 2.
+
+  Of several processes, an error ends all.
+  """
+  app.define_help_flags()
   try:
     main(flags.FLAGS(argv))
-  except (Interrupted, KeyboardInterrupt) as e:
-    print(str(e) or 'interrupted', file=sys.stderr)
+  except Interrupted as e:  # All are, at the same step.
+    print(e, file=sys.stderr)
+    hosts.finish()
+    sys.exit(130)
+  except KeyboardInterrupt:
+    hosts.fail(130, 'interrupted')
+    print('interrupted', file=sys.stderr)
     sys.exit(130)
   except Exception as e:
     text = one_line(e)
     if text is None:
+      hosts.fail_by_bug(e)
       raise
+    hosts.fail(2, text)
     print(f'error: {text}', file=sys.stderr)
     sys.exit(2)
+  hosts.finish()

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from gakd_jax import UserError
+from gakd_jax import UserError, hosts
 
 
 class Checkpoints:
@@ -26,7 +26,7 @@ class Checkpoints:
 
   def latest_step(self):
     """The newest step that was saved; None if there is none."""
-    return self._manager.latest_step()
+    return hosts.of_first(self._manager.latest_step)
 
   def save(self, step, state, host):
     """Starts to save; returns when the arrays may be changed again.
@@ -35,6 +35,15 @@ class Checkpoints:
       UserError: if it does not fit on the disk. Orbax would find out in its
         threads, which report it in several hundred lines.
     """
+    hosts.only_first(lambda: self._check_room(state))
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)
+      ),
+    )
+
+  def _check_room(self, state):
     directory = self._manager.directory
     needed = sum(x.nbytes for x in jax.tree.leaves(state))
     free = shutil.disk_usage(directory).free
@@ -44,12 +53,6 @@ class Checkpoints:
         f'{directory} has {free / 1e6:,.0f} MB left; free some space and run '
         'the same command again, which continues from the last checkpoint'
       )
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state), host=ocp.args.JsonSave(host)
-      ),
-    )
 
   def restore(self, state):
     """The newest checkpoint as (state, host).

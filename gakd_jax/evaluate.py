@@ -20,7 +20,6 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from jax.experimental import multihost_utils
 
 from gakd_jax import (
   UserError,
@@ -28,6 +27,7 @@ from gakd_jax import (
   binary,
   build,
   fingerprint,
+  hosts,
   log,
   models,
   page,
@@ -47,6 +47,7 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where it all goes; default: runs/<name of the config>.'
 )
 _FORCE = binary.force_flag()
+flags.adopt_module_key_flags(binary)  # So that --help shows them.
 
 
 def run(config, paths, workdir, force=False):
@@ -120,18 +121,21 @@ def _run(config, paths, workdir, force):
         mesh,
         force,
       )
-  comparisons = compare(evaluators, runs)
-  if jax.process_index() == 0:
-    text = log.to_json(comparisons, indent=2) + '\n'
-    log.write_atomically(workdir / 'comparisons.json', text)
-    page.write(
-      workdir / 'report.html',
-      runs,
-      answers=config.report.answers,
-      comparisons=comparisons,
-    )
-    tables.write(workdir, runs)
+  hosts.only_first(lambda: _write_report(config, evaluators, workdir, runs))
   return results
+
+
+def _write_report(config, evaluators, workdir, runs):
+  comparisons = compare(evaluators, runs)
+  text = log.to_json(comparisons, indent=2) + '\n'
+  log.write_atomically(workdir / 'comparisons.json', text)
+  page.write(
+    workdir / 'report.html',
+    runs,
+    answers=config.report.answers,
+    comparisons=comparisons,
+  )
+  tables.write(workdir, runs)
 
 
 def _named(paths):
@@ -182,9 +186,12 @@ def _measure(config, evaluators, path, workdir, prompter, teacher, mesh, force):
     contents={'--model': identity} | evaluator_lib.contents(evaluators),
     models={'student': {'path': str(path)}},
   )
-  if rundir.is_finished(workdir):
+  found = hosts.of_first(
+    lambda: rundir.is_finished(workdir) and rundir.read_results(workdir)
+  )
+  if found:
     print(f'{workdir.name}: has been measured', flush=True)
-    return rundir.read_results(workdir)
+    return found
   subject, params = _subject(
     config, path, workdir, prompter, teacher, mesh, identity, force
   )
@@ -203,11 +210,13 @@ def _measure(config, evaluators, path, workdir, prompter, teacher, mesh, force):
     'best': found,
     'last': found,
   }
-  if jax.process_index() == 0:
-    rundir.finish(workdir, results)
-    for file in (workdir / 'answers').glob('*.partial'):
-      file.unlink()
-  multihost_utils.sync_global_devices(f'measured {workdir}')
+  return hosts.of_first(lambda: _finish(workdir, results))
+
+
+def _finish(workdir, results):
+  rundir.finish(workdir, results)
+  for file in (workdir / 'answers').glob('*.partial'):
+    file.unlink()
   return rundir.read_results(workdir)
 
 
@@ -299,6 +308,7 @@ def _main(argv):
   if not _MODEL.value:
     raise UserError('--model is missing: name one or several directories')
   binary.use_compilation_cache()
+  binary.start_hosts()
   workdir = _WORKDIR.value or binary.default_workdir()
   run(_CONFIG.value, _MODEL.value, workdir, _FORCE.value)
 

@@ -16,10 +16,7 @@ import re
 import subprocess
 from pathlib import Path
 
-import jax
-from jax.experimental import multihost_utils
-
-from gakd_jax import UserError, __version__, log, rundir
+from gakd_jax import UserError, __version__, hosts, log, rundir
 
 # Settings that say how a result comes about, and not which: where, in what
 # pieces, and how often it is looked at.
@@ -79,13 +76,18 @@ def begin(workdir, force=False, **parts):
       others}; what others say is no matter.
 
   Raises:
-    UserError: see `check`.
+    UserError: see `check`; and if another process has other parts.
   """
-  path = Path(workdir) / 'config.json'
+  parts |= {'versions': _versions()}
+  hosts.check_same(flatten(parts))
+  hosts.only_first(lambda: _begin(Path(workdir), force, parts))
+
+
+def _begin(workdir, force, parts):
+  path = workdir / 'config.json'
   record = {}
   if path.exists():
     record = json.loads(path.read_text(), parse_constant=str)
-  parts |= {'versions': _versions()}
   began, now = (
     flatten({part: x[part] for part in parts if part in record})
     for x in (record, parts)
@@ -96,17 +98,12 @@ def begin(workdir, force=False, **parts):
     if not key.startswith(('config.', 'contents.'))
     or HOW.fullmatch(key.removeprefix('config.'))
   }
-  changed = check(workdir, began, now, force, how)
-  # What all compare, the first one changes.
-  multihost_utils.sync_global_devices(f'compared {path}')
-  if jax.process_index() == 0:
-    if changed:
-      (path.parent / 'results.json').unlink(missing_ok=True)
-    if not rundir.is_finished(workdir):
-      first = {'commit': commit(), 'versions': parts.pop('versions')}
-      text = json.dumps(first | record | parts, indent=2)
-      log.write_atomically(path, text + '\n')
-  multihost_utils.sync_global_devices(f'wrote {path}')
+  if check(workdir, began, now, force, how):
+    (workdir / 'results.json').unlink(missing_ok=True)
+  if not rundir.is_finished(workdir):
+    first = {'commit': commit(), 'versions': parts.pop('versions')}
+    text = json.dumps(first | record | parts, indent=2)
+    log.write_atomically(path, text + '\n')
 
 
 def as_json(config):
@@ -152,12 +149,15 @@ def lock(workdir):
   Raises:
     UserError: if somebody does.
   """
-  if jax.process_index() != 0:
+  with contextlib.ExitStack() as stack:
+    hosts.only_first(lambda: stack.enter_context(_locked(Path(workdir))))
     yield
-    return
-  path = Path(workdir) / '.lock'
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open('w') as file:
+
+
+@contextlib.contextmanager
+def _locked(workdir):
+  workdir.mkdir(parents=True, exist_ok=True)
+  with (workdir / '.lock').open('w') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -15,13 +15,14 @@ again, the same command goes on where it was.
 import os
 import sys
 
-from absl import app, flags
+from absl import flags
 
 from gakd_jax import (
   UserError,
   answering,
   best,
   binary,
+  hosts,
   models,
   rollout,
   sampling,
@@ -79,6 +80,7 @@ _KEEP_UNFINISHED = flags.DEFINE_bool(
   'With --dataset: keep answers that are empty or were cut off.',
 )
 _FORCE = binary.force_flag()
+flags.adopt_module_key_flags(binary)  # So that --help shows them.
 _OF_DATASET = (
   _FORCE,
   _OUTPUT,
@@ -132,7 +134,8 @@ def write_dataset():
     raise UserError('--dataset has its own prompts; leave --prompt out')
   if not (_OUTPUT.value or '').endswith('.jsonl'):
     raise UserError('--dataset needs --output=FILE.jsonl, to write answers to')
-  if os.path.exists(_OUTPUT.value):
+  binary.start_hosts()
+  if hosts.of_first(lambda: os.path.exists(_OUTPUT.value)):
     raise UserError(f'--output={_OUTPUT.value}: it exists; name another file')
   writer = rollout.Teacher(
     samples=_SAMPLES.value, batch_size=_BATCH_SIZE.value, **_sampling()
@@ -179,26 +182,22 @@ def typed_lines():
     yield line
 
 
-def main(argv):
+def _main(argv):
   if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument {argv[1]!r}; quote the prompt')
+    raise UserError(f'unexpected argument {argv[1]!r}; quote the prompt')
+  if _DATASET.value:
+    write_dataset()
+    return
+  for flag in (*_OF_DATASET, *binary.HOSTS):
+    if flag.present:
+      raise UserError(f'--{flag.name} is of --dataset; give both, or none')
+  prompts = typed_lines() if _PROMPT.value is None else [_PROMPT.value]
   try:
-    if _DATASET.value:
-      write_dataset()
-      return
-    for flag in _OF_DATASET:
-      if flag.present:
-        raise UserError(f'--{flag.name} is of --dataset; give both, or none')
-    prompts = typed_lines() if _PROMPT.value is None else [_PROMPT.value]
     for answer in answers(prompts):
       print(answer, flush=True)
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
   except KeyboardInterrupt:
     print()
-    sys.exit(130 if _DATASET.value else 0)
 
 
 if __name__ == '__main__':
-  app.run(main)
+  binary.guarded(_main, sys.argv)

@@ -3,10 +3,9 @@
 `run` is a `build.Run`.
 """
 
-import jax
 import numpy as np
 
-from gakd_jax import UserError, answering, models
+from gakd_jax import UserError, answering, hosts, models, sharding
 from gakd_jax.data import aligned, pipeline, sources
 from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
@@ -143,8 +142,7 @@ def training_batches(run):
     seed=c.seed,
     weights=c.data.weights,
     drop_last=c.data.drop_last,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    rows=sharding.own_rows(c.train.batch_size, run.mesh),
   )
   facts = [
     f'batches: {batches.steps_per_epoch:,} an epoch',
@@ -168,7 +166,7 @@ def teacher_answers(run):
   """The data file that the teacher wrote; it is written if it is not there."""
   c = run.config
   path = run.workdir / 'answers.jsonl'
-  if not path.exists():
+  if not hosts.of_first(path.exists):
     if c.data.train is None:
       raise UserError('config.data.train is not set: name a file of prompts')
     rows, bad = sources.load(

@@ -4,7 +4,7 @@
 
 `--config.a.b=value` overrides a setting. Run again, the same command continues
 where it stopped. `--check` shows what it would do, `--plan` what it would take;
-both run nothing.
+both run nothing. On several hosts it is started on each, see docs/scale.md.
 """
 
 import sys
@@ -19,6 +19,7 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where it all goes; default: runs/<name of the config>.'
 )
 _FORCE = binary.force_flag()
+flags.adopt_module_key_flags(binary)  # So that --help shows them.
 _CHECK = flags.DEFINE_bool(
   'check', False, 'Show settings, data, sizes and the first batch; run nothing.'
 )
@@ -60,6 +61,8 @@ def _main(argv):
     if flag.value is not None:
       raise UserError(f'--{flag.name} is of --plan; give both, or none')
   workdir = _WORKDIR.value or binary.default_workdir()
+  if not _CHECK.value:
+    binary.start_hosts()
   if _CHECK.value:
     # What the package does not import, a config of ours has.
     base = sys.modules.get('configs.base')

@@ -4,17 +4,16 @@ import json
 import os
 
 import jax
-from jax.experimental import multihost_utils
 
-from gakd_jax import UserError, fingerprint
+from gakd_jax import UserError, fingerprint, hosts
 
 
 class Partial:
   """A file of JSON lines that grows while something is made.
 
   Its first line tells under which settings the others were made; see
-  `fingerprint.check`, of `force` too. Of several processes, all read it, all at
-  once, and the first one writes.
+  `fingerprint.check`, of `force` too. Of several processes, the first one reads
+  it and tells the others, and writes.
   """
 
   def __init__(self, path, settings, force=False):
@@ -30,16 +29,17 @@ class Partial:
     Raises:
       UserError: if they were made under other settings.
     """
-    lines = []
-    if self._path.exists():
-      content = self._path.read_bytes()
-      whole = content[: content.rfind(b'\n') + 1]
-      # Not splitlines: a text may hold other ends of lines.
-      lines = self._checked(whole.split(b'\n')[:-1])
-      if jax.process_index() == 0 and whole != content:
-        os.truncate(self._path, len(whole))
-    # Before the first process adds to what others are reading.
-    multihost_utils.sync_global_devices(f'read {self._path}')
+    return hosts.of_first(self._read)
+
+  def _read(self):
+    if not self._path.exists():
+      return []
+    content = self._path.read_bytes()
+    whole = content[: content.rfind(b'\n') + 1]
+    # Not splitlines: a text may hold other ends of lines.
+    lines = self._checked(whole.split(b'\n')[:-1])
+    if whole != content:
+      os.truncate(self._path, len(whole))
     return lines
 
   def _checked(self, lines):

@@ -96,8 +96,7 @@ class RolloutLog:
     )
     rows_B = np.where(np.arange(n) < len(self._prompts), np.arange(n), -1)
     batch = pipeline.Batch(tokens, tokens, rows_B=rows_B.astype(np.int32))
-    share = n // jax.process_count()
-    own = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    own = sharding.own_rows(n, self._run.mesh)
     return sharding.put_batch(
       jax.tree.map(lambda x: x[own], batch), self._run.mesh
     )

@@ -250,14 +250,15 @@ def stream(
   places = range(len(prompts)) if places is None else places
 
   def begin(rows):
-    batch = _place(
-      _pad(prompts, rows, places, batch_size), mesh, P(sharding.BATCH_AXES)
-    )
+    batch = _pad(prompts, rows, places, batch_size)
+    if mesh:
+      place = NamedSharding(mesh, P(sharding.BATCH_AXES))
+      batch = sharding.put_whole(batch, place)
     written = _decode(
       definition, params, batch, key, sampler, max_new_tokens, eos_ids, mesh
     )
     # A process reads what it has whole.
-    return rows, _place(written, mesh, P())
+    return rows, jax.device_put(written, mesh and sharding.replicated(mesh))
 
   def finish(rows, written):
     ids_BS, end_B = jax.device_get(written)
@@ -349,10 +350,6 @@ def _fit_batch(params, batch_size):
     return None, batch_size
   ways = sharding.batch_ways(place.mesh)
   return place.mesh, -(-batch_size // ways) * ways
-
-
-def _place(arrays, mesh, spec):
-  return jax.device_put(arrays, NamedSharding(mesh, spec)) if mesh else arrays
 
 
 def _bucket(length):

@@ -174,27 +174,63 @@ def check_batch_size(batch_size, microbatch_size, mesh):
     )
 
 
+def _own_parts(mesh):
+  """Which of the `batch_ways` parts of a batch this process's devices hold.
+
+  Where `tensor` crosses hosts, several processes hold the same.
+  """
+  me = jax.process_index()
+  devices = mesh.devices.reshape(batch_ways(mesh), -1)
+  return [
+    i
+    for i, some in enumerate(devices)
+    if any(d.process_index == me for d in some)
+  ]
+
+
+def own_rows(size, mesh):
+  """Which rows of a global batch of so many this process reads: indices."""
+  rows = np.arange(size).reshape(batch_ways(mesh), -1)
+  return rows[_own_parts(mesh)].reshape(-1)
+
+
 def put_batch(batch, mesh):
   """Host rows -> global arrays split over the batch axes.
 
-  Every process passes its own rows; the global batch is their concatenation
-  in process order. An array that occurs twice in the batch is sent once.
+  Every process passes its `own_rows`. An array that occurs twice in the batch
+  is sent once.
   """
   sharding = NamedSharding(mesh, P(BATCH_AXES))
+  parts = {part: i for i, part in enumerate(_own_parts(mesh))}
   sent = {}
+
+  def send(x):
+    n = len(x) // len(parts)  # rows of a part
+
+    def of_device(index):
+      i = parts[(index[0].start or 0) // n] if n else 0
+      return x[i * n : (i + 1) * n]
+
+    shape = (n * batch_ways(mesh), *x.shape[1:])
+    return jax.make_array_from_callback(shape, sharding, of_device)
 
   def put(x):
     # The id of the leaf, which lives as long as the batch.
     if id(x) not in sent:
-      sent[id(x)] = jax.make_array_from_process_local_data(
-        sharding, np.asarray(x)
-      )
+      sent[id(x)] = send(np.asarray(x))
     return sent[id(x)]
 
   return jax.tree.map(put, batch)
 
 
+def put_whole(tree, place):
+  """What all processes have alike, as arrays at a place of theirs all."""
+  return jax.tree.map(
+    lambda x: jax.make_array_from_callback(x.shape, place, x.__getitem__), tree
+  )
+
+
 def local_rows(x):
-  """This process's rows of an array that `put_batch` placed, on the host."""
+  """This process's `own_rows` of an array that `put_batch` placed, as numpy."""
   parts = {s.index[0].start or 0: s.data for s in x.addressable_shards}
   return np.concatenate([np.asarray(parts[i]) for i in sorted(parts)])

@@ -22,6 +22,7 @@ from gakd_jax import (
   build,
   chosen,
   fingerprint,
+  hosts,
   inputs,
   keys,
   log,
@@ -43,7 +44,11 @@ def run_stages(config, workdir, force=False):
     print(f'== {name}', flush=True)
     run(stage, workdir / name, root=workdir, force=force)
   runs = {name: workdir / name for name, _ in config.stages}
-  page.write(workdir / 'report.html', runs, answers=config.report.answers)
+  hosts.only_first(
+    lambda: page.write(
+      workdir / 'report.html', runs, answers=config.report.answers
+    )
+  )
 
 
 def run(config, workdir, root=None, force=False):
@@ -70,12 +75,10 @@ def run(config, workdir, root=None, force=False):
 def _run(config, workdir, root, force):
   _forget_peak_memory()
   fingerprint.begin(workdir, force, config=fingerprint.as_json(config))
-  if rundir.is_finished(workdir):
-    if not (workdir / 'report.html').exists():  # It was stopped just there.
-      _write_report(config, workdir)
-    print(f'{workdir} has finished; its report is {workdir}/report.html')
-    return rundir.read_results(workdir)
-  config = rundir.resolve_stages(config, root)
+  found = hosts.of_first(lambda: _finished(config, workdir))
+  if found:
+    return found
+  config = hosts.of_first(lambda: rundir.resolve_stages(config, root))
   config.data.template = best.template_of(
     config.student.path, config.data.template
   )
@@ -99,6 +102,20 @@ def _run(config, workdir, root, force):
     'peak_memory_gb': _peak_memory_gb(),
     **found,
   }
+  return hosts.of_first(lambda: _finish(config, workdir, results))
+
+
+def _finished(config, workdir):
+  """The results of a run that has finished; else None."""
+  if not rundir.is_finished(workdir):
+    return None
+  if not (workdir / 'report.html').exists():  # It was stopped just there.
+    _write_report(config, workdir)
+  print(f'{workdir} has finished; its report is {workdir}/report.html')
+  return rundir.read_results(workdir)
+
+
+def _finish(config, workdir, results):
   rundir.finish(workdir, results)
   _write_report(config, workdir)
   return rundir.read_results(workdir)
@@ -179,7 +196,8 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
   start = int(state.step)
   rollouts = rollout_log.RolloutLog(run, start, total)
   texts = _Texts(run, batches, total)
-  wants_to_save = False
+  any_of = hosts.AnyOf()
+  stops = wants_to_save = False
 
   def due(every, now):
     return now == total or (every > 0 and now % every == 0)
@@ -222,7 +240,8 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
       ]
       if names or due(c.eval_every, now):
         evaluate(state.params['student'], now, names)
-      wants_to_save |= due(c.checkpoint.every, now) or stop.requested
+      stops |= any_of(stop.requested)
+      wants_to_save |= due(c.checkpoint.every, now) or stops
       wants_to_save |= chosen.is_enough(c.checkpoint, host)
       if wants_to_save and not texts.ahead:
         wants_to_save = False
@@ -230,7 +249,7 @@ def _loop(run, state, host, train_step, batches, total, checkpoints):
         checkpoints.save(now, state, host | {'data': batches.get_state()})
       if host['is_best']:  # Only then: an export that fails loses no step.
         chosen.export(run, state.params['student'], host['best'])
-      if stop.requested and now < total and not texts.ahead:
+      if stops and now < total and not texts.ahead:
         checkpoints.wait()
         raise Interrupted(
           f'stopped and saved at step {now} of {total}; the same command '

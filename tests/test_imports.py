@@ -37,6 +37,8 @@ LEVELS = (
     'binary',
     'settings',
     'partial',
+    'hosts',
+    'rollcall',
   ),
 )
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}

@@ -1,5 +1,7 @@
 """Meshes, global batches, and the table that places parameters."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -72,6 +74,35 @@ def test_a_batch_is_split_over_data_and_fsdp_and_repeats_are_sent_once():
   assert global_BT.sharding.spec == P(('data', 'fsdp'))
   rows = {s.index[0].start for s in global_BT.addressable_shards}
   assert rows == {0, 2, 4, 6}
+
+
+@pytest.mark.parametrize(
+  ('owner', 'rows'),
+  [
+    # data 2, fsdp 2, tensor 2: each host has a part of the batch,
+    ([[[0, 0], [0, 0]], [[1, 1], [1, 1]]], {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}),
+    # or two have the same, and others share another,
+    ([[[0, 1], [0, 1]], [[2, 3], [2, 3]]], {0: [0, 1, 2, 3], 3: [4, 5, 6, 7]}),
+    # or parts that are no neighbours.
+    ([[[0, 0], [1, 1]], [[0, 0], [1, 1]]], {0: [0, 1, 4, 5], 1: [2, 3, 6, 7]}),
+  ],
+)
+def test_rows_go_where_the_devices_of_their_part_are(monkeypatch, owner, rows):
+  device = types.SimpleNamespace
+  mesh = types.SimpleNamespace(
+    devices=np.vectorize(lambda i: device(process_index=i))(np.array(owner)),
+    shape={'data': 2, 'fsdp': 2, 'tensor': 2},
+  )
+  for process, expected in rows.items():
+    monkeypatch.setattr(jax, 'process_index', lambda p=process: p)
+    assert sharding.own_rows(8, mesh).tolist() == expected
+
+
+def test_rows_come_back_in_the_order_in_which_they_went():
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  ids_BT = np.arange(24, dtype=np.int32).reshape(8, 3)
+  put = sharding.put_batch(ids_BT, mesh)
+  np.testing.assert_array_equal(sharding.local_rows(put), ids_BT)
 
 
 class Rows:

@@ -150,7 +150,7 @@ class Batches:
     self._texts = texts
     self._plan = plan  # epoch -> arrange.Plan
     self._pad_id = pad_id
-    self._rows = rows  # The part of a global batch that is this process's.
+    self._rows = rows  # Those of a global batch that are this process's.
     self._room = room
     self._epochs = epochs
     self._starts = [0]  # First step of each epoch, as far as is known.
@@ -173,7 +173,7 @@ class Batches:
       raise StopIteration
     i = self._step - self._first_step(self._epoch)
     length, bins = self._plan(self._epoch)[i]
-    bins = bins[self._rows]
+    bins = [bins[row] for row in self._rows]
     texts = [[self._texts[i] for i in b] for b in bins]
     length += self._room
     self._step += 1
@@ -218,15 +218,15 @@ def batches(
   epochs=None,
   weights=None,
   drop_last=False,
-  process_index=0,
-  process_count=1,
+  rows=None,
 ):
   """Returns the Batches of some epochs (None: endless) as numpy arrays.
 
   texts: `texts.Texts`, of which none is longer than max_length and room, or
     `aligned.Aligned`, whose two texts of a row stand in buckets of one length.
   pad_id: of the student; of both models if there are two tokenizers.
-  batch_size: rows of the global batch, of which this process gets its slice.
+  batch_size: rows of the global batch.
+  rows: indices of those that are made, `sharding.own_rows`; None: all.
   buckets: batch lengths, ascending to max_length (None: default_buckets).
   room: tokens that every batch has beyond its bucket, for responses that are
     still to be written: rows are then bucketed by their prompts, or by as much
@@ -247,11 +247,8 @@ def batches(
       'packed rows have no room for responses that are still to be written; '
       'set config.data.packing to False'
     )
-  if batch_size < 1 or batch_size % process_count:
-    raise UserError(
-      f'batch_size is {batch_size}: it must be a multiple of the '
-      f'{process_count} processes'
-    )
+  if batch_size < 1:
+    raise UserError(f'batch_size is {batch_size}: it must be at least 1')
   if not len(texts):
     raise UserError('there are no texts to make batches of')
   lengths = np.maximum(texts.prompts, texts.lengths - room)
@@ -275,6 +272,6 @@ def batches(
       'nothing is left of it without its last batch; set config.data.drop_last '
       'to False'
     )
-  share = batch_size // process_count
-  rows = slice(process_index * share, (process_index + 1) * share)
+  if rows is None:
+    rows = range(batch_size)
   return Batches(texts, plan, epochs, pad_id, rows, room)

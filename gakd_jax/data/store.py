@@ -131,4 +131,9 @@ def _write(directory, key, make):
       ),
     }
     (new / 'about.json').write_text(json.dumps(about, indent=2) + '\n')
-    new.rename(directory)
+    try:
+      new.rename(directory)
+    except OSError:
+      # Another host was as quick, on a file system without locks.
+      if _read(directory) is None:
+        raise

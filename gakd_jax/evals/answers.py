@@ -2,10 +2,7 @@
 
 import json
 
-import jax
-from jax.experimental import multihost_utils
-
-from gakd_jax import UserError, log
+from gakd_jax import UserError, hosts, log
 
 
 def path_of(workdir, name, seed):
@@ -24,25 +21,28 @@ def prompt(index, row, tag):
 
 
 def write(workdir, name, seed, lines):
-  """Writes the file; on several processes, all may read it afterwards."""
-  path = path_of(workdir, name, seed)
-  if jax.process_index() == 0:
+  """Writes the file; of several processes, the first one."""
+
+  def do():
     text = ''.join(log.to_json(x) + '\n' for x in lines)
-    log.write_atomically(path, text)
-  multihost_utils.sync_global_devices(f'wrote {path}')
+    log.write_atomically(path_of(workdir, name, seed), text)
+
+  hosts.only_first(do)
 
 
 def keep(source, workdir, step):
   """Copies what was answered at a step from one run's directory to another's.
 
-  Of several processes, the first one; all may read it afterwards.
+  Of several processes, the first one does.
   """
-  if jax.process_index() == 0:
+
+  def do():
     for path in sorted((source / 'answers').glob('*.jsonl')):
       text = path.read_text('utf-8')
       if json.loads(text.partition('\n')[0])['step'] == step:
         log.write_atomically(workdir / 'answers' / path.name, text)
-  multihost_utils.sync_global_devices(f'kept {workdir}')
+
+  hosts.only_first(do)
 
 
 def read(workdir, name, seed):

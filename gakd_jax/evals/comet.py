@@ -9,7 +9,7 @@ import dataclasses
 import os
 from typing import ClassVar
 
-from gakd_jax import UserError
+from gakd_jax import UserError, hosts
 from gakd_jax.evals import answers, statistics
 from gakd_jax.evals.generation import Generation
 
@@ -33,6 +33,9 @@ class Comet:
   def run(self, subject, params, tag):
     """'comet', 0 to 100, mean over rows and seeds, by the first reference."""
     del params, tag
+    return {'metrics': {'comet': hosts.of_first(lambda: self._score(subject))}}
+
+  def _score(self, subject):
     comet = _package()
     path = self.model
     if not os.path.exists(path):
@@ -46,7 +49,7 @@ class Comet:
       ]
       output = model.predict(texts, batch_size=self.batch_size, gpus=0)
       means[seed] = 100 * output.system_score
-    return {'metrics': {'comet': statistics.over_seeds(means)}}
+    return statistics.over_seeds(means)
 
 
 def _package():

@@ -14,7 +14,7 @@ import dataclasses
 import statistics
 from typing import ClassVar
 
-from gakd_jax import UserError
+from gakd_jax import UserError, hosts
 from gakd_jax.evals import answers, extract, loss, scores, tasks
 from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.evals.generation import Generation
@@ -76,7 +76,11 @@ class Fidelity:
 
   def _answers(self, workdir):
     """The lines of all prompts, for each seed."""
-    return [answers.read(workdir, self.of.name, seed) for seed in self.of.seeds]
+    return hosts.of_first(
+      lambda: [
+        answers.read(workdir, self.of.name, seed) for seed in self.of.seeds
+      ]
+    )
 
   def _ids(self, lines):
     """The token ids of each answer."""

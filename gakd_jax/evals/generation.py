@@ -309,7 +309,7 @@ class Generation:
 
 def _record_speed(workdir, name, speed):
   """Adds to speed.json: no result, as it is never twice the same."""
-  if jax.process_index() == 0:
+  if jax.process_index() == 0:  # Nobody reads it in the run.
     file = workdir / 'speed.json'
     known = json.loads(file.read_text()) if file.exists() else {}
     log.write_atomically(file, log.to_json(known | {name: speed}, indent=2))

@@ -56,15 +56,15 @@ class Loss:
 def measure(subject, params, pairs, batch_size):
   """{metric: mean over response tokens} of (prompt ids, response ids)."""
   ways = sharding.batch_ways(subject.mesh)
+  # Empty rows fill up what the mesh cannot divide.
+  batch_size = -(-batch_size // ways) * ways
   batches = pipeline.batches(
     texts_lib.of(pairs),
-    # Empty rows fill up what the mesh cannot divide.
-    batch_size=-(-batch_size // ways) * ways,
+    batch_size=batch_size,
     max_length=subject.max_length,
     pad_id=tokenizer_lib.pad_id(subject.models.tokenizer),
     epochs=1,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    rows=sharding.own_rows(batch_size, subject.mesh),
   )
   totals = {}
   for batch in batches:

@@ -106,14 +106,14 @@ class MultipleChoice:
         size = {'tokens': len(pairs[-1][1]), 'bytes': len(text.encode())}
         sizes.append(size.get(self.normalise, 1))
     ways = sharding.batch_ways(subject.mesh)
+    batch_size = -(-self.batch_size // ways) * ways
     batches = pipeline.batches(
       texts_lib.of(pairs),
-      batch_size=-(-self.batch_size // ways) * ways,
+      batch_size=batch_size,
       max_length=max(len(prompt) + len(option) for prompt, option in pairs),
       pad_id=tokenizer_lib.pad_id(tokenizer),
       epochs=1,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      rows=sharding.own_rows(batch_size, subject.mesh),
     )
     whole = sharding.replicated(subject.mesh)
     scores = [None] * len(pairs)

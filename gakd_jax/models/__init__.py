@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from gakd_jax import UserError, keys, sharding
+from gakd_jax import UserError, hosts, keys, sharding
 from gakd_jax.models import (
   convert,
   families,
@@ -254,9 +254,7 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None, describe=None):
   others hold.
   """
   path = Path(path).resolve()
-  is_model = path.is_dir() and any(path.glob('*.safetensors'))
-  if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_model):
-    raise UserError(f'{path}: is not a model that could be replaced')
+  hosts.only_first(lambda: _check_replaceable(path))
   adapters = lora.adapters(model)
   linears = lora.projections(model).values()
   if not adapters and any(linear.is_quantized for linear in linears):
@@ -286,6 +284,12 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None, describe=None):
     new.rename(path)
     shutil.rmtree(old, ignore_errors=True)
   multihost_utils.sync_global_devices(f'saved {path}')
+
+
+def _check_replaceable(path):
+  is_model = path.is_dir() and any(path.glob('*.safetensors'))
+  if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_model):
+    raise UserError(f'{path}: is not a model that could be replaced')
 
 
 def _save_whole(model, path, max_shard_bytes, report):

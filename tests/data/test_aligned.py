@@ -212,8 +212,7 @@ def test_a_process_without_a_row_has_all_arrays(load):
         max_length=64,
         buckets=(64,),
         pad_id=PADS,
-        process_index=i,
-        process_count=2,
+        rows=[i],
       )
     )
     for i in range(2)

@@ -235,10 +235,9 @@ def test_processes_share_the_global_batch(packing):
       seed=3,
       packing=packing,
       epochs=1,
-      process_index=i,
-      process_count=2,
+      rows=rows,
     )
-    for i in range(2)
+    for rows in ([0, 1], [2, 3])
   ]
   for batch, a, b in zip(whole, *parts, strict=True):
     assert a.student.ids_BT.shape[0] == 2
@@ -251,8 +250,8 @@ def test_bad_arguments():
     make(some_texts(), buckets=(8, 16))
   with pytest.raises(UserError, match='must ascend'):
     make(some_texts(), buckets=(16, 8, 32))
-  with pytest.raises(UserError, match='multiple of the 3 processes'):
-    make(some_texts(), process_count=3)
+  with pytest.raises(UserError, match='batch_size is 0: it must be at least 1'):
+    make(some_texts(), batch_size=0)
   with pytest.raises(UserError, match='no texts'):
     make(texts.of([]))
   with pytest.raises(UserError, match=r'without its last batch; set .*drop_la'):
