@@ -30,14 +30,16 @@ RULES = (
 )
 
 
-def make_mesh(data=-1, fsdp=1, tensor=1):
-  """A mesh of the first data x fsdp x tensor devices.
+def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
+  """A mesh of the first data x fsdp x tensor devices, of all that there are.
 
-  One size may be -1: whatever is left. Several hosts use all their devices.
+  One size may be -1: whatever is left. Several hosts use all their devices, and
+  others that are given are used all (`targets`).
   """
   sizes = [data, fsdp, tensor]
-  n = jax.device_count()
-  needs_all = -1 in sizes or jax.process_count() > 1
+  needs_all = -1 in sizes or jax.process_count() > 1 or devices is not None
+  devices = jax.devices() if devices is None else devices
+  n = len(devices)
   if sizes.count(-1) == 1 and 0 not in sizes:
     sizes[sizes.index(-1)] = n // math.prod(s for s in sizes if s != -1)
   size = math.prod(sizes)
@@ -50,7 +52,7 @@ def make_mesh(data=-1, fsdp=1, tensor=1):
     tuple(sizes),
     ('data', 'fsdp', 'tensor'),
     axis_types=(AxisType.Auto,) * 3,
-    devices=jax.devices()[:size],
+    devices=devices[:size],
   )
 
 
