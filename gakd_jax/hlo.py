@@ -30,6 +30,9 @@ _BRANCHES = re.compile(
   r'(?:branch_computations=\{|true_computation=|false_computation=)'
   r'(%?[\w.-]+(?:, ?%?[\w.-]+)*)'
 )
+# So many devices as "[2,4]", and in which order: "T(1,0)".
+_IDS = r'\[([\d,]+)\](?:T\(([\d,]+)\))?'
+_ENDS = 'custom_call_target="AsyncCollectiveDone"'
 _DTYPES = {'pred': 8, 'bf16': 16}
 
 
@@ -73,6 +76,20 @@ class _Instruction:
   def attribute(self, pattern):
     found = re.search(pattern, self.rest)
     return found and found[1]
+
+  @property
+  def operands(self):
+    """Names of instructions of the same computation."""
+    return re.findall(r'%([\w.-]+)', self.rest[: self.rest.find(')')])
+
+  @property
+  def number(self):
+    """Of a constant integer; None of anything else."""
+    if self.opcode != 'constant' or not self.shape.startswith(
+      ('s32[]', 'u32[]')
+    ):
+      return None
+    return int(self.rest[: self.rest.find(')')])
 
 
 def transfers(text, turns=1):
@@ -119,29 +136,27 @@ class _Program:
 
   def _of_loop(self, name, times, loops):
     """Those of a loop's body, or of the whole program, and of loops in it."""
-    found, channels = [], set()
-    self._visit(name, times, loops, found, channels)
+    found = []
+    self._visit(name, times, loops, found)
     return found
 
-  def _visit(self, name, times, loops, found, channels):
+  def _visit(self, name, times, loops, found):
     body = self.computations[name]
+    if any(_ENDS in x.rest for x in body):
+      return  # On a TPU: the transfer stands where it starts, and here again.
     for x in body:
       kind, _, phase = x.opcode.partition('-start')
       if x.opcode == 'while':
         inner = x.attribute(r'body=%?([\w.-]+)')
         found += self._of_loop(inner, times * self._turns(x), loops + 1)
       elif kind in KINDS and not phase:
-        # Clones of one collective share its channel.
-        channel = x.attribute(r'channel_id=(\d+)')
-        if channel is None or channel not in channels:
-          channels.add(channel)
-          found.append(self._transfer(kind, x, body, name, times, loops))
+        found.append(self._transfer(kind, x, body, name, times, loops))
       elif x.opcode not in ('async-update', 'async-done'):
         for called in _CALLED.findall(x.rest):
-          self._visit(called, times, loops, found, channels)
+          self._visit(called, times, loops, found)
         for branches in _BRANCHES.findall(x.rest):
           for branch in re.findall(r'[\w.-]+', branches):
-            self._visit(branch, times, loops, found, channels)
+            self._visit(branch, times, loops, found)
 
   def _transfer(self, kind, x, body, computation, times, loops):
     shape, groups = x.shape, self._groups(x.rest)
@@ -164,20 +179,17 @@ class _Program:
     """Of devices, from `replica_groups` in any of their notations."""
     if found := re.search(r'replica_groups=\{(\{.*?\})\}', text):
       rows = re.findall(r'\{([\d,]*)\}', found[1])
-      return np.array([[int(n) for n in row.split(',')] for row in rows])
+      return np.array([_numbers(row) for row in rows])
+    if found := re.search(rf'replica_groups=\[(\d+),(\d+)\]<={_IDS}', text):
+      return _ids(*found.groups()[2:]).reshape(int(found[1]), int(found[2]))
     if found := re.search(
-      r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text
-    ):
-      sizes = _numbers(found[3])
-      ids = np.arange(math.prod(sizes)).reshape(sizes)
-      if found[4]:
-        ids = ids.transpose(_numbers(found[4]))
-      return ids.reshape(int(found[1]), int(found[2]))
-    if found := re.search(
-      r'replica_groups=mesh\[(.*?)\] *\{(.*?)\}(?:.*?device_ids=\((.*?)\))?',
+      rf'replica_groups=mesh\[(.*?)\](?:, device_ids=\({_IDS}\))? *\{{(.*?)\}}',
       text,
     ):
-      return _mesh_groups(*found.groups()[:2])
+      mesh, sizes, order, axes = found.groups()
+      ids = _ids(sizes or str(self.devices), order)
+      return _mesh_groups(mesh, axes, ids)
+    assert 'replica_groups={}' in text or 'replica_groups' not in text, text
     return np.arange(self.devices)[None]
 
   def _turns(self, loop):
@@ -185,35 +197,59 @@ class _Program:
     if known:
       return int(known)
     condition = loop.attribute(r'condition=%?([\w.-]+)')
-    return max(self._constants(condition), default=self.turns)
+    limit = max(self._constants(condition), default=None)
+    if limit is None:
+      return self.turns
+    return -(-limit // self._step(loop, condition))
 
   def _constants(self, name):
     """Numbers that a condition compares with."""
     for x in self.computations[name]:
-      value = re.match(r'(\d+)\)', x.rest)
-      if x.opcode == 'constant' and x.shape.startswith('s32[]') and value:
-        yield int(value[1])
+      if (value := x.number) is not None:
+        yield value
       for called in _CALLED.findall(x.rest):
         yield from self._constants(called)
 
+  def _step(self, loop, condition):
+    """By how much the body moves what the condition looks at; 1 if unclear."""
+    looked_at = {
+      x.attribute(r'index=(\d+)')
+      for x in self.computations[condition]
+      if x.opcode == 'get-tuple-element'
+    }
+    body = self.computations[loop.attribute(r'body=%?([\w.-]+)')]
+    by_name = {x.name: x for x in body}
+    results = by_name[body[-1].name].operands
+    if len(looked_at) != 1 or not results:
+      return 1
+    new = by_name[results[int(looked_at.pop())]]
+    added = [by_name[name].number for name in new.operands if name in by_name]
+    added = [n for n in added if n]
+    return added[0] if new.opcode == 'add' and added else 1
 
-def _mesh_groups(mesh, axes):
+
+def _ids(sizes, order):
+  """Device ids as in "2,4" and "1,0": so many, in this order of dimensions."""
+  ids = np.arange(math.prod(_numbers(sizes))).reshape(_numbers(sizes))
+  return (ids.transpose(_numbers(order)) if order else ids).flatten()
+
+
+def _mesh_groups(mesh, axes, ids):
   """Of "'a'=2,'b'=4" and "'b'", or "'b':(1)2": 2 of what is left after 1."""
-  sizes = {k: int(n) for k, n in re.findall(r"'(\w+)'=(\d+)", mesh)}
-  parts = {name: [n] for name, n in sizes.items()}
-  wanted = set()
+  parts, wanted = {}, set()
+  for name, n in re.findall(r"'(\w+)'=(\d+)", mesh):
+    parts[name] = [int(n)]
   for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes):
     if size:
-      pre, size = int(before), int(size)
-      parts[name] = [pre, size, sizes[name] // (pre * size)]
+      before, size = int(before), int(size)
+      parts[name] = [before, size, parts[name][0] // (before * size)]
     wanted.add((name, 1 if size else 0))
-  names = [(name, i) for name in sizes for i in range(len(parts[name]))]
-  shape = [n for name in sizes for n in parts[name]]
-  ids = np.arange(math.prod(shape)).reshape(shape)
+  names = [(name, i) for name in parts for i in range(len(parts[name]))]
+  shape = [n for sizes in parts.values() for n in sizes]
   inside = [i for i, name in enumerate(names) if name in wanted]
   outside = [i for i in range(len(names)) if i not in inside]
   members = math.prod(shape[i] for i in inside)
-  return ids.transpose(outside + inside).reshape(-1, members)
+  return ids.reshape(shape).transpose(outside + inside).reshape(-1, members)
 
 
 def _numbers(text):

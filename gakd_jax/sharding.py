@@ -110,19 +110,20 @@ def copies(x_VD):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or batch_ways(mesh) == 1:
     return None
-  spec = _spec('head_weight', x_VD.shape, mesh)
-  is_split = mesh.shape['fsdp'] > 1 and spec[1] == 'fsdp'
+  vocabulary, width = _spec('head_weight', x_VD.shape, mesh)
 
   def local(x_VD):
-    if is_split:
-      x_VD = jax.lax.all_gather(x_VD, 'fsdp', axis=1, tiled=True)
+    if width and mesh.shape[width] > 1:
+      x_VD = jax.lax.all_gather(x_VD, width, axis=1, tiled=True)
     return x_VD[None]
 
+  # Over `tensor` as well, which would else be gathered with it: the compiler
+  # does not split what it did not make.
   return jax.shard_map(
     local,
-    in_specs=P(None, 'fsdp' if is_split else None),
-    out_specs=P(BATCH_AXES),
-    axis_names=set(BATCH_AXES),
+    in_specs=P(vocabulary, width),
+    out_specs=P(BATCH_AXES, vocabulary),
+    axis_names={*BATCH_AXES, *filter(None, [vocabulary])},
     check_vma=False,
   )(x_VD)
 
