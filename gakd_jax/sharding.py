@@ -101,6 +101,12 @@ def batch_ways(mesh):
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def ways(axis):
+  """Into how many parts an axis of the mesh in force splits; 1 without."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape[axis]
+
+
 def copies(x_VD):
   """A whole copy of a vocabulary head on each device that splits rows.
 
@@ -114,7 +120,10 @@ def copies(x_VD):
 
   def local(x_VD):
     if width and mesh.shape[width] > 1:
-      x_VD = jax.lax.all_gather(x_VD, width, axis=1, tiled=True)
+      # Along a new first dimension: the gradient of that is scattered; of
+      # columns, TPUs would make a sum on all devices first.
+      x_fVd = jax.lax.all_gather(x_VD, width)
+      x_VD = x_fVd.swapaxes(0, 1).reshape(x_VD.shape[0], -1)
     return x_VD[None]
 
   # Over `tensor` as well, which would else be gathered with it: the compiler

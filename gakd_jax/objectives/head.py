@@ -419,8 +419,7 @@ def _logits(hidden_ND, head_VD):
 
 def _parts(head_VD):
   """How many devices split a vocabulary: P."""
-  mesh = jax.sharding.get_abstract_mesh()
-  ways = 1 if mesh.empty else mesh.shape['tensor']
+  ways = sharding.ways('tensor')
   return ways if head_VD.shape[0] % ways == 0 else 1
 
 
