@@ -129,10 +129,10 @@ def test_what_a_tpu_moves():
   assert gather == ('all-gather', shapes, [[0, 2], [1, 3]], 1, 0, sent)
   assert scatter[:2] == ('reduce-scatter', (('f32', (4, 2)),))
   assert scatter[-1] == 128 * 3 / 4
-  # 6, two at a time; as often as data say, here 20.
+  # 6 by steps of 2; as often as data say, here 20.
   assert [x[0] for x in (known, free)] == ['collective-permute'] * 2
   assert known[3:] == (3, 1, 3 * 16)
-  assert free[3:] == (10, 1, 10 * 16)
+  assert free[3:] == (20, 1, 20 * 16)
 
 
 def test_half_of_an_axis_is_a_group():
