@@ -197,8 +197,8 @@ class _Program:
     if known:
       return int(known)
     condition = loop.attribute(r'condition=%?([\w.-]+)')
-    limit = max(self._constants(condition), default=None)
-    if limit is None:
+    limit = max(self._constants(condition), default=0)
+    if not limit:  # "As long as any row": a comparison with 0, or with none.
       return self.turns
     return -(-limit // self._step(loop, condition))
 

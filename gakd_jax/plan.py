@@ -83,13 +83,13 @@ def make(config, mesh, target=None):
   total = config.train.steps or 10**9
   training = build.training(run, 0, total)
   state, frozen = training.state, run.models.frozen
-  batch = _batch(config, mesh, run.writer)
+  batch = shapes_of_batch(config, mesh, run.writer)
   options = None
   if target is not None:
     options = target.options
   elif _hoists(config):
     options = _NO_HOISTING
-  compiled = _compiled(
+  compiled = compile_for(
     training.step.lower(state, run.models, batch), target, options
   )
   parts = _resident(state, frozen, batch)
@@ -112,7 +112,7 @@ def make(config, mesh, target=None):
     moved = hlo.transfers(compiled.as_text(), chunks)
   if run.writer.room:
     # Before the step: what it takes more than that.
-    rollout = _compiled(
+    rollout = compile_for(
       run.writer.lower(run.models, state.params['student'], batch),
       target,
       target and target.options,
@@ -145,7 +145,7 @@ def make(config, mesh, target=None):
   )
 
 
-def _compiled(lowered, target, options):
+def compile_for(lowered, target, options):
   """Compiled; says so in one line if the target's compiler finds no room."""
   try:
     return lowered.compile(compiler_options=options)
@@ -172,7 +172,7 @@ def _reads(run, parts, trees, microbatches):
   return sum(parts.values()) + weights * (microbatches + run.writer.room)
 
 
-def _batch(config, mesh, writer):
+def shapes_of_batch(config, mesh, writer):
   """The longest rows there can be, as shapes; both models read the same."""
   B, T = config.train.batch_size, config.data.max_length
   place = jax.NamedSharding(mesh, jax.P(sharding.BATCH_AXES))

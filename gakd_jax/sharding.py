@@ -120,10 +120,7 @@ def copies(x_VD):
 
   def local(x_VD):
     if width and mesh.shape[width] > 1:
-      # Along a new first dimension: the gradient of that is scattered; of
-      # columns, TPUs would make a sum on all devices first.
-      x_fVd = jax.lax.all_gather(x_VD, width)
-      x_VD = x_fVd.swapaxes(0, 1).reshape(x_VD.shape[0], -1)
+      x_VD = jax.lax.all_gather(x_VD, width, axis=1, tiled=True)
     return x_VD[None]
 
   # Over `tensor` as well, which would else be gathered with it: the compiler
