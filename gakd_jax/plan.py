@@ -78,6 +78,11 @@ def make(config, mesh, target=None):
   Raises:
     UserError: if the target's compiler finds no room.
   """
+  with jax.set_mesh(mesh):
+    return _make(config, mesh, target)
+
+
+def _make(config, mesh, target):
   run = build.abstract(config, mesh)
   # How many steps there are changes no shape; 0 an epoch fit any warm-up.
   total = config.train.steps or 10**9

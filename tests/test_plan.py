@@ -55,8 +55,7 @@ def config(pair):
 
 def planned(config):
   mesh = sharding.make_mesh(**config.mesh)
-  with jax.set_mesh(mesh):
-    return plan.make(config, mesh)
+  return plan.make(config, mesh)
 
 
 @pytest.fixture(scope='module')
