@@ -104,8 +104,7 @@ def _compare(config):
 
 _BOUND = (
   "bounds by the makers' figures: a step takes the largest of its times at "
-  'least, and their sum where none is hidden behind another; real steps reach '
-  'about half of the peak in arithmetic'
+  'least, and their sum where none is hidden behind another'
 )
 
 
