@@ -119,7 +119,9 @@ def build(config, workdir, mesh, force=False, weights=True):
     shape = models.read_config(path, **shape)
     _check_vocabulary(path, tokenizer, shape)
     _check_positions(path, config.data.max_length, shape)
-    choose_backend(config.attention, shape, config.train.precision)
+    choose_backend(
+      config.attention, shape, config.train.precision, _platform(mesh)
+    )
   readers = _readers(config, objective, writer, tokenizers, paths)
   evaluators = evaluator_lib.make(
     config.evals,
@@ -297,6 +299,7 @@ def _assemble(config, mesh, objective, writer, load, tokenizers=(), **rest):
     teacher,
     dtype=config.train.precision,
     attention=config.attention,
+    platform=_platform(mesh),
     remat=config.student.remat,
     packed=config.data.packing,
     tokenizers=tokenizers,
@@ -322,6 +325,11 @@ def _assemble(config, mesh, objective, writer, load, tokenizers=(), **rest):
     shapes=shapes,
     **rest,
   )
+
+
+def _platform(mesh):
+  """'cpu', 'gpu' or 'tpu': of a mesh, whose devices may be elsewhere."""
+  return mesh.devices.flat[0].platform
 
 
 def _put_adapters(model, config, mesh):

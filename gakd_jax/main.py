@@ -12,7 +12,7 @@ import sys
 import jax
 from absl import flags
 
-from gakd_jax import UserError, binary, build, check, plan, train
+from gakd_jax import UserError, binary, build, check, planning, train
 
 _CONFIG = binary.config_flag('The experiment.')
 _WORKDIR = flags.DEFINE_string(
@@ -40,6 +40,13 @@ _PLAN_TFLOPS = flags.DEFINE_float(
 )
 
 
+_PLAN_TARGET = flags.DEFINE_string(
+  'plan_target',
+  None,
+  'Plan for machines that are not here, as h100:8 or v5p:2x2x2; all: compare.',
+)
+
+
 def _main(argv):
   if len(argv) > 1:
     raise UserError(f'unknown argument {argv[1]!r}; flags look like --name=x')
@@ -51,13 +58,24 @@ def _main(argv):
   if _CHECK.value and _PLAN.value:
     raise UserError('--check and --plan: give one of them')
   if _PLAN.value:
+    if _PLAN_TARGET.value is not None:
+      if _PLAN_DEVICES.value is not None:
+        raise UserError(
+          '--plan_target has its own devices; leave out the other'
+        )
+      jax.config.update('jax_platforms', 'cpu')
     if _PLAN_DEVICES.value is not None:
       # In time: the backend has not started.
       jax.config.update('jax_platforms', 'cpu')
       jax.config.update('jax_num_cpu_devices', _PLAN_DEVICES.value)
-    plan.run(config, _PLAN_MEMORY_GB.value, _PLAN_TFLOPS.value)
+    planning.run(
+      config,
+      _PLAN_MEMORY_GB.value,
+      _PLAN_TFLOPS.value,
+      _PLAN_TARGET.value,
+    )
     return
-  for flag in (_PLAN_DEVICES, _PLAN_MEMORY_GB, _PLAN_TFLOPS):
+  for flag in (_PLAN_DEVICES, _PLAN_MEMORY_GB, _PLAN_TFLOPS, _PLAN_TARGET):
     if flag.value is not None:
       raise UserError(f'--{flag.name} is of --plan; give both, or none')
   workdir = _WORKDIR.value or binary.default_workdir()

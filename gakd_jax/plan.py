@@ -1,27 +1,24 @@
-"""What a run would take, without running it: memory, operations, time.
-
-  python -m gakd_jax.main --config=configs/rkl_0p6b.py --plan \\
-    --plan_devices=8 --plan_memory_gb=80 --plan_tflops=400
+"""What a train step takes, without running it: memory, operations, transfers.
 
 The train step is compiled for shapes: of the models, config.json is read and
 nothing else; no array is made, and there need be no data. Arguments of the step
 are counted from their shapes and places, temporaries by the compiler, and
 operations by formula (`flops`): the compiler's own count takes a loop for one
-pass of its body, be it over layers, microbatches or chunks of the head.
+pass of its body, be it over layers, microbatches or chunks of the head. With a
+`targets.Target`, its own compiler says what moves between devices (`hlo`).
 """
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from gakd_jax import UserError, build, flops, log, rundir, sharding
+from gakd_jax import UserError, build, flops, hlo, sharding
 from gakd_jax.data import pipeline
 from gakd_jax.objectives.base import Own
-
-GB = 1e9
 
 # A CPU multiplies in float32, and has no 4-bit integers. Left to itself, its
 # compiler takes the conversion of all layers' weights out of the loop over
@@ -43,46 +40,62 @@ class Plan:
   bytes: dict  # part: number; their sum is the peak
   flops: dict  # part: number
   compiled: Any
+  # Of a target: what moves between devices, and what a device reads, in bytes.
+  transfers: list = dataclasses.field(default_factory=list)
+  reads: float = 0.0
 
   @property
   def peak(self):
     return sum(self.bytes.values())
 
+  def sent(self):
+    """{kind: bytes that a device sends}, of those of `hlo.KINDS` there are."""
+    sent = {
+      kind: sum(t.sent for t in self.transfers if t.kind == kind)
+      for kind in hlo.KINDS
+    }
+    return {kind: n for kind, n in sent.items() if n}
 
-def run(config, memory_gb=None, tflops=None):
-  """Prints the plan of a config, or of each of its stages.
+  def seconds(self, target):
+    """{what takes them: seconds of a step at the target's peak}.
 
-  Args:
-    config: see configs/base.py.
-    memory_gb: of a device; the rows that fit into it are estimated.
-    tflops: what a device sustains, 10^12 a second; gives the time of a step.
+    A step takes the largest at least, and all of them if none is hidden behind
+    another.
+    """
+    kind = target.kind
+    return {
+      'arithmetic': sum(self.flops.values()) / (self.devices * kind.flops),
+      'memory': self.reads / kind.bandwidth,
+      'links': sum(target.seconds(t) for t in self.transfers),
+    }
+
+
+def make(config, mesh, target=None):
+  """The `Plan` of a config whose paths are directories or hub ids.
+
+  target: a `targets.Target` whose devices make the mesh; None: this machine.
+
+  Raises:
+    UserError: if the target's compiler finds no room.
   """
-  for name, limit in (('memory_gb', memory_gb), ('tflops', tflops)):
-    if limit is not None and not limit > 0:
-      raise UserError(f'--plan_{name}={limit} must be positive')
-  stages = dict(config.stages)
-  for name, stage in stages.items() or [('', config)]:
-    if name:
-      print(f'== {name}')
-    stage = rundir.stage_shapes(stage, stages)
-    if stage.train.steps == 0:
-      print('it trains nothing: there is no step to plan')
-      continue
-    mesh = _make_mesh(stage.mesh)
-    with jax.set_mesh(mesh):
-      _show(make(stage, mesh), stage, mesh, memory_gb, tflops)
+  with jax.set_mesh(mesh):
+    return _make(config, mesh, target)
 
 
-def make(config, mesh):
-  """The `Plan` of a config whose paths are directories or hub ids."""
+def _make(config, mesh, target):
   run = build.abstract(config, mesh)
   # How many steps there are changes no shape; 0 an epoch fit any warm-up.
   total = config.train.steps or 10**9
   training = build.training(run, 0, total)
   state, frozen = training.state, run.models.frozen
-  batch = _batch(config, mesh, run.writer)
-  compiled = training.step.lower(state, run.models, batch).compile(
-    compiler_options=_NO_HOISTING if _hoists(config) else None
+  batch = shapes_of_batch(config, mesh, run.writer)
+  options = None
+  if target is not None:
+    options = target.options
+  elif _hoists(config):
+    options = _NO_HOISTING
+  compiled = compile_for(
+    training.step.lower(state, run.models, batch), target, options
   )
   parts = _resident(state, frozen, batch)
   temporary = _temporary(compiled)
@@ -95,15 +108,26 @@ def make(config, mesh):
     parts[name] = min(size, temporary)
     temporary -= parts[name]
   parts['activations and other temporaries'] = temporary
-  if run.writer.room:
-    # Before the step: what it takes more than that.
-    rollout = run.writer.lower(run.models, state.params['student'], batch)
-    more = _temporary(rollout.compile()) - _temporary(compiled)
-    parts['rollout: a copy of the weights, caches'] = max(0, more)
   rows, length = batch.student.ids_BT.shape
   microbatches = build.microbatches(config)
+  local = rows // microbatches // sharding.batch_ways(mesh)
+  moved = []
+  if target is not None:
+    chunks = -(-local * length // config.train.head_chunk)
+    moved = hlo.transfers(compiled.as_text(), chunks)
+  if run.writer.room:
+    # Before the step: what it takes more than that.
+    rollout = compile_for(
+      run.writer.lower(run.models, state.params['student'], batch),
+      target,
+      target and target.options,
+    )
+    more = _temporary(rollout) - _temporary(compiled)
+    parts['rollout: a copy of the weights, caches'] = max(0, more)
+    if target is not None:
+      moved += hlo.transfers(rollout.as_text(), run.writer.room)
   return Plan(
-    rows=rows // microbatches // sharding.batch_ways(mesh),
+    rows=local,
     tokens=rows * length,
     devices=mesh.size,
     parameters=parameters(state, frozen),
@@ -121,10 +145,39 @@ def make(config, mesh):
       run.writer, run.models, state.params['student'], rows, length
     ),
     compiled=compiled,
+    transfers=moved,
+    reads=_reads(run, parts, _trees(state, frozen), microbatches),
   )
 
 
-def _batch(config, mesh, writer):
+def compile_for(lowered, target, options):
+  """Compiled; says so in one line if the target's compiler finds no room."""
+  try:
+    return lowered.compile(compiler_options=options)
+  except jax.errors.JaxRuntimeError as e:
+    if target is None or 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    found = re.search(r'Used (\S+) of (\S+) hbm', str(e))
+    used = f': {found[1]} of {found[2]}' if found else ''
+    raise UserError(
+      f'{target.name}: the step does not fit into a device{used}; use smaller '
+      'microbatches, more devices or config.mesh.fsdp'
+    ) from e
+
+
+def _reads(run, parts, trees, microbatches):
+  """Bytes that a device reads in a step, at least.
+
+  What lies there, once; the weights of both models, in the compute dtype, in
+  each microbatch and for each token that is written.
+  """
+  names = ('student', 'student, frozen', 'teacher')
+  numbers = sum(count(trees[name]) for name in names if name in trees)
+  weights = numbers * run.models.dtype.itemsize / run.mesh.shape['tensor']
+  return sum(parts.values()) + weights * (microbatches + run.writer.room)
+
+
+def shapes_of_batch(config, mesh, writer):
   """The longest rows there can be, as shapes; both models read the same."""
   B, T = config.train.batch_size, config.data.max_length
   place = jax.NamedSharding(mesh, jax.P(sharding.BATCH_AXES))
@@ -219,7 +272,7 @@ def _chunk_bytes(run):
   return 4 * len(configs) * tokens * (V // ways if V % ways == 0 else V)
 
 
-def rows_that_fit(plan, config, mesh, memory, tries=5):
+def rows_that_fit(plan, config, mesh, memory, target=None, tries=5):
   """The most microbatch rows found to fit into a device, 0 for none.
 
   A few sizes are compiled. The peak is the largest of phases that grow with
@@ -233,7 +286,7 @@ def rows_that_fit(plan, config, mesh, memory, tries=5):
     bigger.train.batch_size = (
       build.microbatches(config) * bigger.train.microbatch_size
     )
-    return make(bigger, mesh).peak
+    return make(bigger, mesh, target).peak
 
   low, high = (plan.rows, plan.peak), None
   if plan.peak > memory:
@@ -255,90 +308,13 @@ def rows_that_fit(plan, config, mesh, memory, tries=5):
   return low[0]
 
 
-def _make_mesh(sizes):
-  """The mesh; says how to plan for more devices than there are."""
-  needed = math.prod(size for size in sizes.values() if size > 0)
-  if needed > jax.device_count():
-    raise UserError(
-      f'config.mesh needs {needed} devices and this host has '
-      f'{jax.device_count()}; add --plan_devices={needed} to plan for them '
-      'here, on the CPU'
-    )
-  return sharding.make_mesh(**sizes)
-
-
-def _show(plan, config, mesh, memory_gb, tflops):
-  c = config
-  shape = ', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
-  print(f'mesh: {shape} ({plan.devices} devices)')
-  print(
-    f'step: {c.train.batch_size} rows of {c.data.max_length} tokens, '
-    f'{plan.rows} rows a microbatch and device'
-  )
-  log.print_table(
-    ('part', 'parameters'),
-    [(name, f'{n:,}') for name, n in plan.parameters.items()],
-    'Parameters',
-  )
-  log.print_table(
-    ('part', 'GB'),
-    [
-      (name, f'{n / GB:.2f}')
-      for name, n in [*plan.bytes.items(), ('peak', plan.peak)]
-    ],
-    'Memory of a device',
-  )
-  total = sum(plan.flops.values())
-  log.print_table(
-    ('part', 'GFLOP a token', 'TFLOP a step', 'share'),
-    [
-      (
-        name,
-        f'{n / plan.tokens / 1e9:.3f}',
-        f'{n / 1e12:.3f}',
-        f'{n / total:.0%}',
-      )
-      for name, n in [*plan.flops.items(), ('total', total)]
-    ],
-    'Operations',
-  )
-  if memory_gb is not None:
-    rows = rows_that_fit(plan, config, mesh, memory_gb * GB)
-    verdict = 'fits' if plan.peak <= memory_gb * GB else 'does not fit'
-    print(
-      f'this step {verdict} in {memory_gb:g} GB; '
-      f'{rows or "not even 1"} rows a microbatch and device do'
-    )
-  if tflops is not None:
-    seconds = total / (plan.devices * tflops * 1e12)
-    print(
-      f'a step takes {seconds:.3g} s at {tflops:g} TFLOP/s a device: '
-      f'{plan.tokens / seconds:,.0f} tokens/s'
-    )
-  print(_sources(config))
-
-
 def _hoists(config):
   """Whether the compiler would convert weights of all layers at once."""
   kinds = config.student.quantize, config.teacher.quantize
   on_cpu = jax.default_backend() == 'cpu'
-  return _widens(config) or (on_cpu and 'nf4' in kinds)
+  return widens(config) or (on_cpu and 'nf4' in kinds)
 
 
-def _widens(config):
+def widens(config):
   """Whether the compiler computes in more than the config's precision."""
   return jax.default_backend() == 'cpu' and config.train.precision != 'float32'
-
-
-def _sources(config):
-  text = (
-    'from: shapes and shardings; temporaries by the compiler for '
-    f'{jax.default_backend()} (jax {jax.__version__}); operations by formula, '
-    'every token a response; evaluations not included'
-  )
-  if _widens(config):
-    text += (
-      f'; a CPU multiplies {config.train.precision} in float32, so that '
-      'temporaries are larger here than on an accelerator'
-    )
-  return text

@@ -30,14 +30,16 @@ RULES = (
 )
 
 
-def make_mesh(data=-1, fsdp=1, tensor=1):
-  """A mesh of the first data x fsdp x tensor devices.
+def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
+  """A mesh of the first data x fsdp x tensor devices, of all that there are.
 
-  One size may be -1: whatever is left. Several hosts use all their devices.
+  One size may be -1: whatever is left. Several hosts use all their devices, and
+  others that are given are used all (`targets`).
   """
   sizes = [data, fsdp, tensor]
-  n = jax.device_count()
-  needs_all = -1 in sizes or jax.process_count() > 1
+  needs_all = -1 in sizes or jax.process_count() > 1 or devices is not None
+  devices = jax.devices() if devices is None else devices
+  n = len(devices)
   if sizes.count(-1) == 1 and 0 not in sizes:
     sizes[sizes.index(-1)] = n // math.prod(s for s in sizes if s != -1)
   size = math.prod(sizes)
@@ -50,7 +52,7 @@ def make_mesh(data=-1, fsdp=1, tensor=1):
     tuple(sizes),
     ('data', 'fsdp', 'tensor'),
     axis_types=(AxisType.Auto,) * 3,
-    devices=jax.devices()[:size],
+    devices=devices[:size],
   )
 
 
@@ -99,6 +101,12 @@ def batch_ways(mesh):
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def ways(axis):
+  """Into how many parts an axis of the mesh in force splits; 1 without."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else mesh.shape[axis]
+
+
 def copies(x_VD):
   """A whole copy of a vocabulary head on each device that splits rows.
 
@@ -108,19 +116,20 @@ def copies(x_VD):
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or batch_ways(mesh) == 1:
     return None
-  spec = _spec('head_weight', x_VD.shape, mesh)
-  is_split = mesh.shape['fsdp'] > 1 and spec[1] == 'fsdp'
+  vocabulary, width = _spec('head_weight', x_VD.shape, mesh)
 
   def local(x_VD):
-    if is_split:
-      x_VD = jax.lax.all_gather(x_VD, 'fsdp', axis=1, tiled=True)
+    if width and mesh.shape[width] > 1:
+      x_VD = jax.lax.all_gather(x_VD, width, axis=1, tiled=True)
     return x_VD[None]
 
+  # Over `tensor` as well, which would else be gathered with it: the compiler
+  # does not split what it did not make.
   return jax.shard_map(
     local,
-    in_specs=P(None, 'fsdp' if is_split else None),
-    out_specs=P(BATCH_AXES),
-    axis_names=set(BATCH_AXES),
+    in_specs=P(vocabulary, width),
+    out_specs=P(BATCH_AXES, vocabulary),
+    axis_names={*BATCH_AXES, *filter(None, [vocabulary])},
     check_vma=False,
   )(x_VD)
 

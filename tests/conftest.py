@@ -67,6 +67,9 @@ def pytest_configure(config):
   config.addinivalue_line(
     'markers', 'slow: takes most of a minute; run with -m slow'
   )
+  config.addinivalue_line(
+    'markers', 'targets: compiles for machines that are not here, for minutes'
+  )
 
 
 def pytest_runtest_setup(item):

@@ -17,7 +17,8 @@ ALL = PACKAGE + [
 # From the top; what stands on one line may import each other, in no circle.
 LEVELS = (
   ('main', 'evaluate', 'generate'),
-  ('train', 'plan', 'check'),
+  ('train', 'planning', 'check'),
+  ('plan',),
   ('rollout_log', 'chosen'),
   ('build', 'inputs', 'best'),
   ('step', 'rollout', 'rereading', 'writing', 'answering', 'evals'),
@@ -27,6 +28,8 @@ LEVELS = (
     'keys',
     'optim',
     'sharding',
+    'hlo',
+    'targets',
     'checkpoint',
     'fingerprint',
     'rundir',

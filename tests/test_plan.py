@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from configs import base
-from gakd_jax import UserError, build, inputs, plan, rundir, sharding
+from gakd_jax import UserError, build, inputs, plan, planning, rundir, sharding
 
 B, T = 8, 32
 WIDTH, LAYERS, VOCABULARY = 32, 2, 304  # of conftest's TINY
@@ -55,8 +55,7 @@ def config(pair):
 
 def planned(config):
   mesh = sharding.make_mesh(**config.mesh)
-  with jax.set_mesh(mesh):
-    return plan.make(config, mesh)
+  return plan.make(config, mesh)
 
 
 @pytest.fixture(scope='module')
@@ -225,7 +224,7 @@ def test_is_what_the_compiler_says_of_the_real_step(
   ('memory', 'most'), [(0.5, 0), (1.05, 1), (4, 31), (30, 137), (1e9, None)]
 )
 def test_the_rows_that_fit_are_found(monkeypatch, config, rows, memory, most):
-  def make(config, mesh):
+  def make(config, mesh, target=None):
     rows = config.train.microbatch_size // sharding.batch_ways(mesh)
     assert config.train.batch_size == 3 * config.train.microbatch_size
     compiled.append(rows)
@@ -292,7 +291,7 @@ def test_stages_are_planned_from_what_they_start_from(pair, config, capsys):
   stages = {'first': first, 'second': second, 'last': last}
   assert rundir.stage_shapes(last, stages).student.path == pair[0]
   config.stages = tuple(stages.items())
-  plan.run(config)
+  planning.run(config)
   text = capsys.readouterr().out
   assert re.findall('== (.+)', text) == list(stages)
   a, b, c = text.split('== ')[1:]
@@ -304,16 +303,16 @@ def test_stages_are_planned_from_what_they_start_from(pair, config, capsys):
 def test_errors_of_the_user_are_one_line(config):
   config.mesh.fsdp = 16
   with pytest.raises(UserError, match=r'--plan_devices=16'):
-    plan.run(config)
+    planning.run(config)
   config.mesh.fsdp = 1
   with pytest.raises(UserError, match='memory_gb=-1'):
-    plan.run(config, memory_gb=-1)
+    planning.run(config, memory_gb=-1)
   config.teacher.path = 'stage:nowhere'
   with pytest.raises(UserError, match='no stage nowhere'):
-    plan.run(config)
+    planning.run(config)
   config.teacher.path = None
   with pytest.raises(UserError, match='needs a teacher'):
-    plan.run(config)
+    planning.run(config)
 
 
 def test_a_step_is_planned_that_knows_who_wrote_a_row(config):

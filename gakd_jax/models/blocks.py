@@ -6,6 +6,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from gakd_jax import sharding
 from gakd_jax.data import segments
@@ -27,6 +28,7 @@ class Block(nnx.Module):
 
   def __call__(self, x_BTD, context, cache=None):
     y_BTD, cache = self.attention(self.attention_norm(x_BTD), context, cache)
+    y_BTD = checkpoint_name(y_BTD, 'attention')
     if self.config.post_norms:
       y_BTD = self.attention_post_norm(y_BTD)
     x_BTD = x_BTD + y_BTD
@@ -71,7 +73,7 @@ def run(
     x_BTD: what the first block reads.
     segments_BT: int32, see `data.segments`.
     remat: recomputes each block in the backward pass instead of keeping its
-      activations.
+      activations, but for what attention puts out where `tensor` splits it.
     key: draws the dropout of adapters; None: there is none.
     backend: of attention, from `attention.choose_backend`.
     packed: False promises that each row is one document from its start, then
@@ -104,5 +106,8 @@ def run(
     return sharding.by_rows(x_BTD), None
 
   if remat:
-    body = jax.checkpoint(body, prevent_cse=False)
+    # A sum over `tensor` is kept: devices would talk again to recompute it.
+    kept = ['attention'] if sharding.ways('tensor') > 1 else []
+    policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    body = jax.checkpoint(body, prevent_cse=False, policy=policy)
   return jax.lax.scan(body, x_BTD, scanned)[0]

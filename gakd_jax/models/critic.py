@@ -125,7 +125,8 @@ def weight(projection_VC, input, dtype, valid=None):
   rounding errors add up to a sum that is not zero, by which a shift of all
   logits would leak into the score.
   """
-  w_VC = at_least_fp32(projection_VC)
+  # Gathered once; else each of what follows would be, for itself.
+  w_VC = at_least_fp32(sharding.tie(projection_VC, ('tensor',), ()))
   is_token_V1 = None if valid is None else _is_token(w_VC, valid)
 
   def centred(w_VC):

@@ -142,13 +142,20 @@ class Models:
 
 
 def make(
-  student, teacher=None, *, dtype, attention='auto', tokenizers=(), **settings
+  student,
+  teacher=None,
+  *,
+  dtype,
+  attention='auto',
+  platform=None,
+  tokenizers=(),
+  **settings,
 ):
   """`Models` of two `Decoder`s, and the parameters of the student to train.
 
   Those are its adapters if it has any, else all of them. Parameters may be
-  shapes. `attention` is one of `attention.BACKENDS`; settings are other fields
-  of `Models`.
+  shapes. `attention` is one of `attention.BACKENDS`, on this `platform`;
+  settings are other fields of `Models`.
   """
   definition, params = transformer.split(student)
   frozen, t_definition = {}, None
@@ -164,7 +171,7 @@ def make(
     frozen=frozen,
     dtype=jnp.dtype(dtype),
     backends=tuple(
-      model and choose_backend(attention, model.config, dtype)
+      model and choose_backend(attention, model.config, dtype, platform)
       for model in (student, teacher)
     ),
     tokenizers=tuple(tokenizers),

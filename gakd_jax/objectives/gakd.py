@@ -127,7 +127,7 @@ class GAKD(base.Objective):
 
   def shapes(self, student, teacher):
     return jax.eval_shape(
-      functools.partial(self._fresh, student, teacher), jax.random.key(0)
+      lambda: self._fresh(student, teacher, jax.random.key(0))
     )
 
   def init(self, key, student, teacher, mesh=None):

@@ -348,7 +348,7 @@ def _sum_of_rows(
       d.astype(h.dtype) for d, h in zip(d_logits, hiddens, strict=True)
     ]
     d_hiddens = {
-      j: d.at[index_N].set(_d_hidden(d_logits[j], heads[j]), mode='drop')
+      j: _put(d, index_N, _d_hidden(d_logits[j], heads[j]))
       for j, d in d_hiddens.items()
     }
     d_heads = {
@@ -370,14 +370,17 @@ def _sum_of_rows(
     (
       jax.tree.map(_zeros, jax.eval_shape(shape_of_totals)),
       (
-        {j: _zeros(rows[0][j]) for j in wanted.hiddens},
+        {j: _no_d_hidden(rows[0][j], heads[j]) for j in wanted.hiddens},
         {j: _zeros(heads[j], 'f4') for j in wanted.heads},
         jax.tree.map(_zeros, whole) if wanted.whole else None,
       ),
     ),
   )
   return total(totals), (
-    {j: d.reshape(hiddens[j].shape) for j, d in d_hiddens.items()},
+    {
+      j: jax.lax.reduce_sum(d, axes=(0,)).reshape(hiddens[j].shape)
+      for j, d in d_hiddens.items()
+    },
     # Those of a gathered head are summed by who gathered it.
     {
       j: d[None] if given[j].ndim == 3 else total(d) for j, d in d_heads.items()
@@ -450,8 +453,38 @@ def _logits(hidden_ND, head_VD):
   return _split(Head(head_VD).linear(hidden_ND), P(None, 'tensor'))
 
 
+def _parts(head_VD):
+  """How many devices split a vocabulary: P."""
+  ways = sharding.ways('tensor')
+  return ways if head_VD.shape[0] % ways == 0 else 1
+
+
+def _no_d_hidden(hidden_ND, head_VD):
+  """Zeros for what `_d_hidden` gives of all tokens: [P, N, D]."""
+  d_PND = jnp.zeros((_parts(head_VD), *hidden_ND.shape), hidden_ND.dtype)
+  return _split(d_PND, P('tensor'))
+
+
 def _d_hidden(d_logits_NV, head_VD):
-  return jnp.einsum('nv,vd->nd', d_logits_NV, head_VD)
+  """The gradient of hidden states, of each part of the vocabulary: [P, N, D].
+
+  The devices that split it sum them once, after the loop over chunks.
+  """
+  N, parts = len(d_logits_NV), _parts(head_VD)
+  if parts == 1:
+    return jnp.einsum('nv,vd->nd', d_logits_NV, head_VD)[None]
+  d_PND = jnp.einsum(
+    'npv,pvd->pnd',
+    _split(d_logits_NV.reshape(N, parts, -1), P(None, 'tensor')),
+    _split(head_VD.reshape(parts, -1, head_VD.shape[1]), P('tensor')),
+  )
+  return _split(d_PND, P('tensor'))
+
+
+def _put(d_PND, index_N, new_PND):
+  return jax.vmap(lambda d, new: d.at[index_N].set(new, mode='drop'))(
+    d_PND, new_PND
+  )
 
 
 def _d_head(d_logits_NV, hidden_ND):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gakd_jax import models, sharding
+from gakd_jax import hlo, models, sharding
 from gakd_jax.data.pipeline import Tokens
 from gakd_jax.models import critic as critic_lib
 from gakd_jax.models import transformer
@@ -121,6 +121,32 @@ def test_rows_stay_on_their_device(part, mesh, capfd):
     assert {s[0] for s in summed} == {B // ways}
   # What XLA cannot split it makes whole, and says so.
   assert 'rematerialization' not in capfd.readouterr().err
+
+
+def test_recomputed_blocks_do_not_sum_over_tensor_again():
+  """What attention put out is kept."""
+
+  def decoder(ids_BT):
+    definition, params = transformer.split(models.Decoder(CONFIG, nnx.Rngs(0)))
+    tokens = Tokens(ids_BT, jnp.ones_like(ids_BT), ids_BT > 0)
+
+    def loss(params):
+      hidden_BTD = transformer.apply(
+        definition, params, tokens, 'float32', remat=True
+      )
+      return jnp.sum(jnp.sin(hidden_BTD))
+
+    return loss, params
+
+  text = _compiled(decoder, sharding.make_mesh(data=2, fsdp=2, tensor=2))
+  sums = [
+    t.name
+    for t in hlo.transfers(text)
+    for shape in t.shapes
+    if t.kind == 'all-reduce' and shape == ('f32', (B // 4, T, D))
+  ]
+  # Two, and the gradients of what five projections read.
+  assert len(sums) == 7
 
 
 def test_values_are_those_of_one_device():
