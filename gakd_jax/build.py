@@ -17,15 +17,13 @@ from gakd_jax import (
   UserError,
   best,
   inputs,
-  keys,
   models,
   objectives,
-  optim,
   rereading,
   rollout,
   sharding,
-  step,
   trackers,
+  training,
 )
 from gakd_jax.data import aligned, templates
 from gakd_jax.data import texts as texts_lib
@@ -84,15 +82,6 @@ class Run:
       mesh=self.mesh,
       workdir=workdir,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Training:
-  """What a run trains with."""
-
-  step: Callable  # (state, models, batch) -> state, metrics; jitted
-  state: step.TrainState  # as shapes with their places: to restore into
-  init: Callable  # () -> the state at step 0
 
 
 def check_settings(config):
@@ -273,7 +262,7 @@ def _checked(config, mesh):
   microbatch = config.train.microbatch_size or config.train.batch_size
   sharding.check_batch_size(config.train.batch_size, microbatch, mesh)
   for settings in (config.optimizer, config.critic_optimizer):
-    optimizer(settings, 1)
+    training.optimizer(settings, 1)
   needs_teacher = objective.needs_teacher or writer.needs_teacher
   if needs_teacher and config.teacher.path is None:
     raise UserError(
@@ -386,64 +375,3 @@ def _check_positions(path, max_length, shape):
       f'config.data.max_length={max_length}, and {path} has learned only '
       f'{shape.max_length} positions; lower it'
     )
-
-
-def optimizer(config, total_steps):
-  """The optax chain of an optimizer's config, and its schedule."""
-  settings = config.to_dict()
-  rate = settings.pop('learning_rate')
-  schedule = optim.make_schedule(
-    rate,
-    total_steps,
-    schedule=settings.pop('schedule'),
-    warmup_steps=settings.pop('warmup_steps'),
-    end=settings.pop('end'),
-  )
-  extra = settings.pop('extra_learning_rate', None)
-  if extra is not None and not extra > 0:
-    raise UserError(
-      f'config.optimizer.extra_learning_rate={extra} must be positive, or None'
-    )
-  extra_rate = 1.0 if extra is None else extra / rate
-  return optim.make(schedule, extra_rate=extra_rate, **settings), schedule
-
-
-def training(run, steps_per_epoch, total):
-  """The `Training` of a run of `total` steps; nothing is allocated."""
-  c = run.config
-  main, schedule = optimizer(c.optimizer, total)
-  critic_optimizer, _ = optimizer(c.critic_optimizer, total)
-
-  def first_state(params, own):
-    return step.init_state(params, own, main, critic_optimizer)
-
-  own = run.objective.shapes(*run.models.configs)
-  state = jax.eval_shape(first_state, run.shapes, own)
-  state = sharding.abstract(state, run.mesh)
-  places = jax.tree.map(lambda x: x.sharding, state)
-
-  def init():
-    own = run.objective.init(
-      keys.of(c.seed, 'method'), *run.models.configs, run.mesh
-    )
-    params = run.start()
-    own = run.objective.begin(own, run.models, params)
-    make = jax.jit(first_state, out_shardings=places, donate_argnums=(0, 1))
-    return make(params, own)
-
-  train_step = step.make_train_step(
-    run.objective.for_run(steps_per_epoch, total),
-    main,
-    schedule,
-    critic_optimizer=critic_optimizer,
-    seed=c.seed,
-    microbatches=microbatches(c),
-    out_shardings=(places, sharding.replicated(run.mesh)),
-  )
-  return Training(train_step, state, init)
-
-
-def microbatches(config):
-  """How many of them make an optimizer step."""
-  c = config.train
-  return c.batch_size // (c.microbatch_size or c.batch_size)

@@ -25,6 +25,7 @@ from gakd_jax import (
   rundir,
   sharding,
 )
+from gakd_jax import training as training_lib
 from gakd_jax.data import sources
 from gakd_jax.evals import evaluator as evaluator_lib
 
@@ -155,7 +156,7 @@ def _look(config, workdir, mesh, unknown):
   per_epoch = batches.steps_per_epoch if batches else 0
   total = inputs.total_steps(c, batches) if batches else c.train.steps
   # How many there are changes no shape; so many fit any warm-up.
-  training = build.training(run, per_epoch, total or 10**9)
+  training = training_lib.make(run, per_epoch, total or 10**9)
   sizes = plan.parameters(training.state, run.models.frozen)
   for name, n in sizes.items():
     if name not in unknown:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from gakd_jax import UserError, build, flops, hlo, sharding
+from gakd_jax import training as training_lib
 from gakd_jax.data import pipeline
 from gakd_jax.objectives.base import Own
 
@@ -86,7 +87,7 @@ def _make(config, mesh, target):
   run = build.abstract(config, mesh)
   # How many steps there are changes no shape; 0 an epoch fit any warm-up.
   total = config.train.steps or 10**9
-  training = build.training(run, 0, total)
+  training = training_lib.make(run, 0, total)
   state, frozen = training.state, run.models.frozen
   batch = shapes_of_batch(config, mesh, run.writer)
   options = None
@@ -109,7 +110,7 @@ def _make(config, mesh, target):
     temporary -= parts[name]
   parts['activations and other temporaries'] = temporary
   rows, length = batch.student.ids_BT.shape
-  microbatches = build.microbatches(config)
+  microbatches = training_lib.microbatches(config)
   local = rows // microbatches // sharding.batch_ways(mesh)
   moved = []
   if target is not None:
@@ -265,7 +266,7 @@ def _chunk_bytes(run):
   """fp32 logits of one chunk, of every model that takes part."""
   c, mesh = run.config, run.mesh
   local = c.train.batch_size // sharding.batch_ways(mesh) * c.data.max_length
-  tokens = min(c.train.head_chunk, local // build.microbatches(c))
+  tokens = min(c.train.head_chunk, local // training_lib.microbatches(c))
   configs = run.models.configs[: 1 + run.objective.needs_teacher]
   V = min(config.vocab_size for config in configs)
   ways = mesh.shape['tensor']
@@ -284,7 +285,7 @@ def rows_that_fit(plan, config, mesh, memory, target=None, tries=5):
     bigger = config.copy_and_resolve_references()
     bigger.train.microbatch_size = rows * sharding.batch_ways(mesh)
     bigger.train.batch_size = (
-      build.microbatches(config) * bigger.train.microbatch_size
+      training_lib.microbatches(config) * bigger.train.microbatch_size
     )
     return make(bigger, mesh, target).peak
 

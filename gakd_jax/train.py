@@ -34,6 +34,7 @@ from gakd_jax import (
   trackers,
 )
 from gakd_jax import checkpoint as checkpoint_lib
+from gakd_jax import training as training_lib
 from gakd_jax.evals import evaluator as evaluator_lib
 
 
@@ -172,7 +173,7 @@ def _train(run):
   c = run.config
   batches = inputs.training_batches(run)
   total = inputs.total_steps(c, batches)
-  training = build.training(run, batches.steps_per_epoch, total)
+  training = training_lib.make(run, batches.steps_per_epoch, total)
   checkpoints = checkpoint_lib.Checkpoints(
     run.workdir / 'checkpoints', c.checkpoint.keep
   )

@@ -21,6 +21,7 @@ LEVELS = (
   ('plan',),
   ('rollout_log', 'chosen'),
   ('build', 'inputs', 'best'),
+  ('training',),
   ('step', 'rollout', 'rereading', 'writing', 'answering', 'evals'),
   ('objectives', 'speculative', 'sampling', 'sampler', 'flops'),
   ('models', 'data'),

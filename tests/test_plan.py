@@ -14,6 +14,7 @@ import pytest
 
 from configs import base
 from gakd_jax import UserError, build, inputs, plan, planning, rundir, sharding
+from gakd_jax import training as training_lib
 
 B, T = 8, 32
 WIDTH, LAYERS, VOCABULARY = 32, 2, 304  # of conftest's TINY
@@ -202,7 +203,7 @@ def test_is_what_the_compiler_says_of_the_real_step(
   with jax.set_mesh(mesh):
     run = build.build(config, tmp_path, mesh)
     batches = inputs.training_batches(run)
-    training = build.training(run, batches.steps_per_epoch, 6)
+    training = training_lib.make(run, batches.steps_per_epoch, 6)
     state = training.init()
     batch = sharding.put_batch(next(batches), mesh)
     compiled = training.step.lower(state, run.models, batch).compile()

@@ -89,7 +89,7 @@ def run(tokenizer, tmp_path):
     ),
     texts=texts.of([(tokenizer(p)['input_ids'], []) for p in prompts]),
     writer=_Writer(tokenizer),
-    readers=((tokenizer, 'chat'),),
+    reading=((tokenizer, 'chat'),),
     models=types.SimpleNamespace(tokenizer=tokenizer),
     mesh=sharding.make_mesh(),
   )

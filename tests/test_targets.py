@@ -16,6 +16,7 @@ import pytest
 
 from configs import rgan_0p6b, rkl_0p6b
 from gakd_jax import UserError, build, hlo, plan, planning, sharding, targets
+from gakd_jax import training as training_lib
 
 # No width is this, nor what is left of one on a device.
 B, T = 64, 448
@@ -243,7 +244,7 @@ def test_writing_gathers_weights_once(pair, mesh):
   devices = sharding.make_mesh(**c.mesh, devices=target.devices)
   with jax.set_mesh(devices):
     run = build.abstract(c, devices)
-    state = build.training(run, 0, 1000).state
+    state = training_lib.make(run, 0, 1000).state
     batch = plan.shapes_of_batch(c, devices, run.writer)
     lowered = run.writer.lower(run.models, state.params['student'], batch)
     text = lowered.compile(compiler_options=target.options).as_text()

@@ -80,6 +80,7 @@ def measure(case, folder, steps=3):
   import numpy as np
 
   from gakd_jax import build, plan, sharding
+  from gakd_jax import training as training_lib
   from gakd_jax.data.pipeline import Batch, Tokens
 
   config = config_of(case, folder)
@@ -101,7 +102,7 @@ def measure(case, folder, steps=3):
 
     places = sharding.abstract(run.shapes, mesh)
     run = dataclasses.replace(run, start=lambda: random(places))
-    state = build.training(run, 0, 10).init()
+    state = training_lib.make(run, 0, 10).init()
     models = dataclasses.replace(run.models, frozen=random(run.models.frozen))
     ids_BT = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
     mask_BT = np.arange(T)[None, :].repeat(B, 0) > 0
