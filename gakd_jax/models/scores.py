@@ -1,11 +1,12 @@
 """Attention in plain JAX: all scores at once, or a block of queries at a time.
 
-The scores of a block are those of whole rows, so there is no softmax to piece
-together, and any derivative is `jax`'s own. What is kept for it are queries,
-keys and values: a block's scores are computed again when they are needed, as in
-flash attention (arXiv 2205.14135), for second derivatives too.
+A block has all its scores, so there is no softmax to piece together. What is
+kept for gradients are queries, keys and values: a block's scores are computed
+again when they are needed, as in flash attention (arXiv 2205.14135), and for
+gradients of gradients once more. There is no forward mode (`jax.jvp`).
 """
 
+import functools
 import itertools
 
 import jax
@@ -110,11 +111,11 @@ def chunked(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, scale, cap=None):
     return jnp.pad(x_BT, ((0, 0), (0, n * size - T), *rest))
 
   def split(x_BT):
-    x_BnM = x_BT.reshape(B, n, size, *x_BT.shape[2:])
-    return x_BnM.swapaxes(0, 1)
+    return x_BT.reshape(B, n, size, *x_BT.shape[2:]).swapaxes(0, 1)
 
   segments_BT = padded(segments_BT)
-  queries_n = split(padded(q_BTNH)), split(segments_BT), jnp.arange(n)
+  q_nBMNH, segments_nBM = split(padded(q_BTNH)), split(segments_BT)
+  at_n1M = jnp.arange(n * size).reshape(n, 1, size)
   # Wide, so that gradients of all blocks are summed in fp32.
   wide = jnp.promote_types(dtype, jnp.float32)
   k_BKHT = padded(k_BTKH).transpose(0, 2, 3, 1).astype(wide)
@@ -125,18 +126,58 @@ def chunked(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, scale, cap=None):
     if isinstance(window, int):
       start = max(0, first * size - window + 1)
     keys = slice(start, last * size)
-    k_BKHS, v_BKSH = k_BKHT[..., keys], v_BKTH[:, :, keys]
-    of_keys_BS, at_S = segments_BT[:, keys], jnp.arange(keys.start, keys.stop)
-
-    @jax.checkpoint
-    def block(queries):
-      q_BMNH, of_queries_BM, i = queries
-      at_1M = i * size + jnp.arange(size)[None]
-      mask_BMS = sees(at_1M, at_S, window, (of_queries_BM, of_keys_BS))
-      k, v = k_BKHS.astype(dtype), v_BKSH.astype(dtype)
-      return attend(q_BMNH, k, v, mask_BMS, scale, cap)
-
-    return jax.lax.map(block, [x[first:last] for x in queries_n])
+    at_S = jnp.arange(keys.start, keys.stop)
+    return _blocks(
+      (scale, cap),
+      q_nBMNH[first:last],
+      k_BKHT[..., keys],
+      v_BKTH[:, :, keys],
+      (at_n1M[first:last], segments_nBM[first:last]),
+      (at_S, segments_BT[:, keys], window),
+    )
 
   y_nBMNH = jnp.concatenate([group(*ends) for ends in groups])
   return y_nBMNH.swapaxes(0, 1).reshape(B, -1, N, H)[:, :T]
+
+
+def _block(settings, q_BMNH, k_BKHS, v_BKSH, queries, keys):
+  (at_1M, of_queries_BM), (at_S, of_keys_BS, window) = queries, keys
+  mask_BMS = sees(at_1M, at_S, window, (of_queries_BM, of_keys_BS))
+  k_BKHS, v_BKSH = (x.astype(q_BMNH.dtype) for x in (k_BKHS, v_BKSH))
+  return attend(q_BMNH, k_BKHS, v_BKSH, mask_BMS, *settings)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocks(settings, q_nBMNH, k_BKHS, v_BKSH, queries, keys):
+  """`attend` of each block of queries, with the same keys."""
+  return jax.lax.map(
+    lambda xs: _block(settings, xs[0], k_BKHS, v_BKSH, xs[1], keys),
+    (q_nBMNH, queries),
+  )
+
+
+def _keep(settings, *operands):
+  return _blocks(settings, *operands), operands
+
+
+def _pull(settings, operands, d_nBMNH):
+  q_nBMNH, k_BKHS, v_BKSH, queries, keys = operands
+
+  # For derivatives of this, which recompute in their turn.
+  @jax.checkpoint
+  def gradients(q_BMNH, d_BMNH, queries):
+    def block(q_BMNH, k_BKHS, v_BKSH):
+      return _block(settings, q_BMNH, k_BKHS, v_BKSH, queries, keys)
+
+    return jax.vjp(block, q_BMNH, k_BKHS, v_BKSH)[1](d_BMNH)
+
+  def step(sums, xs):
+    d_q, *d_keys = gradients(*xs)
+    return jax.tree.map(jnp.add, sums, d_keys), d_q
+
+  zeros = [jnp.zeros_like(x) for x in (k_BKHS, v_BKSH)]
+  d_keys, d_q = jax.lax.scan(step, zeros, (q_nBMNH, d_nBMNH, queries))
+  return d_q, *d_keys, None, None
+
+
+_blocks.defvjp(_keep, _pull)

@@ -111,7 +111,8 @@ def test_cudnn_is_told_what_the_mask_says(windows, shared, packed, asked):
     assert 'mask' not in as_cudnn
     assert as_cudnn['local_window_size'] == shared
   assert all(jnp.any(g != 0) for g in jax.tree.leaves(want))
-  _assert_close(got, want, 1e-6)
+  # Rounding: products of another order, through two layers and back.
+  _assert_close(got, want, 5e-6)
 
 
 def test_windows_hide_something():
@@ -173,7 +174,9 @@ def test_auto_takes_the_kernel_that_can_be_had(
   assert attention.choose_backend('auto', *obstacle) == 'chunked'
   for name in ('chunked', 'xla'):
     assert attention.choose_backend(name, *obstacle) == name
-  with pytest.raises(UserError, match=f"'{backend}': .*{word}; take 'chunked'"):
+  with pytest.raises(
+    UserError, match=f"'{backend}': .*{word}.*; take 'chunked'"
+  ):
     attention.choose_backend(backend, *obstacle)
 
 

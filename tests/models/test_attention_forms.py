@@ -19,7 +19,7 @@ def _arrays(T, dtype='float32'):
   """Queries, keys, values, and segments: three and padding; padding alone."""
   rng = np.random.default_rng(0)
   q_k_v = [
-    jnp.asarray(2 * rng.standard_normal((B, T, n, H)), dtype) for n in (N, K, K)
+    jnp.asarray(rng.standard_normal((B, T, n, H)), dtype) for n in (N, K, K)
   ]
   segments_BT = np.zeros((B, T), np.int32)
   for i, end in enumerate((0.95, 0.8, 0.3)):
@@ -122,7 +122,8 @@ def test_chunked_derivatives_are_those_of_all_scores(window, cap):
     _derivatives(form, *_arrays(300), window, cap)
     for form in (scores.chunked, scores.whole)
   )
-  _assert_close(got, want, 2e-6)
+  # Rounding: gradients of keys are sums over queries in another order.
+  _assert_close(got, want, 5e-6)
 
 
 def test_chunked_bfloat16_is_as_good_as_all_scores_in_it():
@@ -157,21 +158,17 @@ def test_splash_gradients_are_those_of_all_scores(window, cap):
 
 @pytest.mark.parametrize('order', [1, 2])
 def test_chunked_memory_grows_with_the_length(order):
-  """By the compiler's count: twice the tokens, twice and not four times it."""
+  """By the compiler's count: four times the tokens, not 16 times it."""
 
   def temporary(form, T):
-    shapes = [
-      jax.ShapeDtypeStruct((1, T, n, H), jnp.float32) for n in (N, K, K)
-    ]
+    shapes = [jax.ShapeDtypeStruct((1, T, n, H), 'float32') for n in (N, K, K)]
     segments_BT = np.ones((1, T), np.int32)
-    compiled = (
-      jax.jit(
-        lambda *x: _derivatives(form, x, segments_BT, None, None, order)[-1]
-      )
-      .lower(*shapes)
-      .compile()
-    )
+
+    def last(*q_k_v):
+      return _derivatives(form, q_k_v, segments_BT, None, None, order)[-1]
+
+    compiled = jax.jit(last).lower(*shapes).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
-  assert temporary(scores.chunked, 4096) < 2.2 * temporary(scores.chunked, 2048)
+  assert temporary(scores.chunked, 4096) < 4.1 * temporary(scores.chunked, 1024)
   assert temporary(scores.whole, 1024) > 3.5 * temporary(scores.whole, 512)
