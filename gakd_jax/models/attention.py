@@ -10,8 +10,8 @@ words; each backend takes it in another form:
   cudnn    flash attention on CUDA (arXiv 2205.14135). For rows of one document
            a length each, and a window that is known when it is compiled.
            Else, `jax.nn` offering no segments, a mask in the compute dtype,
-           [B, 1, T, T], which is the size of a block's scores at T =
-           LONGEST_MASK; longer rows are computed as chunked.
+           [B, 1, T, T], up to the length where it is as large as the scores
+           that chunked holds (of 16 heads); longer rows are chunked.
   splash   flash attention on TPUs (`splash`), with segments. Where windows
            differ between layers, chunked.
 """
