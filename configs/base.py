@@ -39,8 +39,9 @@ def get_config():
   c.teacher.dtype = 'bfloat16'  # in memory; it is never trained
   c.teacher.quantize = config_dict.placeholder(str)  # None, int8, nf4
 
-  # Who computes attention: xla; cudnn, on CUDA, which never holds the scores;
-  # auto: cudnn where it can (see gakd_jax/models/attention).
+  # Who computes attention: cudnn on CUDA, splash on TPUs, chunked (plain JAX)
+  # for every model and platform: none of them holds all scores. xla does; auto:
+  # what is best here (see gakd_jax/models/attention).
   c.attention = 'auto'
 
   c.data = ml_collections.ConfigDict()

@@ -4,10 +4,16 @@ A token sees earlier tokens of its own segment, itself included, and only the
 nearest of them where its layer has a window. `Context` says this in so many
 words; each backend takes it in another form:
 
-  xla    a mask. The scores, [B, N, T, T] in fp32, exist in every layer.
-  cudnn  flash attention on CUDA (arXiv 2205.14135), without the scores. For
-         rows of one document a length each, and a window that is known when it
-         is compiled; else a mask in the compute dtype, [B, 1, T, T].
+  chunked  plain JAX, a block of queries at a time (`scores`): for every model,
+           on every platform, with any derivative. Memory grows with T.
+  xla      all scores at once, [B, N, T, T] in fp32, with a mask.
+  cudnn    flash attention on CUDA (arXiv 2205.14135). For rows of one document
+           a length each, and a window that is known when it is compiled.
+           Else, `jax.nn` offering no segments, a mask in the compute dtype,
+           [B, 1, T, T], up to the length where it is as large as the scores
+           that chunked holds (of 16 heads); longer rows are chunked.
+  splash   flash attention on TPUs (`splash`), with segments. Where windows
+           differ between layers, chunked.
 """
 
 from typing import Any, NamedTuple
@@ -17,9 +23,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gakd_jax import UserError
-from gakd_jax.models import layers
+from gakd_jax.models import layers, scores, splash
 
-BACKENDS = ('auto', 'xla', 'cudnn')
+BACKENDS = ('auto', 'chunked', 'xla', 'cudnn', 'splash')
+# Of a mask for cuDNN: 8 MiB a row, once, of bf16.
+LONGEST_MASK = 2048
 
 
 class Context(NamedTuple):
@@ -30,22 +38,22 @@ class Context(NamedTuple):
   slots_BT: Any = None  # with a cache: where tokens go, which is their position
   window: Any = None  # how many positions a token sees, its own included
   key: Any = None  # of dropout; None: there is none
-  backend: str = 'xla'  # or 'cudnn'
+  backend: str = 'chunked'  # of `choose_backend`
   packed: bool = True  # False: each row is one document, then padding
 
 
 def choose_backend(backend, config, dtype, platform=None):
-  """'xla' or 'cudnn', of one of `BACKENDS`.
+  """One of `BACKENDS`, but 'auto'.
 
   Args:
-    backend: 'auto' is cudnn where that can be had.
+    backend: 'auto' is cudnn or splash where these can be had, else chunked.
     config: the model's `DecoderConfig`.
     dtype: of the computation.
     platform: None is `jax.default_backend()`; of GPUs, those since Ampere.
 
   Raises:
-    UserError: if the backend is unknown, or cudnn asked for by name cannot
-      compute this model.
+    UserError: if the backend is unknown, or one that is asked for by name
+      cannot compute this model.
   """
   platform = platform or jax.default_backend()
   if backend not in BACKENDS:
@@ -53,61 +61,69 @@ def choose_backend(backend, config, dtype, platform=None):
       f'config.attention={backend!r} is not known; known are '
       f'{", ".join(BACKENDS)}'
     )
-  for obstacle, reason in (
-    (platform != 'gpu', f'it needs CUDA, and this is {platform!r}'),
-    (
-      jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16),
-      f'it computes in bfloat16 or float16, not {jnp.dtype(dtype).name}',
-    ),
-    (
-      config.head_dim % 8 or config.head_dim > 128,
-      f'head_dim={config.head_dim} is not a multiple of 8 up to 128',
-    ),
-    (config.attention_cap, f'{config.family} caps its scores'),
-  ):
-    if obstacle and backend == 'cudnn':
-      raise UserError(
-        f"config.attention='cudnn': {reason}; take 'xla' or 'auto'"
-      )
-    if obstacle:
-      return 'xla'
-  return 'xla' if backend == 'xla' else 'cudnn'
+  if backend == 'auto':
+    backend = {'gpu': 'cudnn', 'tpu': 'splash'}.get(platform, 'chunked')
+    return 'chunked' if _obstacle(backend, config, dtype, platform) else backend
+  if reason := _obstacle(backend, config, dtype, platform):
+    raise UserError(
+      f"config.attention={backend!r}: {reason}; take 'chunked' or 'auto'"
+    )
+  return backend
 
 
-def sees(context, keys):
-  """Which of so many keys each token sees; bool [B, T, S]."""
-  s_S = jnp.arange(keys)
-  if context.slots_BT is None:
-    distance_BTS = s_S[None, :, None] - s_S[None, None, :]
+def _obstacle(backend, config, dtype, platform):
+  """Why a backend cannot compute a model; None: it can."""
+  dtype = jnp.dtype(dtype)
+  if backend == 'splash' and platform != 'tpu':
+    return f'it needs a TPU, and this is {platform!r}'
+  if backend != 'cudnn':
+    return None
+  if platform != 'gpu':
+    return f'it needs CUDA, and this is {platform!r}'
+  if dtype not in (jnp.bfloat16, jnp.float16):
+    return f'it computes in bfloat16 or float16, not {dtype.name}'
+  if config.head_dim % 8 or config.head_dim > 128:
+    return f'head_dim={config.head_dim} is not a multiple of 8 up to 128'
+  if config.attention_cap:
+    return f'{config.family} caps its scores'
+  return None
+
+
+def _cudnn(q_BTNH, k_BTKH, v_BTKH, context, scale):
+  """Through `jax.nn`, with lengths where they say it all, else with a mask."""
+  if context.packed or not _is_static(context.window):
+    at_T = jnp.arange(q_BTNH.shape[1])
+    segments = (context.segments_BT,) * 2
+    mask_BTT = scores.sees(at_T[None], at_T, context.window, segments)
+    told = {'mask': mask_BTT[:, None]}
   else:
-    distance_BTS = context.slots_BT[:, :, None] - s_S[None, None, :]
-  mask_BTS = distance_BTS >= 0
-  if context.window is not None:
-    mask_BTS &= distance_BTS < context.window
-  if context.segments_BT is not None:
-    segments_BT = context.segments_BT
-    mask_BTS &= segments_BT[:, :, None] == segments_BT[:, None, :]
-  return mask_BTS
-
-
-def _arguments(context, length):
-  """Of `jax.nn.dot_product_attention`, by its implementation."""
-  knows_window = context.window is None or isinstance(context.window, int)
-  if context.backend == 'cudnn' and not context.packed and knows_window:
     # Of a row without any token, cuDNN would make a softmax of nothing.
     length_B = jnp.maximum(jnp.sum(context.segments_BT > 0, axis=1), 1)
     length_B = length_B.astype(jnp.int32)
-    return {
+    told = {
       'is_causal': True,
       'query_seq_lengths': length_B,
       'key_value_seq_lengths': length_B,
       'local_window_size': context.window and (context.window - 1, 0),
-      'implementation': 'cudnn',
     }
-  # cuDNN takes masks of an even length only.
-  backend = 'xla' if length % 2 else context.backend
-  mask_BTS = sees(context, length)
-  return {'mask': mask_BTS[:, None], 'implementation': backend}
+  return jax.nn.dot_product_attention(
+    q_BTNH, k_BTKH, v_BTKH, scale=scale, implementation='cudnn', **told
+  )
+
+
+def _is_static(window):
+  return window is None or isinstance(window, int)
+
+
+def _form(context, T):
+  """The backend that computes rows of T tokens."""
+  backend, is_static = context.backend, _is_static(context.window)
+  if backend == 'splash' and not is_static:
+    return 'chunked'
+  if backend == 'cudnn' and (context.packed or not is_static):
+    # It takes masks of an even length only.
+    return 'chunked' if T % 2 or T > LONGEST_MASK else 'cudnn'
+  return backend
 
 
 def attention(q_BTNH, k_BTKH, v_BTKH, context, scale, cap=None):
@@ -117,43 +133,16 @@ def attention(q_BTNH, k_BTKH, v_BTKH, context, scale, cap=None):
   on padding means nothing.
   """
   T = q_BTNH.shape[1]
-  # On a CPU, what jax asks of XLA for fp16 is not there.
-  is_fp16 = q_BTNH.dtype == jnp.float16 and context.backend == 'xla'
-  if cap is not None or is_fp16:
-    return attend(
-      q_BTNH,
-      k_BTKH.transpose(0, 2, 3, 1),
-      v_BTKH.swapaxes(1, 2),
-      sees(context, T),
-      scale,
-      cap,
-    )
-  return jax.nn.dot_product_attention(
-    q_BTNH, k_BTKH, v_BTKH, scale=scale, **_arguments(context, T)
-  )
-
-
-def attend(q_BTNH, k_BKHS, v_BKSH, mask_BTS, scale, cap=None):
-  """Softmax attention over keys and values whose heads lie together.
-
-  Scores are fp32, times `scale`, then `layers.soft_cap`ped.
-  """
-  B, T, N, H = q_BTNH.shape
-  K, S = v_BKSH.shape[1:3]
-  q_BKGTH = q_BTNH.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4)
-  # Products of matrices as they lie: of an einsum in another order, XLA makes
-  # one that takes several times as long on a CPU.
-  score_BKMS = scale * layers.einsum32(
-    'bkmh,bkhs->bkms', q_BKGTH.reshape(B, K, -1, H), k_BKHS
-  )
-  score_BKGTS = score_BKMS.reshape(B, K, -1, T, S)
-  if cap:
-    score_BKGTS = layers.soft_cap(score_BKGTS, cap)
-  score_BKGTS = jnp.where(mask_BTS[:, None, None], score_BKGTS, -jnp.inf)
-  weight_BKGTS = jax.nn.softmax(score_BKGTS).astype(v_BKSH.dtype)
-  y_BKMH = jnp.matmul(weight_BKGTS.reshape(B, K, -1, S), v_BKSH)
-  y_BTKGH = y_BKMH.reshape(B, K, -1, T, H).transpose(0, 3, 1, 2, 4)
-  return y_BTKGH.reshape(B, T, N, H)
+  q_k_v = q_BTNH, k_BTKH, v_BTKH
+  form = _form(context, T)
+  if form == 'cudnn':
+    return _cudnn(*q_k_v, context, scale)
+  seen = context.segments_BT, context.window
+  if form == 'splash':
+    return splash.attention(*q_k_v, *seen, scale, cap)
+  if form == 'chunked':
+    return scores.chunked(*q_k_v, *seen, scale, cap)
+  return scores.whole(*q_k_v, *seen, scale, cap)
 
 
 class Attention(nnx.Module):
@@ -200,6 +189,7 @@ class Attention(nnx.Module):
         k_BKHS.at[rows_B1, :, :, slots_BT].set(k_BTKH, mode='drop'),
         v_BKSH.at[rows_B1, :, slots_BT].set(v_BTKH, mode='drop'),
       )
-      mask_BTS = sees(context, v_BKSH.shape[2])
-      y_BTNH = attend(q_BTNH, *cache, mask_BTS, scale, cap)
+      slot_S = jnp.arange(v_BKSH.shape[2])
+      mask_BTS = scores.sees(slots_BT, slot_S, context.window)
+      y_BTNH = scores.attend(q_BTNH, *cache, mask_BTS, scale, cap)
     return self.out(y_BTNH.reshape(B, T, -1), context.key), cache

@@ -60,7 +60,7 @@ def run(
   segments_BT,
   remat=False,
   key=None,
-  backend='xla',
+  backend='chunked',
   packed=True,
 ):
   """Stacked blocks over whole sequences.

@@ -47,7 +47,8 @@ class Models:
   frozen: dict
   dtype: Any  # of the computation
   remat: bool = False  # of the student's blocks
-  backends: tuple = ('xla', 'xla')  # of attention, of student and teacher
+  # Of attention, of student and teacher.
+  backends: tuple = ('chunked', 'chunked')
   packed: bool = True  # False: each row is one document, then padding
   # See `Head.valid`, of student and teacher; (): None.
   vocabs: tuple = ()
