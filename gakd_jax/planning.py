@@ -53,10 +53,10 @@ def _planned(config, target):
     mesh = _make_mesh(config.mesh)
   else:
     mesh = sharding.make_mesh(**config.mesh, devices=target.devices)
-    if target.is_gpu and config.attention != 'xla':
+    if target.is_gpu and config.attention in ('auto', 'cudnn'):
       # jax asks a card for its cuDNN.
       config = config.copy_and_resolve_references()
-      config.attention = 'xla'
+      config.attention = 'chunked'
   return config, mesh, plan.make(config, mesh, target)
 
 
@@ -208,7 +208,7 @@ def _sources(config, target):
       f'formula, every token a response; evaluations not included; {_BOUND}'
     )
     if target.is_gpu:
-      text += "; attention is XLA's: cuDNN's is not compiled without a card"
+      text += '; cuDNN is not compiled without a card: attention is chunked'
     return text
   text = (
     'from: shapes and shardings; temporaries by the compiler for '

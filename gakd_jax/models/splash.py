@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from gakd_jax import sharding
 
 LANES = 128  # of a TPU's vector unit: blocks are multiples
-# Of queries and of keys; larger ones are no faster, and want more memory.
+# Of queries and of keys; not tuned on hardware.
 BLOCK = 512
 
 
