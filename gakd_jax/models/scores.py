@@ -115,7 +115,6 @@ def chunked(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, scale, cap=None):
 
   segments_BT = padded(segments_BT)
   q_nBMNH, segments_nBM = split(padded(q_BTNH)), split(segments_BT)
-  at_n1M = jnp.arange(n * size).reshape(n, 1, size)
   # Wide, so that gradients of all blocks are summed in fp32.
   wide = jnp.promote_types(dtype, jnp.float32)
   k_BKHT = padded(k_BTKH).transpose(0, 2, 3, 1).astype(wide)
@@ -126,48 +125,60 @@ def chunked(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, scale, cap=None):
     if isinstance(window, int):
       start = max(0, first * size - window + 1)
     keys = slice(start, last * size)
-    at_S = jnp.arange(keys.start, keys.stop)
     return _blocks(
-      (scale, cap),
+      (scale, cap, first, start),
       q_nBMNH[first:last],
       k_BKHT[..., keys],
       v_BKTH[:, :, keys],
-      (at_n1M[first:last], segments_nBM[first:last]),
-      (at_S, segments_BT[:, keys], window),
+      segments_nBM[first:last],
+      segments_BT[:, keys],
+      window,
     )
 
   y_nBMNH = jnp.concatenate([group(*ends) for ends in groups])
   return y_nBMNH.swapaxes(0, 1).reshape(B, -1, N, H)[:, :T]
 
 
-def _block(settings, q_BMNH, k_BKHS, v_BKSH, queries, keys):
-  (at_1M, of_queries_BM), (at_S, of_keys_BS, window) = queries, keys
+def _block(settings, q_BMNH, k_BKHS, v_BKSH, queries, of_keys_BS, window):
+  """`attend` of block i; queries: (i, their segments)."""
+  scale, cap, first, start = settings
+  i, of_queries_BM = queries
+  size = q_BMNH.shape[1]
+  at_1M = ((first + i) * size + jnp.arange(size))[None]
+  at_S = start + jnp.arange(v_BKSH.shape[2])
   mask_BMS = sees(at_1M, at_S, window, (of_queries_BM, of_keys_BS))
   k_BKHS, v_BKSH = (x.astype(q_BMNH.dtype) for x in (k_BKHS, v_BKSH))
-  return attend(q_BMNH, k_BKHS, v_BKSH, mask_BMS, *settings)
+  return attend(q_BMNH, k_BKHS, v_BKSH, mask_BMS, scale, cap)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocks(settings, q_nBMNH, k_BKHS, v_BKSH, queries, keys):
-  """`attend` of each block of queries, with the same keys."""
+def _blocks(settings, q_nBMNH, k_BKHS, v_BKSH, segments_nBM, *keys):
+  """`attend` of each block of queries, with the same keys.
+
+  settings: scale, cap, the number of the first block, the position of the first
+    key. keys: their segments [B, S], and the window.
+  """
   return jax.lax.map(
-    lambda xs: _block(settings, xs[0], k_BKHS, v_BKSH, xs[1], keys),
-    (q_nBMNH, queries),
+    lambda xs: _block(settings, xs[0], k_BKHS, v_BKSH, xs[1:], *keys),
+    (q_nBMNH, jnp.arange(len(q_nBMNH)), segments_nBM),
   )
 
 
 def _keep(settings, *operands):
-  return _blocks(settings, *operands), operands
+  # Of arguments that are kept as they are, jax 0.10.2 may take one for another
+  # in a second derivative through layers that are recomputed.
+  kept = jax.lax.optimization_barrier(operands)
+  return _blocks(settings, *operands), kept
 
 
 def _pull(settings, operands, d_nBMNH):
-  q_nBMNH, k_BKHS, v_BKSH, queries, keys = operands
+  q_nBMNH, k_BKHS, v_BKSH, segments_nBM, *keys = operands
 
   # For derivatives of this, which recompute in their turn.
   @jax.checkpoint
   def gradients(q_BMNH, d_BMNH, queries):
     def block(q_BMNH, k_BKHS, v_BKSH):
-      return _block(settings, q_BMNH, k_BKHS, v_BKSH, queries, keys)
+      return _block(settings, q_BMNH, k_BKHS, v_BKSH, queries, *keys)
 
     return jax.vjp(block, q_BMNH, k_BKHS, v_BKSH)[1](d_BMNH)
 
@@ -176,8 +187,9 @@ def _pull(settings, operands, d_nBMNH):
     return jax.tree.map(jnp.add, sums, d_keys), d_q
 
   zeros = [jnp.zeros_like(x) for x in (k_BKHS, v_BKSH)]
+  queries = jnp.arange(len(q_nBMNH)), segments_nBM
   d_keys, d_q = jax.lax.scan(step, zeros, (q_nBMNH, d_nBMNH, queries))
-  return d_q, *d_keys, None, None
+  return d_q, *d_keys, None, None, None
 
 
 _blocks.defvjp(_keep, _pull)

@@ -175,3 +175,35 @@ def test_chunked_memory_grows_with_the_length(order):
 
   assert temporary(scores.chunked, 4096) < 4.1 * temporary(scores.chunked, 1024)
   assert temporary(scores.whole, 1024) > 3.5 * temporary(scores.whole, 512)
+
+
+@pytest.mark.parametrize('rows', [2, 3])
+def test_second_derivatives_through_recomputed_layers(rows):
+  """As a critic's penalty has them; as many rows as a group has blocks, or more."""
+  rng = np.random.default_rng(0)
+  T = 2 * scores.BLOCK
+  q_k_v = [
+    jnp.asarray(rng.standard_normal((rows, T, n, H)), 'float32')
+    for n in (N, K, K)
+  ]
+  segments_BT = jnp.asarray(rng.integers(1, 3, (rows, T)).cumsum(1) // 40 + 1)
+
+  def gradient(form):
+    def layers(q_k_v):
+      @jax.checkpoint
+      def layer(x, _):
+        q, k, v = q_k_v
+        return x + form(q + x, k, v, segments_BT, None, SCALE), None
+
+      x, _ = jax.lax.scan(layer, jnp.zeros_like(q_k_v[0]), length=2)
+      return jnp.sum(jnp.sin(x))
+
+    def penalty(q_k_v):
+      return sum(jnp.sum(d * d) for d in jax.grad(layers)(q_k_v))
+
+    return jax.jit(jax.grad(penalty))(q_k_v)
+
+  for a, b in zip(
+    gradient(scores.chunked), gradient(scores.whole), strict=True
+  ):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
