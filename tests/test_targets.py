@@ -133,7 +133,9 @@ def tokens_moved(made, kind):
   return [
     t
     for t in made.transfers
-    if t.kind == kind and any(has_tokens(dims) for _, dims in t.shapes)
+    if t.kind == kind
+    # A vector is of parameters: a critic's width is twice T.
+    and any(len(dims) > 1 and has_tokens(dims) for _, dims in t.shapes)
   ]
 
 
@@ -230,8 +232,9 @@ def test_weights_are_gathered_a_layer_at_a_time(pair, name, method, mesh):
     for t in made.transfers
     if t.loops and t.kind in ('all-gather', 'collective-permute')
   ]
-  # A TPU passes weights on from one to the next, and once around.
-  slack = 1.2 if name.startswith('v') else 1.02
+  # A TPU passes weights on from one to the next while it multiplies, 1.36 times
+  # as much as gathering them is.
+  slack = 1.4 if name.startswith('v') else 1.02
   assert want <= sum(t.sent for t in in_layers) <= slack * want
   assert max(t.size for t in in_layers) <= 2 * D * block[D] * 2 + 2 * E * 12288
   if name.startswith('h'):
