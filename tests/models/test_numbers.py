@@ -10,7 +10,7 @@ from flax import nnx
 
 from gakd_jax import models
 from gakd_jax.data.pipeline import Batch, Tokens
-from gakd_jax.models import attention, critic, layers, pair, transformer
+from gakd_jax.models import critic, layers, pair, scores, transformer
 
 SPEC = 'vd,vc->cd'
 
@@ -106,7 +106,7 @@ def test_scores_under_a_soft_cap_have_gradients_of_bf16_products():
   mask_BTS = jnp.tril(jnp.ones((1, 6, 6), bool))
 
   def loss(*args):
-    return jnp.sum(jnp.sin(attention.attend(*args, mask_BTS, 0.3, 5.0)))
+    return jnp.sum(jnp.sin(scores.attend(*args, mask_BTS, 0.3, 5.0)))
 
   gradient = jax.grad(loss, argnums=(0, 1, 2))
   args = q_BTNH, k_BKHS, v_BKSH
