@@ -5,6 +5,7 @@ of them can know, whether a file is there or a signal came, all learn before
 anyone acts on it: `of_first`, `check_same`, `AnyOf`. An error of one ends all.
 """
 
+import contextlib
 import importlib.util
 import os
 import pickle
@@ -184,21 +185,17 @@ class AnyOf:
     return late is not None and bool(late)
 
 
-class _time_limit:
+@contextlib.contextmanager
+def _time_limit(seconds):
   """Says so when JAX does not find the others; it would end by abort()."""
-
-  def __init__(self, seconds):
-    error = f'not all processes have come within {seconds:g} s'
-    self._timer = threading.Timer(
-      seconds, rollcall.leave, [2, f'{error} (--start_timeout)']
-    )
-    self._timer.daemon = True
-
-  def __enter__(self):
-    self._timer.start()
-
-  def __exit__(self, *exception):
-    self._timer.cancel()
+  error = f'not all processes have come within {seconds:g} s (--start_timeout)'
+  timer = threading.Timer(seconds, rollcall.leave, [2, error])
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
 
 
 def _address(text):

@@ -207,7 +207,7 @@ def _sources(config, target):
       f'for {target.kind.title} (jax {jax.__version__}); operations by '
       f'formula, every token a response; evaluations not included; {_BOUND}'
     )
-    if target.is_gpu:
+    if target.is_gpu and config.attention == 'chunked':
       text += '; cuDNN is not compiled without a card: attention is chunked'
     return text
   text = (

@@ -8,7 +8,7 @@ for it by XLA's GPU compiler or by libtpu, without a GPU or TPU: the extras
 Figures are the makers' (dense bf16 arithmetic; links are what a device can send
 at a time, which is half of what data sheets add up for both directions):
 
-  NVIDIA A100, H100, H200 and B200 data sheets (SXM, HGX); 400 Gb/s of network
+  NVIDIA A100, H100 and H200 data sheets (SXM, HGX); 400 Gb/s of network
     for each GPU, as in DGX H100, and 200 Gb/s as in DGX A100
   https://cloud.google.com/tpu/docs/v5e, v5p and v6e
 """

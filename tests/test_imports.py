@@ -19,6 +19,7 @@ LEVELS = (
   ('main', 'evaluate', 'generate'),
   ('train', 'planning', 'check'),
   ('plan',),
+  ('loop',),
   ('rollout_log', 'chosen'),
   ('build', 'inputs', 'best'),
   ('training',),

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from configs import base
-from gakd_jax import Interrupted, inputs, log, rollout, train
+from gakd_jax import Interrupted, inputs, log, loop, rollout, train
 from gakd_jax.data import tokenizer
 
 ROWS = [
@@ -161,14 +161,14 @@ def test_a_run_that_is_asked_to_stop_uses_what_is_written(
   c = config(writer='student', every=3)
   c.checkpoint.every = 0
 
-  class Log(train._Log):
+  class Log(loop._Log):
     def step(self, now, metrics, tokens):
       super().step(now, metrics, tokens)
       if now == 2:
         os.kill(os.getpid(), signal.SIGINT)
 
   with monkeypatch.context() as patch:
-    patch.setattr(train, '_Log', Log)
+    patch.setattr(loop, '_Log', Log)
     with pytest.raises(Interrupted, match='step 3 of 6'):
       train.run(c, tmp_path / 'run')
   train.run(c, tmp_path / 'run')

@@ -23,6 +23,7 @@ from gakd_jax import (
   chosen,
   fingerprint,
   log,
+  loop,
   models,
   rundir,
   train,
@@ -181,14 +182,14 @@ def test_an_interrupted_run_continues_bit_for_bit(
 ):
   workdir = tmp_path / 'run'
 
-  class Log(train._Log):
+  class Log(loop._Log):
     def step(self, now, metrics, tokens):
       super().step(now, metrics, tokens)
       if now == stop_at:
         os.kill(os.getpid(), signal.SIGINT)
 
   with monkeypatch.context() as patch:
-    patch.setattr(train, '_Log', Log)
+    patch.setattr(loop, '_Log', Log)
     with pytest.raises(Interrupted, match=f'step {stop_at} of 6'):
       train.run(config, workdir)
   assert sorted(losses(workdir)) == list(range(1, stop_at + 1))
@@ -212,14 +213,14 @@ def test_a_killed_run_repeats_the_steps_after_its_checkpoint(
   class Killed(Exception):
     pass
 
-  class Log(train._Log):
+  class Log(loop._Log):
     def step(self, now, metrics, tokens):
       super().step(now, metrics, tokens)
       if now == 5:
         raise Killed
 
   with monkeypatch.context() as patch:
-    patch.setattr(train, '_Log', Log)
+    patch.setattr(loop, '_Log', Log)
     with pytest.raises(Killed):
       train.run(config, tmp_path / 'run')
   loaded, load = [], models.load
@@ -374,14 +375,14 @@ def test_patience_ends_a_run_wherever_it_is_interrupted(
   def killed(*_):
     raise Killed
 
-  class Log(train._Log):
+  class Log(loop._Log):
     def step(self, now, metrics, tokens):
       super().step(now, metrics, tokens)
       if now == 5:
         raise Killed
 
   with monkeypatch.context() as patch:
-    patch.setattr(train, '_Log', Log)
+    patch.setattr(loop, '_Log', Log)
     with pytest.raises(Killed):
       train.run(config, tmp_path / 'run')
   with monkeypatch.context() as patch:

@@ -578,3 +578,34 @@ def test_a_metric_may_have_a_column_for_each_kind_of_token():
   mask[:, 0] = False
   odd = np.mean(tokens.ids_BT[mask] % 2)
   np.testing.assert_allclose(metrics['n'], [1 - odd, odd], rtol=1e-6)
+
+
+@pytest.mark.parametrize('cap', [None, 3.0])
+def test_the_largest_logits_and_their_gradient_are_those_of_all(cap):
+  (hidden_BTD, _), (head_VD, _) = _outputs()
+  mask_BT = jnp.asarray(_tokens().mask_BT)
+  weights_BTK = jnp.arange(1.0, 1 + B * T * 4).reshape(B, T, 4) / T
+
+  def total(of, hidden_BTD, head_VD):
+    values_BTK = of(hidden_BTD, head_VD)
+    return jnp.sum(jnp.sin(values_BTK) * weights_BTK), values_BTK
+
+  def streamed(hidden_BTD, head_VD):
+    outputs = Outputs(hidden_BTD, Head(head_VD, cap=cap))
+    return head.largest(outputs, 4, mask_BT, chunk=5)
+
+  def direct(hidden_BTD, head_VD):
+    z_BTV = jnp.einsum('btd,vd->btv', hidden_BTD, head_VD, precision='highest')
+    z_BTV = cap * jnp.tanh(z_BTV / cap) if cap else z_BTV
+    return jax.lax.top_k(z_BTV, 4)[0] * mask_BT[:, :, None]
+
+  (got, values), got_d = jax.value_and_grad(
+    functools.partial(total, streamed), (0, 1), has_aux=True
+  )(hidden_BTD, head_VD)
+  (want, expected), want_d = jax.value_and_grad(
+    functools.partial(total, direct), (0, 1), has_aux=True
+  )(hidden_BTD, head_VD)
+  np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  for a, b in zip(got_d, want_d, strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
