@@ -157,15 +157,20 @@ def _table(path):
 def _records(batch):
   """The rows of a batch; of one that cannot be had, the reason."""
   try:
-    return batch.to_pylist()
+    return _values(batch)
   except _NO_VALUE:
     return [_record(batch.slice(i, 1)) for i in range(batch.num_rows)]
 
 
 def _record(batch):
   try:
-    return batch.to_pylist()[0]
-  except UnicodeDecodeError:
-    return 'not UTF-8'
+    return _values(batch)[0]
   except _NO_VALUE as error:
-    return f'has a value that cannot be read ({error})'
+    is_text = isinstance(error, UnicodeDecodeError) or 'UTF8' in str(error)
+    return 'not UTF-8' if is_text else 'has a value that cannot be read'
+
+
+def _values(batch):
+  """The rows of a batch; of damaged ones, Python would read anything."""
+  batch.validate(full=True)
+  return batch.to_pylist()

@@ -239,7 +239,7 @@ def _saved(path, state):
     names = [
       x['filename'] for x in json.loads(state.read_bytes())['_data_files']
     ]
-    outside = [name for name in names if pathlib.Path(name).name != name]
+    outside = [x for x in names if not x or pathlib.Path(x).name != x]
   except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
     raise UserError(
       f'{state}: not what save_to_disk writes ({error!r}); save it again'
