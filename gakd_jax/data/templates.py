@@ -328,6 +328,6 @@ def _listed_in(file, changed):
   except (OSError, ValueError, AttributeError, RecursionError) as error:
     raise UserError(f'{file}: not a JSON object ({error}); mend it') from error
   ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-  if not all(type(i) is int and i < 1 << 31 for i in ids):
-    raise UserError(f'{file}: eos_token_id is {ids!r:.80}; expected ids')
+  if odd := [i for i in ids if type(i) is not int or i >= 1 << 31]:
+    raise UserError(f'{file}: {odd[0]!r:.80} in eos_token_id; expected an id')
   return tuple(i for i in ids if i >= 0)
