@@ -48,7 +48,10 @@ TURN = st.fixed_dictionaries(
   {'role': WORDS | JSON, 'content': WORDS | JSON}, optional={'weight': JSON}
 )
 RECORD = JSON | st.fixed_dictionaries({'messages': st.lists(TURN, max_size=4)})
-RECORD |= st.fixed_dictionaries({'instruction': WORDS, 'output': WORDS | JSON})
+RECORD |= st.fixed_dictionaries(
+  {'instruction': WORDS | JSON, 'output': WORDS | JSON},
+  optional={x: JSON for x in ('input', 'answer', 'system', 'history', 'tools')},
+)
 
 
 def line(record):
