@@ -15,7 +15,8 @@ from gakd_jax.data.records import LONGEST, TOO_LONG, BadRow
 SUFFIXES = ('.jsonl', '.json', '.jsonl.gz', '.json.gz', '.parquet', '.arrow')
 _BOM = b'\xef\xbb\xbf'
 _END_OF_STREAM = b'\xff\xff\xff\xff\x00\x00\x00\x00'  # of Arrow's
-# What a value of a table raises that is no text or no date of Python's.
+# What a value of a table raises that is no text or no date of Python's; or the
+# name of a column.
 _NO_VALUE = (ValueError, OverflowError)
 
 
@@ -150,7 +151,7 @@ def _table(path):
     for where, record in indexed(path, records):
       bad = isinstance(record, str)
       yield where, BadRow(where, record) if bad else record
-  except pyarrow.ArrowException as error:
+  except (pyarrow.ArrowException, *_NO_VALUE) as error:
     raise OSError(str(error)) from error
 
 

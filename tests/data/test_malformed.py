@@ -236,6 +236,11 @@ NO_ROW = 'no usable row'
     ('a.parquet', parquet()[:-20], 'cannot read it (Parquet magic bytes'),
     ('a.parquet', arrow(), 'cannot read it (Parquet magic bytes'),
     ('a.parquet', flipped(parquet(), 4, 60), 'cannot read it'),
+    (
+      'a.parquet',
+      parquet().replace(b'instruction', b'instruct\xff\xffn'),
+      "cannot read it ('utf-8' codec",
+    ),
     ('a.parquet', flipped(parquet(), -200, -150), 'cannot read it'),
     ('a.parquet', parquet(TABLE[:0]), f'{NO_ROW} (it is empty)'),
     ('a.arrow', b'', 'cannot read it'),

@@ -9,6 +9,8 @@ import shutil
 
 import jax
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import strategies as st
 
@@ -124,6 +126,36 @@ def test_any_bytes_of_other_kinds_are_one_error(holds, tmp_path, name):
     check_line(error.value, f'{tmp_path / name}: ')
 
   holds(check, content=st.binary(max_size=60))
+
+
+@pytest.mark.parametrize('kind', ['arrow', 'parquet'])
+def test_damaged_tables_are_rows_bad_rows_or_one_error(holds, tmp_path, kind):
+  record = {'instruction': 'abc', 'output': ['b', 'c'], 'answer': 1.5}
+  table = pyarrow.Table.from_pylist([record] * 30)
+  path = tmp_path / f'a.{kind}'
+  if kind == 'arrow':
+    with pyarrow.ipc.new_stream(str(path), table.schema) as stream:
+      stream.write_table(table, max_chunksize=10)
+  else:
+    pyarrow.parquet.write_table(table, path)
+  whole = path.read_bytes()
+
+  def check(changes):
+    content = bytearray(whole)
+    for at, byte in changes.items():
+      content[at] = byte
+    path.write_bytes(content)
+    try:
+      rows, _ = sources.load(path)
+    except UserError as error:
+      check_line(error, f'{path}: ')
+      return
+    for row in rows:
+      check_row(row)
+
+  at = st.integers(0, len(whole) - 1)
+  changes = st.dictionaries(at, st.integers(0, 255), min_size=1, max_size=8)
+  holds(check, changes=changes)
 
 
 def test_any_record_is_rows_or_a_bad_row(holds, tiny_tokenizer_dir):
