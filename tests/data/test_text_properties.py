@@ -82,7 +82,7 @@ def test_the_mask_is_of_the_response_and_nothing_else(holds, shown, kind, name):
       text = templates.prompt_text(template, row, tokenizer)
       assert tokenizer.decode(prompt) == text
     else:
-      found = spelling.read(spelling.of(tokenizer), response).without_blank()
+      found = spelling.read(kind(name).spelling, response).without_blank()
       assert found.text == kind(name).normal(said.replace('\u2581', ' '))
 
   holds(
