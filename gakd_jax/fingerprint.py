@@ -83,6 +83,22 @@ def begin(workdir, force=False, **parts):
   hosts.only_first(lambda: _begin(Path(workdir), force, parts))
 
 
+@contextlib.contextmanager
+def unless_refused(workdir):
+  """What is refused within, before anything was saved, has not begun.
+
+  Put right, it may come again in the same directory.
+  """
+  path = Path(workdir) / 'config.json'
+  is_new = not path.exists()
+  try:
+    yield
+  except UserError:
+    if is_new and not any(path.parent.glob('checkpoints/[0-9]*')):
+      path.unlink(missing_ok=True)
+    raise
+
+
 def _begin(workdir, force, parts):
   path = workdir / 'config.json'
   record = {}

@@ -303,6 +303,21 @@ def test_another_config_is_refused(whole_run, config):
     train.run(config, whole_run[0])
 
 
+def test_what_is_refused_may_come_again_put_right(config, tmp_path):
+  data, config.data.train = config.data.train, str(tmp_path / 'none.jsonl')
+  with pytest.raises(UserError, match='none.jsonl'):
+    train.run(config, tmp_path / 'run')
+  config.data.train = data
+  config.optimizer.name = 'rmsprop'
+  config.train.steps = 1
+  config.evals = {}
+  config.checkpoint.best_metric = None
+  assert train.run(config, tmp_path / 'run')['step'] == 1
+  config.optimizer.name = 'adamw'
+  with pytest.raises(UserError, match='was begun with something else'):
+    train.run(config, tmp_path / 'run')
+
+
 @pytest.fixture
 def unfinished(whole_run, tmp_path):
   """The whole run as it was before its results were written."""
