@@ -305,7 +305,7 @@ def test_another_config_is_refused(whole_run, config):
 
 def test_what_is_refused_may_come_again_put_right(config, tmp_path):
   data, config.data.train = config.data.train, str(tmp_path / 'none.jsonl')
-  with pytest.raises(UserError, match='none.jsonl'):
+  with pytest.raises(UserError, match=r'none\.jsonl'):
     train.run(config, tmp_path / 'run')
   config.data.train = data
   config.optimizer.name = 'rmsprop'
