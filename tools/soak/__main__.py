@@ -61,6 +61,7 @@ class Trial:
     self.faults = faults
     self.counts = counts
     self.damaged = set()  # steps
+    self.expected = 0  # from which the last attempt should have gone on
     self.attempts = 0
     self.longest_stop = 0.0
 
@@ -70,9 +71,8 @@ class Trial:
       if self.attempts > 500:
         raise Lost(f'{self.workdir}: no end after {self.attempts} attempts')
       fault = self.rng.choice(self.faults) if more() else 'none'
-      expected = self._newest_whole()
       process = getattr(self, f'_{fault}')()
-      self._went_on_from(process, expected)
+      self._check_begin(process)
       if fault != 'none':
         self.counts[fault] += 1
       if process.status == 0:
@@ -81,6 +81,7 @@ class Trial:
 
   def _start(self, **settings):
     self.attempts += 1
+    self.expected = max(set(self._steps()) - self.damaged, default=0)
     log = self.workdir.parent / f'{self.workdir.name}-{self.attempts}.log'
     return attempt.Attempt(self.config, self.workdir, log, **settings)
 
@@ -193,12 +194,9 @@ class Trial:
     names = os.listdir(folder) if folder.exists() else ()
     return [int(name) for name in names if name.isdecimal()]
 
-  def _newest_whole(self):
-    return max(set(self._steps()) - self.damaged, default=0)
-
-  def _went_on_from(self, process, expected):
-    """Compares what an attempt said with the newest good checkpoint."""
-    text = process.text()
+  def _check_begin(self, process):
+    """Compares where an attempt began with the newest good checkpoint."""
+    text, expected = process.text(), self.expected
     for step in set(self.damaged):
       if (self.workdir / f'checkpoints/{step}.damaged').exists():
         self.damaged.discard(step)
