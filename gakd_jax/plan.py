@@ -57,6 +57,10 @@ class Plan:
     }
     return {kind: n for kind, n in sent.items() if n}
 
+  def hidden(self):
+    """Bytes of these while which something is computed, as far as is known."""
+    return sum(t.sent for t in self.transfers if t.hidden)
+
   def seconds(self, target):
     """{what takes them: seconds of a step at the target's peak}.
 
