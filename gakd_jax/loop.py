@@ -14,6 +14,7 @@ from gakd_jax import (
   keys,
   log,
   rollout_log,
+  skip_log,
   trackers,
 )
 from gakd_jax.evals import evaluator as evaluator_lib
@@ -24,6 +25,7 @@ def run(run, state, host, train_step, batches, total, checkpoints):
   c = run.config
   start = int(state.step)
   rollouts = rollout_log.RolloutLog(run, start, total)
+  skipped = skip_log.SkipLog(run, total)
   texts = _Texts(run, batches, total)
   any_of = hosts.AnyOf()
   stops = wants_to_save = False
@@ -61,6 +63,7 @@ def run(run, state, host, train_step, batches, total, checkpoints):
       size = jnp.count_nonzero(batch.student.segments_BT)
       state, metrics = train_step(state, run.models, batch)
       logged.step(now, metrics | about_text, size)
+      skipped.step(now, metrics, batch)
       host['is_best'] = False
       names = [
         name
@@ -71,13 +74,16 @@ def run(run, state, host, train_step, batches, total, checkpoints):
         evaluate(state.params['student'], now, names)
       stops |= any_of(stop.requested)
       wants_to_save |= due(c.checkpoint.every, now) or stops
-      wants_to_save |= chosen.is_enough(c.checkpoint, host)
+      wants_to_save |= chosen.is_enough(c.checkpoint, host) or skipped.enough
       if wants_to_save and not texts.ahead:
         wants_to_save = False
         logged.flush()  # What is saved is not logged again.
+        skipped.flush()
         checkpoints.save(now, state, host | {'data': batches.get_state()})
       if host['is_best']:  # Only then: an export that fails loses no step.
         chosen.export(run, state.params['student'], host['best'])
+      if skipped.enough and not texts.ahead:
+        break
       if stops and now < total and not texts.ahead:
         checkpoints.wait()
         raise Interrupted(
@@ -85,6 +91,7 @@ def run(run, state, host, train_step, batches, total, checkpoints):
           'continues from there'
         )
     checkpoints.wait()
+  skipped.check(state)
   rollouts.write(state.params['student'], int(state.step))
   return state
 
@@ -176,7 +183,11 @@ class _Log:
       metrics |= {'seconds': seconds, 'tokens_per_second': speed}
     for line in self._watch.warnings(metrics):
       print(line, flush=True)
-    named = {f'train/{name}': value for name, value in metrics.items()}
+    named = {
+      f'train/{name}': value
+      for name, value in metrics.items()
+      if not name.startswith('skipped/') or value
+    }
     self.write(now, named)
     self._progress.update(now, loss=metrics['loss'], tokens_per_second=speed)
 
