@@ -259,6 +259,7 @@ def _checked(config, mesh):
   trackers.check(config.report.trackers)
   if config.train.steps is None and config.train.epochs is None:
     raise UserError('config.train: set steps or epochs')
+  training.check(config.train)
   microbatch = config.train.microbatch_size or config.train.batch_size
   sharding.check_batch_size(config.train.batch_size, microbatch, mesh)
   for settings in (config.optimizer, config.critic_optimizer):

@@ -22,7 +22,8 @@ from gakd_jax import UserError, __version__, hosts, log, rundir
 # pieces, and how often it is looked at.
 HOW = re.compile(
   r'report\..*|mesh\..*|stages|attention|eval_every|checkpoint\.(every|keep.*)|'
-  r'data\.cache|student\.remat|train\.(microbatch_size|head_chunk)|'
+  r'data\.cache|student\.remat|'
+  r'train\.(microbatch_size|head_chunk|max_skipped)|'
   r'evals\.[^.]+\.(every|batch_size)'
 )
 # What scores, token ids and parameters depend on.

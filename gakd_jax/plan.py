@@ -245,7 +245,7 @@ def _resident(state, frozen, batch):
   if 'critic' in trees:
     trees['critic'] = trees['critic'], state.critic_opt_state
   parts = {
-    'optimizer state': (state.opt_state, state.step),
+    'optimizer state': (state.opt_state, state.step, state.skips),
     'batch': batch.student,  # The teacher's are the same arrays.
   }
   return {k: device_bytes(tree) for k, tree in (trees | parts).items()}

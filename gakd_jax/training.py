@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -18,6 +19,20 @@ class Training:
   step: Callable  # (state, models, batch) -> state, metrics; jitted
   state: step.TrainState  # as shapes with their places: to restore into
   init: Callable  # () -> the state at step 0
+
+
+def check(config):
+  """Refuses settings of `config.train` that no step can be made with."""
+  if config.max_skipped < 1:
+    raise UserError(
+      f'config.train.max_skipped={config.max_skipped}: expected 1 or more steps'
+    )
+  spikes = config.skip_spikes
+  if spikes is not None and not 0 < spikes < math.inf:
+    raise UserError(
+      f'config.train.skip_spikes={spikes}: expected a positive number of '
+      'standard deviations, or None'
+    )
 
 
 def optimizer(config, total_steps):
@@ -46,8 +61,12 @@ def make(run, steps_per_epoch, total):
   main, schedule = optimizer(c.optimizer, total)
   critic_optimizer, _ = optimizer(c.critic_optimizer, total)
 
+  spikes = c.train.skip_spikes
+
   def first_state(params, own):
-    return step.init_state(params, own, main, critic_optimizer)
+    return step.init_state(
+      params, own, main, critic_optimizer, find_spikes=spikes is not None
+    )
 
   own = run.objective.shapes(*run.models.configs)
   state = jax.eval_shape(first_state, run.shapes, own)
@@ -70,6 +89,7 @@ def make(run, steps_per_epoch, total):
     critic_optimizer=critic_optimizer,
     seed=c.seed,
     microbatches=microbatches(c),
+    skip_spikes=spikes,
     out_shardings=(places, sharding.replicated(run.mesh)),
   )
   return Training(train_step, state, init)

@@ -20,10 +20,10 @@ LEVELS = (
   ('train', 'planning', 'check'),
   ('plan',),
   ('loop',),
-  ('rollout_log', 'chosen'),
+  ('rollout_log', 'skip_log', 'chosen'),
   ('build', 'inputs', 'best'),
   ('training',),
-  ('step', 'rollout', 'rereading', 'writing', 'answering', 'evals'),
+  ('step', 'skips', 'rollout', 'rereading', 'writing', 'answering', 'evals'),
   ('objectives', 'speculative', 'sampling', 'sampler', 'flops'),
   ('models', 'data'),
   (

@@ -234,10 +234,11 @@ def _outcome(workdir):
   for path in (
     *workdir.glob('answers/*'),
     *workdir.glob('rollouts.jsonl'),
-    workdir / 'best/gakd_jax.json',
     workdir / 'best/config.json',
   ):
     found[str(path.relative_to(workdir))] = path.read_bytes()
+  about = json.loads((workdir / 'best/gakd_jax.json').read_text())
+  found['best/gakd_jax.json'] = about | {'commit': None}
   found['report.html'] = (workdir / 'report.html').exists()
   return found
 
