@@ -43,6 +43,7 @@ LEVELS = (
     'settings',
     'partial',
     'hosts',
+    'json_file',
     'rollcall',
   ),
 )

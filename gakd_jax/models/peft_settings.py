@@ -4,19 +4,18 @@ Options are accepted by name and value. Any other, be it one of a later PEFT,
 has to say nothing (null, false or empty), else it is refused by its name.
 """
 
-import math
 import re
 from pathlib import Path
 
-from gakd_jax import UserError
+from gakd_jax import UserError, json_file
 
 
 def _is_rank(x):
-  return type(x) is int and x >= 1
+  return type(x) is int and 1 <= x <= 2**24
 
 
 def _is_scale(x):
-  return type(x) in (int, float) and 0 < x < math.inf
+  return type(x) in (int, float) and 0 < x < 1e9
 
 
 def _is_share(x):
@@ -102,7 +101,7 @@ def check(settings, file):
     if value not in ONLY.get(name, ()):
       others = ', '.join(map(repr, ONLY.get(name, ())))
       raise UserError(
-        f'{file}: {name}={value!r} is not supported'
+        f'{file}: {name}={json_file.shown(value)} is not supported'
         f'{others and f" (expected {others})"}; most such adapters can be '
         'merged into their base with peft (merge_and_unload): load that'
       )
@@ -113,7 +112,7 @@ def check(settings, file):
   if layers != [] and _is_text(wanted):
     raise UserError(
       f'{file}: layers_to_transform needs a list of names as target_modules, '
-      f'not {wanted!r}'
+      f'not {json_file.shown(wanted)}'
     )
   return computed
 
@@ -141,7 +140,7 @@ def _value(settings, name, file):
   if value is None:
     return default
   if not is_right(value):
-    raise UserError(f'{file}: {name}={value!r} must be {words}')
+    raise UserError(f'{file}: {name}={json_file.shown(value)} must be {words}')
   if name.endswith('_modules') and not _is_text(value):
     return value
   if name.endswith(('_pattern', '_modules')):
@@ -149,8 +148,9 @@ def _value(settings, name, file):
       try:
         re.compile(pattern)
       except re.error as e:
+        what = json_file.shown(pattern)
         raise UserError(
-          f'{file}: {name}: {pattern!r} is no regular expression ({e})'
+          f'{file}: {name}: {what} is no regular expression ({e})'
         ) from None
   return value
 

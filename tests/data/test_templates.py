@@ -211,7 +211,7 @@ def test_generation_config_says_what_else_ends_a_turn(bytes_tokenizer):
   file.write_text(json.dumps({'eos_token_id': None}))
   assert templates.stop_ids('raw', found) == (eos,)
   file.write_text('[broken')
-  with pytest.raises(UserError, match=r'generation_config.json: not a JSON'):
+  with pytest.raises(UserError, match=r'generation_config.json: not valid'):
     templates.stop_ids('raw', found)
 
 
