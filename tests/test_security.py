@@ -37,9 +37,15 @@ def marker(tmp_path):
   assert not file.exists()
 
 
-@pytest.fixture
-def source(tiny_model_dir):
+@pytest.fixture(scope='module')
+def good(tiny_model_dir):
   return tiny_model_dir(layers=1)
+
+
+@pytest.fixture
+def source(good, tmp_path):
+  """A copy, to be spoilt."""
+  return shutil.copytree(good, tmp_path / 'model')
 
 
 def test_a_bomb_is_one(tmp_path):
@@ -47,24 +53,30 @@ def test_a_bomb_is_one(tmp_path):
   assert (tmp_path / 'was_run').exists()
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    *('pytorch_model.bin', 'model.pt', 'consolidated.00.pth', 'model.ckpt'),
-    *('adapter_model.bin', 'training_args.bin', 'tokenizer.pkl', 'model.npz'),
-    *('optimizer.pt', 'rng_state.pth', 'scheduler.pt', 'flax_model.msgpack'),
-  ],
+PICKLES = (
+  *('pytorch_model.bin', 'model.pt', 'consolidated.00.pth', 'model.ckpt'),
+  *('adapter_model.bin', 'training_args.bin', 'tokenizer.pkl', 'model.npz'),
+  *('optimizer.pt', 'rng_state.pth', 'scheduler.pt', 'flax_model.msgpack'),
 )
-def test_no_pickle_is_read(name, source, tmp_path, marker):
-  (source / name).write_bytes(pickle.dumps(_Bomb(marker)))
-  models.save(models.load(source), tmp_path / 'out')  # Beside the weights.
+
+
+def test_no_pickle_beside_weights_is_read(source, tmp_path, marker):
+  for name in PICKLES:
+    (source / name).write_bytes(pickle.dumps(_Bomb(marker)))
+  models.save(models.load(source), tmp_path / 'out')
+  assert not {f.name for f in (tmp_path / 'out').iterdir()} & {*PICKLES[:6]}
   models.identity(source)
   tokenizer_lib.load(source)
-  # In their place, by its name and by theirs.
+
+
+@pytest.mark.parametrize('name', PICKLES)
+def test_no_pickle_is_read_for_weights(name, source, marker):
+  """By its name, or by theirs."""
+  (source / weight_files.WHOLE).unlink()
+  (source / name).write_bytes(pickle.dumps(_Bomb(marker)))
+  with pytest.raises(UserError, match=r'no \*\.safetensors file'):
+    models.load(source)
   for file in (weight_files.WHOLE, weight_files.INDEX):
-    (source / weight_files.WHOLE).unlink(missing_ok=True)
-    with pytest.raises(UserError, match=r'no \*\.safetensors file'):
-      models.load(source)
     shutil.copy(source / name, source / file)
     with pytest.raises(UserError, match=r'not a readable|not valid JSON'):
       models.load(source)
@@ -156,7 +168,7 @@ def test_an_index_leads_nowhere_else(source, tmp_path):
   other = shutil.move(whole, tmp_path / 'other' / 'a.safetensors')
   (source / 'sub').mkdir()
   for name in (
-    *(str(other), '../../other/a.safetensors', 'sub/../../a.safetensors'),
+    *(str(other), '../other/a.safetensors', 'sub/../../other/a.safetensors'),
     *('/dev/stdin', '/proc/self/mem', '//etc/passwd', '..', './../a'),
   ):
     index = {'weight_map': dict.fromkeys(names, name)}

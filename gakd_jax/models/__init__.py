@@ -7,6 +7,7 @@
 `abstract` makes a model without weights, `init` one with random weights.
 """
 
+import contextlib
 import dataclasses
 import fnmatch
 import functools
@@ -63,18 +64,11 @@ def resolve(path, files=_MODEL):
   A hub id is `org/name` or `org/name@revision`; of a run's directory it is the
   student that came out. `files`: one or several patterns of what is needed.
   """
-  local = Path(path).expanduser()
-  if _is_directory(local):
+  local = hub.directory(path)
+  if local:
     is_run = (local / 'best').is_dir() and not any(local.glob('*.safetensors'))
     return local / 'best' if is_run else local
   return hub.fetch(str(path), (files,) if isinstance(files, str) else files)
-
-
-def _is_directory(path):
-  try:
-    return path.is_dir()
-  except OSError:  # Its name is too long, or a part of it is not ours to read.
-    return False
 
 
 def resolve_base(path, files=_MODEL):
@@ -276,7 +270,8 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None, describe=None):
     if first:
       for left_over in (new, old):
         shutil.rmtree(left_over, ignore_errors=True)
-      _make(new)
+      with _writing(path):
+        new.mkdir(parents=True)
     if not adapters:
       _save_whole(model, new, max_shard_bytes, report)
     elif first:
@@ -298,18 +293,21 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None, describe=None):
   multihost_utils.sync_global_devices(f'saved {path}')
 
 
-def _make(path):
+@contextlib.contextmanager
+def _writing(path):
   try:
-    path.mkdir(parents=True)
+    yield
   except OSError as e:
     raise UserError(
-      f'{path}: cannot be made ({e.strerror}); name another place'
+      f'{path}: cannot be written ({e.strerror}); name another place'
     ) from None
 
 
 def _check_replaceable(path):
-  is_model = path.is_dir() and any(path.glob('*.safetensors'))
-  if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_model):
+  with _writing(path):
+    is_model = path.is_dir() and any(path.glob('*.safetensors'))
+    is_empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+  if not is_model and not is_empty:
     raise UserError(f'{path}: is not a model that could be replaced')
 
 

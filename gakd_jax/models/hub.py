@@ -15,6 +15,15 @@ _IGNORED = (
 )
 
 
+def directory(path):
+  """A local directory, as a `Path`; None if there is none."""
+  path = Path(path).expanduser()
+  try:
+    return path if path.is_dir() else None
+  except OSError:  # Its name is too long, or a part of it is not ours to read.
+    return None
+
+
 def fetch(name, files):
   """The directory that holds those files of a hub id that match patterns.
 

@@ -5,9 +5,9 @@ has to say nothing (null, false or empty), else it is refused by its name.
 """
 
 import re
-from pathlib import Path
 
 from gakd_jax import UserError, json_file
+from gakd_jax.models import hub
 
 
 def _is_rank(x):
@@ -125,8 +125,7 @@ def base(settings, file):
       f'{file}: base_model_name_or_path is missing; name the model that the '
       'adapter belongs on'
     )
-  is_local = Path(name).expanduser().is_dir()
-  return name if is_local or not revision else f'{name}@{revision}'
+  return f'{name}@{revision}' if revision and not hub.directory(name) else name
 
 
 def _says_nothing(value):
