@@ -183,6 +183,8 @@ def test_the_hubs_own_links_are_followed(source, tmp_path):
   blobs = tmp_path / 'models--org--name' / 'blobs'
   for path in (snapshot, blobs):
     path.mkdir(parents=True)
+  models.save(models.load(source), source, max_shard_bytes=20_000)
+  assert (source / weight_files.INDEX).exists()
   for i, file in enumerate(source.iterdir()):
     shutil.move(file, blobs / str(i))
     (snapshot / file.name).symlink_to(f'../../blobs/{i}')

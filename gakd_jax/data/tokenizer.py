@@ -32,6 +32,7 @@ _PROBES = (
 _CUT = '\U000ffffe'
 
 
+_WANTED = 'give a directory with tokenizer.json, or a hub id'
 # Of a directory, beside the vocabularies of older formats.
 _FILES = (
   *('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'),
@@ -61,14 +62,18 @@ def load(path):
     reason = (str(error).splitlines() or [''])[0]
     raise UserError(
       f'{path}: no tokenizer can be loaded ({type(error).__name__}: {reason}); '
-      'give a directory with tokenizer.json, or a hub id'
+      f'{_WANTED}'
     ) from error
   _check(tokenizer, path)
   return tokenizer
 
 
 def _check(tokenizer, path):
-  """Refuses what transformers takes from its files and cannot use."""
+  """Refuses what transformers makes of files that are missing, or odd."""
+  if len(tokenizer) == len(tokenizer.added_tokens_encoder):
+    raise UserError(
+      f'{path}: no tokenizer can be loaded: there is no vocabulary; {_WANTED}'
+    )
   found = tokenizer.chat_template
   named = found if isinstance(found, dict) else {'default': found or ''}
   for name, right, expected in (

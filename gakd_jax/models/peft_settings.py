@@ -118,7 +118,10 @@ def check(settings, file):
 
 
 def base(settings, file):
-  """The directory or hub id that an adapter belongs on."""
+  """The directory or hub id that an adapter belongs on.
+
+  A directory may be anywhere, as adapters that are trained here name it.
+  """
   name, revision = settings['base_model_name_or_path'], settings['revision']
   if not name:
     raise UserError(

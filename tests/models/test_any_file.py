@@ -25,11 +25,18 @@ from gakd_jax.models import (
 KINDS = sorted(families.FAMILIES)
 
 
-def some(n):
-  """So many examples, always the same."""
+def some(n, *phases):
+  """So many examples, always the same; phases beside making them."""
   return hypothesis.settings(
-    max_examples=n, deadline=None, derandomize=True, database=None
+    max_examples=n,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[hypothesis.Phase.generate, *phases],
   )
+
+
+SHRINK = hypothesis.Phase.shrink  # Where an example takes milliseconds.
 
 
 def assert_one_line(error, start):
@@ -95,19 +102,19 @@ def assert_read_or_refused(content):
           assert tensor.mapped().tobytes() == want.tobytes()
 
 
-@some(200)
+@some(200, SHRINK)
 @hypothesis.given(edited())
 def test_an_edited_file_of_weights_is_read_as_it_is_or_refused(content):
   assert_read_or_refused(content)
 
 
-@some(60)
+@some(60, SHRINK)
 @hypothesis.given(st.binary(max_size=200))
 def test_any_bytes_are_no_weights_or_read_as_such(content):
   assert_read_or_refused(content)
 
 
-@some(60)
+@some(60, SHRINK)
 @hypothesis.given(
   st.sampled_from(['float32', 'bfloat16', 'float16']),
   st.integers(0, 9),
@@ -178,7 +185,7 @@ def configs(draw):
   return hf
 
 
-@some(200)
+@some(200, SHRINK)
 @hypothesis.given(configs())
 def test_any_config_is_one_or_refused(hf):
   try:
@@ -193,7 +200,7 @@ def test_any_config_is_one_or_refused(hf):
   assert families.config_from_hf(written, 'config.json') == config
 
 
-@some(100)
+@some(100, SHRINK)
 @hypothesis.given(
   st.dictionaries(
     st.sampled_from(

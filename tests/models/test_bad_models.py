@@ -436,6 +436,14 @@ def test_a_pipe_of_a_tokenizer_is_not_waited_for(model, name):
   assert message == f'{model / name}: not a file'
 
 
+@pytest.mark.parametrize('kind', ['gpt2', 'qwen3', 'gemma', 'llama'])
+def test_a_model_without_a_tokenizer_is_refused(tmp_path, kind):
+  """Of some families transformers makes one of special tokens alone."""
+  (tmp_path / 'config.json').write_text(json.dumps({'model_type': kind}))
+  message = refusal(tokenizer_lib.load, tmp_path)
+  assert message.startswith(f'{tmp_path}: no tokenizer can be loaded')
+
+
 @pytest.mark.parametrize(
   'path',
   [
@@ -528,6 +536,7 @@ def test_a_broken_adapter_config_is_refused(adapter, content):
     {'r': 10**30},
     {'lora_alpha': 1e308},
     {'lora_alpha': 10**400},
+    {'r': 10**400, 'use_rslora': True},
     {'rank_pattern': {'down_proj': 10**9}},
     {'target_modules': '('},
     {'target_modules': []},
