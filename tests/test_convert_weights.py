@@ -182,9 +182,10 @@ def test_what_fails_midway_leaves_nothing(
   def stops(*args):
     raise KeyboardInterrupt
 
+  source = tiny_model_dir(layers=1)
   monkeypatch.setattr(models, 'copy_companions', stops)
   with pytest.raises(KeyboardInterrupt):
-    convert_weights.to_flax(tiny_model_dir(layers=1), tmp_path / 'flax')
+    convert_weights.to_flax(source, tmp_path / 'flax')
   assert not [*tmp_path.iterdir()]
 
 
