@@ -6,6 +6,7 @@ chat template and the ends of turns are those of the training: see
 """
 
 import json
+import re
 from pathlib import Path
 
 from gakd_jax import (
@@ -105,10 +106,17 @@ def template_of(path, asked=None, default='qwen3'):
   return asked or trained or default
 
 
+def _cell(value):
+  """A value as a cell of a Markdown table: nothing in it is markup."""
+  return re.sub(
+    r'[&<>|\[\]`*\\\n\r]', lambda found: f'&#{ord(found[0])};', str(value)
+  )
+
+
 def _card(about, is_adapter):
   """README.md, as the hub reads it."""
   facts = [
-    f'| {name.replace("_", " ")} | {value} |'
+    f'| {name.replace("_", " ")} | {_cell(value)} |'
     for name, value in about.items()
     if value is not None
   ]

@@ -1,6 +1,7 @@
 """tools/convert_weights.py: there and back, bit for bit."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
+from gakd_jax import models
 from tools import convert_weights
 
 
@@ -93,6 +95,98 @@ def test_mistakes_are_one_line_and_status_2(tiny_model_dir, tmp_path, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith('error: ')
     assert message in error
+
+
+@pytest.fixture(scope='module')
+def flax(tiny_model_dir, tmp_path_factory):
+  path = tmp_path_factory.mktemp('flax') / 'flax'
+  convert_weights.to_flax(tiny_model_dir(layers=1), path)
+  return path
+
+
+@pytest.mark.parametrize(
+  ('name', 'content'),
+  [
+    ('_METADATA', None),
+    ('_METADATA', b''),
+    ('_METADATA', b'[]'),
+    ('_METADATA', b'{"tree_metadata": 3}'),
+    ('_sharding', b'hello'),
+    ('embedding/.zarray', None),
+    ('embedding/.zarray', b'{}'),
+    ('embedding/.zarray', b'\x00'),
+  ],
+)
+def test_a_damaged_checkpoint_is_one_line(
+  flax, tmp_path, capsys, name, content
+):
+  path = shutil.copytree(flax, tmp_path / 'damaged')
+  file = path / 'params' / name
+  file.unlink()
+  if content is not None:
+    file.write_bytes(content)
+  assert convert_weights.main(['to_hf', str(path), str(tmp_path / 'x')]) == 2
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert error.startswith(f'error: {path / "params"}: ')
+  assert [f.name for f in tmp_path.iterdir()] == ['damaged']
+
+
+def test_whatever_orbax_says_is_one_line(flax, tmp_path, capsys, monkeypatch):
+  def missing(*args):  # As of a part that is missing, whose others go on.
+    raise ValueError('NOT_FOUND: chunk {0, 0}\nSource locations: ...')
+
+  monkeypatch.setattr(convert_weights, '_restored', missing)
+  assert convert_weights.main(['to_hf', str(flax), str(tmp_path / 'x')]) == 2
+  error = capsys.readouterr().err.strip().splitlines()[-1]
+  assert 'params: cannot be read (ValueError: NOT_FOUND: chunk' in error
+  assert not (tmp_path / 'x').exists()
+
+
+def test_numbers_that_are_no_weights_are_refused(flax, tmp_path, capsys):
+  path = shutil.copytree(flax, tmp_path / 'flax')
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    tree = checkpointer.metadata(path / 'params').item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), tree)
+    params = checkpointer.restore(path / 'params', restore_args=as_numpy)
+    for dtype, value in (('float32', np.nan), ('int32', 3)):
+      norm = np.full(32, value, dtype)
+      shutil.rmtree(path / 'params')
+      checkpointer.save(
+        path / 'params', params | {'final_norm': {'scale': norm}}
+      )
+      assert (
+        convert_weights.main(['to_hf', str(path), str(tmp_path / 'x')]) == 2
+      )
+      error = capsys.readouterr().err.strip().splitlines()[-1]
+      assert 'norm' in error
+      assert not (tmp_path / 'x').exists()
+
+
+def test_places_that_cannot_be_written_are_one_line(
+  tiny_model_dir, flax, tmp_path, capsys
+):
+  (tmp_path / 'file').write_text('')
+  sources = {'to_flax': tiny_model_dir(layers=1), 'to_hf': flax}
+  for direction, source in sources.items():
+    for name in ('file/x', 'x' * 300):
+      argv = [direction, str(source), str(tmp_path / name)]
+      assert convert_weights.main(argv) == 2
+      error = capsys.readouterr().err.strip().splitlines()[-1]
+      assert error.startswith(f'error: {tmp_path / name}')
+  assert [f.name for f in tmp_path.iterdir()] == ['file']
+
+
+def test_what_fails_midway_leaves_nothing(
+  tiny_model_dir, tmp_path, monkeypatch
+):
+  def stops(*args):
+    raise KeyboardInterrupt
+
+  source = tiny_model_dir(layers=1)
+  monkeypatch.setattr(models, 'copy_companions', stops)
+  with pytest.raises(KeyboardInterrupt):
+    convert_weights.to_flax(source, tmp_path / 'flax')
+  assert not [*tmp_path.iterdir()]
 
 
 def test_the_command_runs_as_documented(tmp_path):

@@ -44,6 +44,7 @@ LEVELS = (
     'partial',
     'hosts',
     'stopping',
+    'json_file',
     'rollcall',
   ),
 )

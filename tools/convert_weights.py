@@ -39,19 +39,26 @@ def to_flax(source, destination, dtype=None):
   with _progress() as progress:
     report = _task(progress, 'reading', _loaded_bytes(source, dtype))
     model = models.load(source, dtype, report=report)
-    params = transformer.split(model)[1]
-    size = _bytes(params)
-    report = _task(progress, 'writing', size)
-    # In pieces, of which reading holds a few beside the parameter.
-    pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2**27), params)
-    with _checkpointer(params) as checkpointer:
-      checkpointer.save(
-        new / 'params', args=ocp.args.PyTreeSave(params, save_args=pieces)
-      )
-    report(size)
-  models.write_config(model, new)
-  models.copy_companions(source, new)
+    report = _task(progress, 'writing', _bytes(transformer.split(model)[1]))
+    try:
+      _write_flax(model, source, new)
+    except BaseException:
+      shutil.rmtree(new, ignore_errors=True)
+      raise
+    report(_bytes(transformer.split(model)[1]))
   new.rename(destination)
+
+
+def _write_flax(model, source, path):
+  params = transformer.split(model)[1]
+  # In pieces, of which reading holds a few beside the parameter.
+  pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2**27), params)
+  with _checkpointer(params) as checkpointer:
+    checkpointer.save(
+      path / 'params', args=ocp.args.PyTreeSave(params, save_args=pieces)
+    )
+  models.write_config(model, path)
+  models.copy_companions(source, path)
 
 
 def to_hf(source, destination):
@@ -83,10 +90,28 @@ def _restore(path, shapes):
   """Reads an Orbax checkpoint whose shapes are known, in its own dtypes."""
   if not path.is_dir():
     raise UserError(f'{path}: not found; `to_flax` writes such a directory')
+  try:
+    return _restored(path, shapes)
+  except UserError:
+    raise
+  except Exception as e:  # Orbax's errors have no common class.
+    reason = (str(e).splitlines() or [''])[0]
+    raise UserError(
+      f'{path}: cannot be read ({type(e).__name__}: {reason}); make it again '
+      'with `to_flax`'
+    ) from e
+
+
+def _restored(path, shapes):
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-    stored = convert.flatten(checkpointer.metadata(path).item_metadata.tree)
+    metadata = checkpointer.metadata(path).item_metadata
+  if metadata is None:
+    raise ValueError('its metadata are not there, or damaged')
+  stored = convert.flatten(metadata.tree)
   expected = {k: x.shape for k, x in convert.flatten(shapes).items()}
-  found = {k: tuple(x.shape) for k, x in stored.items()}
+  found = {
+    k: tuple(x.shape) for k, x in stored.items() if x.dtype.name in DTYPES
+  }
   if found != expected:
     wrong = sorted(k for k, _ in found.items() ^ expected.items())
     raise UserError(
@@ -173,6 +198,10 @@ def main(argv=None):
       to_hf(args.source, args.destination)
   except UserError as e:
     print(f'error: {e}', file=sys.stderr)
+    return 2
+  except OSError as e:  # A full disk, a place of others.
+    where = e.filename or args.destination
+    print(f'error: {where}: {e.strerror or e}', file=sys.stderr)
     return 2
   return 0
 

@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from gakd_jax import UserError
+from gakd_jax import UserError, json_file
 from gakd_jax.data.records import LONGEST, TOO_LONG
 from gakd_jax.data.sources import BadRow, Row
 
@@ -26,6 +26,7 @@ _NO_THINKING = (
   '{%- set enable_thinking = false %}{%- endif %}'
 )
 _SURROGATE = re.compile('[\ud800-\udfff]')  # No tokenizer takes one.
+GENERATION = 'generation_config.json'
 THINK, THOUGHT = '<think>', '</think>'
 
 
@@ -315,19 +316,33 @@ def _turn_end_of(tokenizer, chat_template, variant):
 
 def _listed(tokenizer):
   """The EOS ids of generation_config.json beside a tokenizer."""
-  file = Path(tokenizer.name_or_path) / 'generation_config.json'
-  return _listed_in(file, file.stat().st_mtime_ns if file.is_file() else None)
+  file = Path(tokenizer.name_or_path) / GENERATION
+  changed = file.stat().st_mtime_ns if file.exists() else None
+  ids = _listed_in(file, changed)
+  for i in ids:
+    if tokenizer.convert_ids_to_tokens(i) is None:
+      raise UserError(
+        f'{file}: eos_token_id has {i}, which is no token of the tokenizer'
+      )
+  return ids
 
 
 @functools.lru_cache(maxsize=64)
 def _listed_in(file, changed):
-  if changed is None:
-    return ()
-  try:
-    ids = json.loads(file.read_text('utf-8')).get('eos_token_id')
-  except (OSError, ValueError, AttributeError, RecursionError) as error:
-    raise UserError(f'{file}: not a JSON object ({error}); mend it') from error
-  ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-  if odd := [i for i in ids if type(i) is not int or i >= 1 << 31]:
-    raise UserError(f'{file}: {odd[0]!r:.80} in eos_token_id; expected an id')
-  return tuple(i for i in ids if i >= 0)
+  return () if changed is None else listed(json_file.read(file), file)
+
+
+def listed(config, file):
+  """The EOS ids that a parsed generation_config.json, or config.json, lists.
+
+  Raises:
+    UserError: if they are no ids; one line, which names the file.
+  """
+  ids = config.get('eos_token_id')
+  ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+  if not all(type(i) is int and -1 <= i < 2**31 for i in ids):
+    what = json_file.shown(config['eos_token_id'])
+    raise UserError(
+      f'{file}: eos_token_id={what} must be a token id, or a list of these'
+    )
+  return tuple(i for i in ids if i >= 0)  # -1 is none, by custom.

@@ -12,7 +12,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from gakd_jax import UserError, fingerprint
+from gakd_jax import UserError, fingerprint, json_file
 from gakd_jax.data import special as special_lib
 from gakd_jax.data import templates
 from gakd_jax.data.sources import BadRow
@@ -32,23 +32,67 @@ _PROBES = (
 )
 
 
+_WANTED = 'give a directory with tokenizer.json, or a hub id'
+# Of a directory, beside the vocabularies of older formats.
+_FILES = (
+  *('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json'),
+  *('added_tokens.json', 'config.json', 'chat_template.jinja'),
+)
+
+
 def load(path):
   """The tokenizer of a directory or hub id; raises UserError in one line."""
+  for name in _FILES:
+    file = Path(path) / name
+    if file.exists() and not file.is_file():  # A pipe would be waited for.
+      raise UserError(f'{file}: not a file')
   # Only tokenizers are wanted: that torch is missing is no news.
   os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
   import transformers  # Slow to import; the workers that batch do without it.
 
   try:
     # Left open, remote code would be asked for on the terminal of every host.
-    return transformers.AutoTokenizer.from_pretrained(
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
       path, trust_remote_code=False
     )
   except Exception as error:  # Its errors have no common class.
+    for name in _FILES:  # Which it does not name.
+      if name.endswith('.json') and (Path(path) / name).exists():
+        json_file.read(Path(path) / name)
     reason = (str(error).splitlines() or [''])[0]
     raise UserError(
       f'{path}: no tokenizer can be loaded ({type(error).__name__}: {reason}); '
-      'give a directory with tokenizer.json, or a hub id'
+      f'{_WANTED}'
     ) from error
+  _check(tokenizer, path)
+  return tokenizer
+
+
+def _check(tokenizer, path):
+  """Refuses what transformers makes of files that are missing, or odd."""
+  if len(tokenizer) == len(tokenizer.added_tokens_encoder):
+    raise UserError(
+      f'{path}: no tokenizer can be loaded: there is no vocabulary; {_WANTED}'
+    )
+  found = tokenizer.chat_template
+  named = found if isinstance(found, dict) else {'default': found or ''}
+  for name, right, expected in (
+    (
+      'chat_template',
+      all(isinstance(text, str) for text in named.values()),
+      'a text, or texts by name',
+    ),
+    (
+      'model_max_length',
+      isinstance(tokenizer.model_max_length, int | float),
+      'a number',
+    ),
+  ):
+    if not right:
+      raise UserError(
+        f'{path}: {name} of its tokenizer must be {expected}; mend '
+        'tokenizer_config.json'
+      )
 
 
 def pad_id(tokenizer):

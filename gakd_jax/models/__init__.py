@@ -7,6 +7,7 @@
 `abstract` makes a model without weights, `init` one with random weights.
 """
 
+import contextlib
 import dataclasses
 import fnmatch
 import functools
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from gakd_jax import UserError, hosts, keys, sharding
+from gakd_jax import UserError, hosts, json_file, keys, sharding
 from gakd_jax.models import (
   convert,
   families,
@@ -63,8 +64,8 @@ def resolve(path, files=_MODEL):
   A hub id is `org/name` or `org/name@revision`; of a run's directory it is the
   student that came out. `files`: one or several patterns of what is needed.
   """
-  local = Path(path).expanduser()
-  if local.is_dir():
+  local = hub.directory(path)
+  if local:
     is_run = (local / 'best').is_dir() and not any(local.glob('*.safetensors'))
     return local / 'best' if is_run else local
   return hub.fetch(str(path), (files,) if isinstance(files, str) else files)
@@ -107,7 +108,7 @@ def identity(path):
           digest.update(piece)
       elif file.name == peft.CONFIG:
         # Where its base lies is no part of it.
-        rest = weight_files.read_json(file) | {'base_model_name_or_path': ''}
+        rest = json_file.read(file) | {'base_model_name_or_path': ''}
         digest.update(json.dumps(rest, sort_keys=True).encode())
       else:
         digest.update(file.read_bytes())
@@ -116,15 +117,11 @@ def identity(path):
 
 def _samples(file):
   """What each tensor of a safetensors file is, and pieces of it, as bytes."""
-  with weight_files.open_safetensors(file):  # Readable, as far as it can tell.
-    pass
+  tensors = weight_files.tensors(file)
   with file.open('rb', buffering=0) as f:
-    size = int.from_bytes(f.read(8), 'little')
-    header = json.loads(f.read(size))
-    header.pop('__metadata__', None)
-    for name, tensor in sorted(header.items()):
-      yield f'{name} {tensor["dtype"]} {tensor["shape"]}\n'.encode()
-      start, end = (8 + size + offset for offset in tensor['data_offsets'])
+    for name, tensor in sorted(tensors.items()):
+      yield f'{name} {tensor.dtype} {list(tensor.shape)}\n'.encode()
+      start, end = tensor.offset, tensor.offset + tensor.n_bytes
       for at in range(start, end, max(_PIECE, -(-(end - start) // _PIECES))):
         f.seek(at)
         yield f.read(min(_PIECE, end - at))
@@ -137,8 +134,8 @@ def read_config(path, **shape) -> DecoderConfig:
   that are here no more is looked at than whether a tied head is one.
   """
   path = resolve_base(path, '*config.json')
-  file = path / 'config.json'
-  config = families.config_from_hf(weight_files.read_json(file), file)
+  hf = weight_files.read_config(path)
+  config = families.config_from_hf(hf, path / 'config.json')
   if config.tied_head:
     family = families.FAMILIES[config.family]
     head = config.vocab_size, config.width
@@ -237,7 +234,7 @@ def copy_companions(source, path):
     if file.name == _CHAT_TEMPLATES and file.is_dir():
       shutil.copytree(file, Path(path) / file.name)
     is_companion = any(fnmatch.fnmatch(file.name, p) for p in _COMPANIONS)
-    if is_companion and file.is_file():
+    if is_companion and file.is_file() and file.suffix != '.py':
       shutil.copyfile(file, Path(path) / file.name)
 
 
@@ -252,6 +249,10 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None, describe=None):
   ends a turn by its tokenizer stands in generation_config.json. Of several
   processes all must call this; the first one writes, of each tensor what the
   others hold.
+
+  Raises:
+    UserError: if there is something else, nothing can be written there, or a
+      weight is not finite.
   """
   path = Path(path).resolve()
   hosts.only_first(lambda: _check_replaceable(path))
@@ -265,30 +266,48 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None, describe=None):
   source = Path(model.source) if model.source else None
   new, old = (path.with_name(path.name + end) for end in ('.tmp', '.old'))
   first = jax.process_index() == 0
-  if first:
-    for left_over in (new, old):
-      shutil.rmtree(left_over, ignore_errors=True)
-    new.mkdir(parents=True)
-  if not adapters:
-    _save_whole(model, new, max_shard_bytes, report)
-  elif first:
-    peft.save(model, new)
-  if first:
-    if source:
-      copy_companions(source, new)
-    prompts.say_ends(new)
-    if describe is not None:
-      describe(new)
-    if path.exists():
-      path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+  try:
+    if first:
+      for left_over in (new, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+      with _writing(path):
+        new.mkdir(parents=True)
+    if not adapters:
+      _save_whole(model, new, max_shard_bytes, report)
+    elif first:
+      peft.save(model, new)
+    if first:
+      if source:
+        copy_companions(source, new)
+      prompts.say_ends(new)
+      if describe is not None:
+        describe(new)
+      if path.exists():
+        path.rename(old)
+      new.rename(path)
+      shutil.rmtree(old, ignore_errors=True)
+  except BaseException:
+    if first:
+      shutil.rmtree(new, ignore_errors=True)
+    raise
   multihost_utils.sync_global_devices(f'saved {path}')
 
 
+@contextlib.contextmanager
+def _writing(path):
+  try:
+    yield
+  except OSError as e:
+    raise UserError(
+      f'{path}: cannot be written ({e.strerror}); name another place'
+    ) from None
+
+
 def _check_replaceable(path):
-  is_model = path.is_dir() and any(path.glob('*.safetensors'))
-  if path.is_file() or (path.is_dir() and any(path.iterdir()) and not is_model):
+  with _writing(path):
+    is_model = path.is_dir() and any(path.glob('*.safetensors'))
+    is_empty = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+  if not is_model and not is_empty:
     raise UserError(f'{path}: is not a model that could be replaced')
 
 
@@ -305,9 +324,7 @@ def write_config(model, path):
   Its dtype is that of the computation, whatever single parameters have.
   """
   file = Path(model.source) / 'config.json'
-  source = (
-    weight_files.read_json(file) if model.source and file.exists() else {}
-  )
+  source = json_file.read(file) if model.source and file.exists() else {}
   hf = families.config_to_hf(model.config, source)
   hf |= dict.fromkeys(('dtype', 'torch_dtype'), model.dtype.name)
   (Path(path) / 'config.json').write_text(json.dumps(hf, indent=2) + '\n')

@@ -92,9 +92,11 @@ def _reader(found, shape, stored, dtype):
   """A callback for `jax.make_array_from_callback`: index -> that part."""
 
   def read_into(out, where, index):
-    # Mapped each time: what stays mapped stays in memory.
-    x = found[where.tensor].mapped()[where.index(index)]
-    _copy(out, x.T if where.transposed else x)
+    tensor = found[where.tensor]
+    x = tensor.mapped()[where.index(index)]
+    with np.errstate(over='ignore'):  # What does not fit is infinite.
+      _copy(out, x.T if where.transposed else x)
+    tensor.check_finite(out)
 
   def read(index):
     sizes = [
@@ -162,7 +164,8 @@ def load_params(
       parameters, on which `abstract` has no say.
 
   Raises:
-    UserError: naming tensors that are missing, extra or of wrong shape.
+    UserError: naming tensors that are missing, extra or of wrong shape, or one
+      with NaN or infinity in what this process reads.
   """
   family = families.FAMILIES[config.family]
   shapes = {name: x.shape for name, x in flatten(abstract).items()}
@@ -217,6 +220,9 @@ def save_params(params, config, path, max_shard_bytes=5 * 10**9, report=None):
 
   One file up to `max_shard_bytes`, else several with an index. One tensor at
   a time is copied; of several processes, all take part and the first writes.
+
+  Raises:
+    UserError: naming a tensor with NaN or infinity, which is not written.
   """
   first = jax.process_index() == 0
   family = families.FAMILIES[config.family]
@@ -245,9 +251,11 @@ def save_params(params, config, path, max_shard_bytes=5 * 10**9, report=None):
       file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
     with open(path / file if first else os.devnull, 'wb') as f:
       f.write(_safetensors_header(shard))
-      for parts, n_bytes in shard.values():
+      for tensor, (parts, n_bytes) in shard.items():
+        x = _joined(parts)
+        weight_files.check_saved(x, tensor, path)
         # As bytes: numpy's buffers do not know bfloat16.
-        f.write(_joined(parts).reshape(-1).view(np.uint8))
+        f.write(x.reshape(-1).view(np.uint8))
         total += n_bytes
         if report:
           report(n_bytes)

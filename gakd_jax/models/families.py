@@ -8,7 +8,7 @@ table of its tensor names (`tensor_names.py`).
 import dataclasses
 from collections.abc import Callable
 
-from gakd_jax import UserError
+from gakd_jax import UserError, json_file
 from gakd_jax.models import hf_config, tensor_names
 from gakd_jax.models.transformer import DecoderConfig
 
@@ -255,23 +255,23 @@ FAMILIES = {
   ),
 }
 # What is not carried on from a model's source: `pretraining_tp` is of no
-# effect, and the others speak of its weights and its layers.
-_LEFT_BEHIND = ('pretraining_tp', 'quantization_config', 'layer_types')
+# effect, and the others speak of its weights, its layers and its own code.
+_LEFT_BEHIND = (
+  *('pretraining_tp', 'quantization_config', 'layer_types', 'auto_map'),
+)
 
 
 def config_from_hf(hf, where):
-  """`DecoderConfig` of a parsed config.json.
+  """`DecoderConfig` of config.json, a dict.
 
   Raises:
     UserError: for a field that cannot be, or is not computed here; one line,
       which begins with `where`.
   """
-  if not isinstance(hf, dict):
-    raise UserError(f'{where}: is not a JSON object')
   kind = hf.get('model_type')
   if not isinstance(kind, str) or kind not in FAMILIES:
     raise UserError(
-      f'{where}: model_type {kind!r} is not supported; '
+      f'{where}: model_type {json_file.shown(kind)} is not supported; '
       f'supported are {", ".join(sorted(FAMILIES))}'
     )
   family = FAMILIES[kind]
@@ -288,7 +288,8 @@ def config_to_hf(config, source):
   weights, such as token ids.
   """
   family = FAMILIES[config.family]
-  ours = {f.alias for f in family.fields.values()} | set(family.fields)
+  ours = {name: f for name, f in family.fields.items() if not f.kept}
+  ours |= {f.alias: f for f in ours.values()}
   kept = {
     k: v for k, v in source.items() if k not in ours and k not in _LEFT_BEHIND
   }

@@ -7,11 +7,10 @@ by name.
 
 import dataclasses
 import functools
-import reprlib
 from collections.abc import Callable
 from typing import Any
 
-from gakd_jax import UserError
+from gakd_jax import UserError, json_file
 
 _MUST_BE_THERE = object()
 
@@ -27,6 +26,7 @@ class Field:
   computed: {value: what it is here}, where the decoder computes no other;
     None: any that fits.
   alias: another name, which wins where both are there.
+  kept: whether it is of others, who read it in what is written of a model.
   """
 
   expected: str
@@ -35,6 +35,7 @@ class Field:
   null: bool = False
   computed: dict | None = None
   alias: str | None = None
+  kept: bool = False
 
   def read(self, hf, name, prefix=''):
     """Its value in a parsed file; `prefix` of its name in what is raised."""
@@ -47,14 +48,14 @@ class Field:
     if not self.fits(value):
       null = ' or null' if self.null else ''
       raise UserError(
-        f'{prefix}{key}={reprlib.repr(value)} must be {self.expected}{null}'
+        f'{prefix}{key}={json_file.shown(value)} must be {self.expected}{null}'
       )
     if self.computed is None:
       return value
     if value not in self.computed:
       known = ', '.join(map(repr, self.computed))
       raise UserError(
-        f'{prefix}{key}={value!r} is not supported for '
+        f'{prefix}{key}={json_file.shown(value)} is not supported for '
         f'{hf.get("model_type")} (expected {known})'
       )
     return self.computed[value]
@@ -69,9 +70,18 @@ def _is_whole(x):
   return isinstance(x, int) and not isinstance(x, bool)
 
 
-_size = functools.partial(
-  Field, 'a whole number from 1 on', lambda x: _is_whole(x) and 0 < x < 2**31
-)
+def _whole(low, high):
+  return functools.partial(
+    Field,
+    f'a whole number from {low} to {high}',
+    lambda x: _is_whole(x) and low <= x <= high,
+  )
+
+
+# Far above all that there is, and what tells of layers still fits in memory.
+_size = _whole(1, 2**24)
+_layers = _whole(1, 10_000)
+_length = _whole(1, 2**31 - 1)
 _count = functools.partial(
   Field, 'a whole number from 0 on', lambda x: _is_whole(x) and x >= 0
 )
@@ -79,7 +89,7 @@ _positive = functools.partial(
   Field, 'a positive number', lambda x: _is_number(x) and x > 0
 )
 _epsilon = functools.partial(
-  Field, 'a number from 0 on', lambda x: _is_number(x) and x >= 0
+  Field, 'a number from 0 to 1', lambda x: _is_number(x) and 0 <= x <= 1
 )
 _flag = functools.partial(Field, 'true or false', lambda x: isinstance(x, bool))
 _text = functools.partial(Field, 'a text', lambda x: isinstance(x, str))
@@ -89,6 +99,19 @@ _texts = functools.partial(
   lambda x: isinstance(x, list) and all(isinstance(i, str) for i in x),
 )
 _object = functools.partial(Field, 'an object', lambda x: isinstance(x, dict))
+# -1 is none, by custom.
+_token = Field(
+  'a token id',
+  lambda x: _is_whole(x) and -1 <= x < 2**31,
+  None,
+  null=True,
+  kept=True,
+)
+_tokens = dataclasses.replace(
+  _token,
+  expected='a token id, or a list of these',
+  fits=lambda x: all(map(_token.fits, x if isinstance(x, list) else [x])),
+)
 _NEVER = {False: False}
 _ALWAYS = {True: True}
 
@@ -111,6 +134,9 @@ _EVERY = {
   # Layers that differ, and weights under another name.
   'per_layer_config': Field('empty', lambda x: x == {}, None, null=True),
   'transformers_weights': Field('absent', lambda x: False, None, null=True),
+  'bos_token_id': _token,
+  'eos_token_id': _tokens,
+  'pad_token_id': _token,
 }
 _ROTARY = _EVERY | {
   'tie_word_embeddings': _flag(False),
@@ -119,7 +145,7 @@ _ROTARY = _EVERY | {
   'rope_parameters': _object(None, null=True),
   'rope_scaling': _object(None, null=True),
   'rope_theta': _positive(10000.0, null=True),
-  'original_max_position_embeddings': _size(None, null=True),
+  'original_max_position_embeddings': _length(None, null=True),
   'partial_rotary_factor': _positive(None, null=True, computed={1.0: 1.0}),
 }
 
@@ -130,7 +156,7 @@ def _rotary(vocab, width, ff_width, layers, heads):
     'vocab_size': _size(vocab),
     'hidden_size': _size(width),
     'intermediate_size': _size(ff_width),
-    'num_hidden_layers': _size(layers),
+    'num_hidden_layers': _layers(layers),
     'num_attention_heads': _size(heads),
   }
 
@@ -138,16 +164,16 @@ def _rotary(vocab, width, ff_width, layers, heads):
 _QWEN = _rotary(151936, 4096, 22016, 32, 32) | {
   'hidden_act': _text('silu', computed=_SILU),
   'num_key_value_heads': _size(32, null=True),
-  'max_position_embeddings': _size(32768),
+  'max_position_embeddings': _length(32768),
   'use_sliding_window': _flag(False),
-  'sliding_window': _size(4096, null=True),
+  'sliding_window': _length(4096, null=True),
   'max_window_layers': _count(28),
   'layer_types': _texts(None, null=True),
 }
 _GEMMA = {
   'num_key_value_heads': _size(16),
   'head_dim': _size(256),
-  'max_position_embeddings': _size(8192),
+  'max_position_embeddings': _length(8192),
   'tie_word_embeddings': _flag(True),
   'attention_bias': _flag(False, computed=_NEVER),
   'use_bidirectional_attention': _flag(None, null=True, computed=_NEVER),
@@ -161,7 +187,7 @@ LLAMA = _rotary(32000, 4096, 11008, 32, 32) | {
   'hidden_act': _text('silu', computed=_SILU),
   'num_key_value_heads': _size(None, null=True),
   'head_dim': _size(None, null=True),
-  'max_position_embeddings': _size(2048),
+  'max_position_embeddings': _length(2048),
   'attention_bias': _flag(False, computed=_NEVER),
   'mlp_bias': _flag(False, computed=_NEVER),
 }
@@ -169,8 +195,8 @@ MISTRAL = _rotary(32000, 4096, 14336, 32, 32) | {
   'hidden_act': _text('silu', computed=_SILU),
   'num_key_value_heads': _size(8, null=True),
   'head_dim': _size(None, null=True),
-  'max_position_embeddings': _size(131072),
-  'sliding_window': _size(4096, null=True),
+  'max_position_embeddings': _length(131072),
+  'sliding_window': _length(4096, null=True),
   'layer_types': _texts(None, null=True),
 }
 GEMMA = (
@@ -194,16 +220,16 @@ GEMMA2 = (
     'query_pre_attn_scalar': _size(256),
     'attn_logit_softcapping': _positive(50.0, null=True),
     'final_logit_softcapping': _positive(30.0, null=True),
-    'sliding_window': _size(4096, null=True),
+    'sliding_window': _length(4096, null=True),
     'layer_types': _texts(None, null=True),
   }
 )
 GPT2 = _EVERY | {
   'vocab_size': _size(50257),
   'n_embd': _size(768, alias='hidden_size'),
-  'n_layer': _size(12, alias='num_hidden_layers'),
+  'n_layer': _layers(12, alias='num_hidden_layers'),
   'n_head': _size(12, alias='num_attention_heads'),
-  'n_positions': _size(1024, alias='max_position_embeddings'),
+  'n_positions': _length(1024, alias='max_position_embeddings'),
   'n_inner': _size(None, null=True),
   'tie_word_embeddings': _flag(True),
   'layer_norm_epsilon': _epsilon(1e-5),
@@ -218,7 +244,7 @@ LLAMA3 = {
   'factor': _positive(),
   'low_freq_factor': _positive(),
   'high_freq_factor': _positive(),
-  'original_max_position_embeddings': _size(),
+  'original_max_position_embeddings': _length(),
 }
 
 
@@ -263,10 +289,10 @@ def _rope(values):
   by_layer += [k for k, v in rope.items() if isinstance(v, dict)]
   kind = rope.get('rope_type', rope.get('type', 'default'))
   if by_layer or kind not in ('default', 'llama3'):
-    what = f'a table for {by_layer[0]!r}' if by_layer else f'rope type {kind!r}'
+    what = 'a table for' if by_layer else 'rope type'
     raise UserError(
-      f'{which}: {what} is not supported; remove it or use a checkpoint '
-      'without it'
+      f'{which}: {what} {json_file.shown((by_layer or [kind])[0])} is not '
+      'supported; remove it or use a checkpoint without it'
     )
   at_top = ('rope_theta', 'partial_rotary_factor')
   rope = {name: values[name] for name in at_top} | rope
@@ -297,8 +323,8 @@ def windows(values, size, default):
     kinds = [names[default(l)] for l in range(layers)]
   if len(kinds) != layers or set(kinds) - set(names.values()):
     raise UserError(
-      f'layer_types={reprlib.repr(kinds)} must be {" or ".join(names.values())}'
-      f' for each of {layers} layers'
+      f'layer_types={json_file.shown(kinds)} must be '
+      f'{" or ".join(names.values())} for each of {layers} layers'
     )
   found = tuple(size if k == names[True] else 0 for k in kinds)
   return found if size and any(found) else ()

@@ -5,11 +5,23 @@ from pathlib import Path
 
 import huggingface_hub
 
-from gakd_jax import UserError
+from gakd_jax import UserError, json_file
 
-_ID = re.compile(r'([\w.-]+/[\w.-]+)(?:@([\w./-]+))?')
+_ID = re.compile(r'([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]+))?')
 # What lies deeper is of other formats, and so is what Mistral calls this.
-_IGNORED = ('*/*.json', '*/*.model', '*/*.safetensors', 'consolidated*')
+_IGNORED = (
+  *('*/*.json', '*/*.model', '*/*.safetensors', 'consolidated*'),
+  '*.py',  # Nobody's code is run.
+)
+
+
+def directory(path):
+  """A local directory, as a `Path`; None if there is none."""
+  path = Path(path).expanduser()
+  try:
+    return path if path.is_dir() else None
+  except OSError:  # Its name is too long, or a part of it is not ours to read.
+    return None
 
 
 def fetch(name, files):
@@ -24,8 +36,8 @@ def fetch(name, files):
   # Of an owner that is a directory here, another directory is what is missing.
   if not found or name.startswith('.') or Path(name.split('/')[0]).exists():
     raise UserError(
-      f'model {name}: no such directory; give a Hugging Face directory or hub '
-      'id (org/name, or org/name@revision)'
+      f'model {_shown(name)}: no such directory; give a Hugging Face directory '
+      'or hub id (org/name, or org/name@revision)'
     )
   repo, revision = found.groups()
   try:
@@ -42,6 +54,11 @@ def fetch(name, files):
       f'model {name}: no such directory, and the hub could not provide it '
       f'({type(e).__name__}); check the name or give a local path'
     ) from e
+
+
+def _shown(name):
+  whole = name.isprintable() and len(name) < 256
+  return name if whole else json_file.shown(name)
 
 
 def origin(path):

@@ -20,10 +20,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from gakd_jax import UserError
+from gakd_jax import UserError, json_file
 from gakd_jax.models import (
   convert,
   families,
@@ -38,14 +37,7 @@ from gakd_jax.models.tensor_names import Part
 CONFIG = 'adapter_config.json'
 WEIGHTS = 'adapter_model.safetensors'
 _PREFIX = 'base_model.model.'
-_DTYPES = {
-  'F64': 'float64',
-  'F32': 'float32',
-  'F16': 'float16',
-  'BF16': 'bfloat16',
-  'F8_E4M3': 'float8_e4m3fn',
-  'F8_E5M2': 'float8_e5m2',
-}
+_DTYPES = weight_files.DTYPES | weight_files.OTHER_DTYPES
 
 
 class _Adapter(NamedTuple):
@@ -112,32 +104,23 @@ def load_into(model, path, place=None):
 def _settings(path):
   """What is computed of an adapter's options, all of which are checked."""
   file = Path(path) / CONFIG
-  settings = weight_files.read_json(file)
-  if not isinstance(settings, dict):
-    raise UserError(f'{file}: not a JSON object')
-  return peft_settings.check(settings, file)
+  return peft_settings.check(json_file.read(file), file)
 
 
 def _tensors(file):
-  """{name: array}; numpy alone, and so safetensors' reader, knows no fp8."""
+  """{name: `weight_files.Tensor`} of floats."""
   if not file.exists():
     raise UserError(
       f'{file}: not found; with peft, write it from adapter_model.bin: '
       'PeftModel.from_pretrained(base, adapter).save_pretrained(directory)'
     )
-  try:
-    tensors = safetensors.deserialize(file.read_bytes())
-  except (safetensors.SafetensorError, OSError) as e:
-    raise UserError(f'{file}: not a readable safetensors file ({e})') from e
-  found = {}
-  for name, tensor in tensors:
-    if tensor['dtype'] not in _DTYPES:
+  found = weight_files.tensors(file)
+  for name, tensor in found.items():
+    if tensor.dtype not in _DTYPES:
       raise UserError(
-        f'{file}: {name} is stored as {tensor["dtype"]}, not as one of '
+        f'{file}: {name} is stored as {tensor.dtype}, not as one of '
         f'{", ".join(_DTYPES)}'
       )
-    x = np.frombuffer(tensor['data'], jnp.dtype(_DTYPES[tensor['dtype']]))
-    found[name] = x.reshape(tensor['shape'])
   return found
 
 
@@ -156,13 +139,17 @@ def _adapter(found, settings, module, shape, file):
   ):
     if key not in found:
       raise UserError(f'{file}: no tensor {key}, which {CONFIG} asks for')
-    if found[key].shape != expected:
+    tensor = found[key]
+    if tensor.shape != expected:
       raise UserError(
-        f'{file}: {key} has shape {list(found[key].shape)}, expected '
+        f'{file}: {key} has shape {list(tensor.shape)}, expected '
         f'{list(expected)}: rank {rank} by {CONFIG}, {n_in} to {n_out} by the '
         'base'
       )
-    pair.append(found[key].astype(np.float32).T)
+    with np.errstate(over='ignore'):  # What does not fit is infinite.
+      x = tensor.mapped().astype(np.float32)
+    tensor.check_finite(x)
+    pair.append(x.T)
   return _Adapter(*pair, scale)
 
 
@@ -189,10 +176,10 @@ def _is_copy(model, name, x):
   for ours in ('embedding', 'head_weight'):
     if name == _PREFIX + names[ours]:
       base = params.get(ours, params['embedding'])  # A tied head is that.
-      x = x.astype(base.dtype)
-      return x.shape == base.shape and bool(
-        jnp.array_equal(jax.device_put(x, base.sharding), base)
-      )
+      if x.shape != base.shape:
+        return False
+      x = x.mapped().astype(base.dtype)
+      return bool(jnp.array_equal(jax.device_put(x, base.sharding), base))
   return False
 
 
@@ -226,6 +213,9 @@ def save(model, path):
       key = f'{_PREFIX}{tensor.format(l)}.lora_'
       tensors[key + 'A.weight'] = np.ascontiguousarray(a[l].T, np.float32)
       tensors[key + 'B.weight'] = np.ascontiguousarray(b[l].T)
+      for side in 'AB':
+        name = f'{key}{side}.weight'
+        weight_files.check_saved(tensors[name], name, path)
     ranks[tensor] = whole, first.scale * whole
   r, alpha = min(ranks.values())
   other = {_suffix(t): v for t, v in ranks.items() if v != (r, alpha)}

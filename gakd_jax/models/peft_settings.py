@@ -4,19 +4,18 @@ Options are accepted by name and value. Any other, be it one of a later PEFT,
 has to say nothing (null, false or empty), else it is refused by its name.
 """
 
-import math
 import re
-from pathlib import Path
 
-from gakd_jax import UserError
+from gakd_jax import UserError, json_file
+from gakd_jax.models import hub
 
 
 def _is_rank(x):
-  return type(x) is int and x >= 1
+  return type(x) is int and 1 <= x <= 2**24
 
 
 def _is_scale(x):
-  return type(x) in (int, float) and 0 < x < math.inf
+  return type(x) in (int, float) and 0 < x < 1e9
 
 
 def _is_share(x):
@@ -102,7 +101,7 @@ def check(settings, file):
     if value not in ONLY.get(name, ()):
       others = ', '.join(map(repr, ONLY.get(name, ())))
       raise UserError(
-        f'{file}: {name}={value!r} is not supported'
+        f'{file}: {name}={json_file.shown(value)} is not supported'
         f'{others and f" (expected {others})"}; most such adapters can be '
         'merged into their base with peft (merge_and_unload): load that'
       )
@@ -113,21 +112,23 @@ def check(settings, file):
   if layers != [] and _is_text(wanted):
     raise UserError(
       f'{file}: layers_to_transform needs a list of names as target_modules, '
-      f'not {wanted!r}'
+      f'not {json_file.shown(wanted)}'
     )
   return computed
 
 
 def base(settings, file):
-  """The directory or hub id that an adapter belongs on."""
+  """The directory or hub id that an adapter belongs on.
+
+  A directory may be anywhere, as adapters that are trained here name it.
+  """
   name, revision = settings['base_model_name_or_path'], settings['revision']
   if not name:
     raise UserError(
       f'{file}: base_model_name_or_path is missing; name the model that the '
       'adapter belongs on'
     )
-  is_local = Path(name).expanduser().is_dir()
-  return name if is_local or not revision else f'{name}@{revision}'
+  return f'{name}@{revision}' if revision and not hub.directory(name) else name
 
 
 def _says_nothing(value):
@@ -141,7 +142,7 @@ def _value(settings, name, file):
   if value is None:
     return default
   if not is_right(value):
-    raise UserError(f'{file}: {name}={value!r} must be {words}')
+    raise UserError(f'{file}: {name}={json_file.shown(value)} must be {words}')
   if name.endswith('_modules') and not _is_text(value):
     return value
   if name.endswith(('_pattern', '_modules')):
@@ -149,8 +150,9 @@ def _value(settings, name, file):
       try:
         re.compile(pattern)
       except re.error as e:
+        what = json_file.shown(pattern)
         raise UserError(
-          f'{file}: {name}: {pattern!r} is no regular expression ({e})'
+          f'{file}: {name}: {what} is no regular expression ({e})'
         ) from None
   return value
 

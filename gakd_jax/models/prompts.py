@@ -7,7 +7,7 @@ generation_config.json's list of ends.
 import json
 from pathlib import Path
 
-from gakd_jax import UserError
+from gakd_jax import UserError, json_file
 from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 
@@ -40,18 +40,17 @@ def say_ends(directory):
   """
   directory = Path(directory)
   try:
-    stops = templates.stops(tokenizer_lib.load(directory))
+    tokenizer = tokenizer_lib.load(directory)
   except UserError:  # None that can be used: who needs it will be told.
     return
-  file = directory / 'generation_config.json'
+  stops = templates.stops(tokenizer)
+  file = directory / templates.GENERATION
   known = _read(file)
   if known is None:  # Transformers takes it from config.json then.
     config = _read(directory / 'config.json') or {}
     names = ('bos_token_id', 'eos_token_id', 'pad_token_id')
     known = {n: config[n] for n in names if config.get(n) is not None}
-  listed = known.get('eos_token_id')
-  listed = listed if isinstance(listed, list) else [listed]
-  listed = [i for i in listed if i is not None]
+  listed = templates.listed(known, file)
   if missing := sorted(stops - {*listed}):
     ends = [*listed, *missing]
     known['eos_token_id'] = ends if len(ends) > 1 else ends[0]
@@ -59,7 +58,7 @@ def say_ends(directory):
 
 
 def _read(file):
-  return json.loads(file.read_text()) if file.exists() else None
+  return json_file.read(file) if file.exists() else None
 
 
 def _change(file, values, new=False):

@@ -12,11 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from gakd_jax import UserError
+from gakd_jax import UserError, json_file
 
 WHOLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
 DTYPES = {'F32': 'float32', 'BF16': 'bfloat16', 'F16': 'float16'}
+# What adapters may be in beside these.
+OTHER_DTYPES = {
+  'F64': 'float64',
+  'F8_E4M3': 'float8_e4m3fn',
+  'F8_E5M2': 'float8_e5m2',
+}
+_BLOCK = 2**17  # numbers that are in the cache when they are looked at twice
 # Buffers that old checkpoints saved though they are computed.
 _IGNORED = ('rotary_emb.inv_freq', '.attn.bias', '.attn.masked_bias')
 # Of GPTQ and AWQ, compressed-tensors and fp8, and bitsandbytes.
@@ -28,30 +35,17 @@ _OF_QUANTIZED = (
 _QUANTIZED = ('I8', 'U8', 'F8_E4M3', 'F8_E5M2')
 
 
-def read_json(file):
-  """A parsed JSON file, or one line that says what is wrong with it."""
-  try:
-    return json.loads(Path(file).read_text())
-  except FileNotFoundError:
-    raise UserError(
-      f'{file}: not found; a model is a Hugging Face directory'
-    ) from None
-  except OSError as e:
-    raise UserError(f'{file}: not readable ({e.strerror})') from None
-  except ValueError as e:
-    raise UserError(f'{file}: not valid JSON ({e})') from None
-
-
-def open_safetensors(file):
-  try:
-    return safetensors.safe_open(file, framework='numpy')
-  except (safetensors.SafetensorError, OSError) as e:
-    raise UserError(f'{file}: not a readable safetensors file ({e})') from e
+def read_config(path):
+  """The parsed config.json of a directory."""
+  return json_file.read(
+    path / 'config.json',
+    missing='not found; a model is a Hugging Face directory',
+  )
 
 
 def _weight_files(path):
   """Those that transformers reads: model.safetensors, else all of the index."""
-  index = read_json(path / INDEX) if (path / INDEX).exists() else None
+  index = json_file.read(path / INDEX) if (path / INDEX).exists() else None
   if (path / WHOLE).exists():
     return [path / WHOLE]
   if index is not None:
@@ -68,20 +62,28 @@ def _weight_files(path):
   )
 
 
+def _is_name(x):
+  """Whether it can be the name of a file or a tensor, in a line about it."""
+  return isinstance(x, str) and x.isprintable() and 0 < len(x) <= 255
+
+
 def _indexed(path, index):
   """The files that a directory's index names."""
-  weight_map = index.get('weight_map') if isinstance(index, dict) else None
+  weight_map = index.get('weight_map')
   names = weight_map.values() if isinstance(weight_map, dict) else ()
-  if not names or not all(isinstance(name, str) for name in names):
+  if not names or not all(map(_is_name, names)):
     raise UserError(
       f'{path / INDEX}: weight_map must be an object that names a file for '
       'each tensor'
     )
   for name in sorted(set(names)):
+    # A link is followed: the hub's own files are links.
     if name.startswith('/') or '..' in Path(name).parts:
       raise UserError(f'{path / INDEX}: {name!r} is not in its directory')
     if not (path / name).is_file():
-      raise UserError(f'{path / name}: missing, but named in {INDEX}')
+      raise UserError(
+        f'{path / name}: missing, but named in {INDEX}; fetch it again'
+      )
   return [path / name for name in sorted(set(names))]
 
 
@@ -89,14 +91,89 @@ class Tensor(NamedTuple):
   """Where a tensor lies in a file."""
 
   file: Path
+  name: str
   offset: int  # in bytes
+  n_bytes: int
   dtype: str  # as the file names it
   shape: tuple
 
   def mapped(self):
     """The tensor, on disk. Mapped each time: what stays so stays in memory."""
-    dtype = jnp.dtype(DTYPES[self.dtype])
+    dtype = jnp.dtype((DTYPES | OTHER_DTYPES)[self.dtype])
     return np.memmap(self.file, dtype, 'r', self.offset, self.shape)
+
+  def check_finite(self, x):
+    """Refuses what was read of the tensor, and converted, if it has no value.
+
+    x: a contiguous array of floats; its dtype may hold less than the file's.
+    """
+    if not is_finite(x):
+      raise UserError(
+        f'{self.file}: {self.name} has values that are not finite in '
+        f'{x.dtype}: a training diverged, or the file is damaged; take other '
+        'weights, or a wider dtype'
+      )
+
+
+def check_saved(x, name, path):
+  """Refuses to write a tensor, a contiguous array, that nobody can use."""
+  if not is_finite(x):
+    raise UserError(
+      f'{path}: is not written, as {name} would have values that are not '
+      f'finite in {x.dtype}; go back to a checkpoint from before that'
+    )
+
+
+def is_finite(x):
+  """Whether a contiguous array of floats has neither NaN nor infinity.
+
+  By their bits, whose exponent is then the largest: for bfloat16 ten times as
+  fast as numpy's isfinite.
+  """
+  size = x.dtype.itemsize
+  infinity = int(np.array(np.inf, x.dtype).view(f'u{size}'))
+  minus_infinity = infinity + 2 ** (8 * size - 1)
+  bits = x.reshape(-1).view(f'u{size}')
+  for i in range(0, len(bits), _BLOCK):
+    block = bits[i : i + _BLOCK]
+    # Of both signs, NaN is above.
+    if block.view(f'i{size}').max() >= infinity:
+      return False
+    if block.max() >= minus_infinity:
+      return False
+  return True
+
+
+def tensors(file):
+  """{name: `Tensor`} of a safetensors file.
+
+  Raises:
+    UserError: if it is none. The library looks at the header, whose size is
+      bounded, and at where tensors lie: all in the file, each in a place of its
+      own that is as large as dtype and shape say.
+  """
+  try:
+    if not file.is_file():  # A pipe would be waited for.
+      raise UserError(f'{file}: not a readable safetensors file (not a file)')
+    with safetensors.safe_open(file, framework='numpy'):
+      pass
+    with file.open('rb') as f:
+      size = int.from_bytes(f.read(8), 'little')
+      header = json.loads(f.read(size))
+  except (safetensors.SafetensorError, OSError) as e:
+    raise UserError(
+      f'{file}: not a readable safetensors file ({e}); fetch it again'
+    ) from e
+  header.pop('__metadata__', None)
+  found = {}
+  for name, x in header.items():
+    if not _is_name(name):
+      raise UserError(f'{file}: {json_file.shown(name)} is no name of a tensor')
+    start, end = x['data_offsets']
+    found[name] = Tensor(
+      file, name, 8 + size + start, end - start, x['dtype'], tuple(x['shape'])
+    )
+  return found
 
 
 def contents(path, family):
@@ -106,15 +183,13 @@ def contents(path, family):
   """
   there = {}
   for file in _weight_files(path):
-    with open_safetensors(file):  # A readable file, as far as it can tell.
-      pass
-    with file.open('rb') as f:
-      size = int.from_bytes(f.read(8), 'little')
-      header = json.loads(f.read(size))
-    header.pop('__metadata__', None)
-    for name, x in header.items():
-      offset = 8 + size + x['data_offsets'][0]
-      there[name] = Tensor(file, offset, x['dtype'], tuple(x['shape']))
+    found = tensors(file)
+    if twice := sorted(there.keys() & found.keys()):
+      raise UserError(
+        f'{file}: {twice[0]} is in {there[twice[0]].file.name} too; one is of '
+        'another model: fetch all files again'
+      )
+    there |= found
   last = family.names['final_norm/scale'].removeprefix(family.prefix)
   head = family.names['head_weight']
   prefix = family.prefix if last in there else ''

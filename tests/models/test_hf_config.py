@@ -55,14 +55,6 @@ def refusal(kind, **changes):
   return message
 
 
-@pytest.mark.parametrize('hf', [[], 'text', 3, None])
-def test_a_file_that_is_no_object_is_one_line(hf):
-  with pytest.raises(
-    UserError, match=r'dir/config\.json: is not a JSON object'
-  ):
-    families.config_from_hf(hf, 'dir/config.json')
-
-
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_wrong_type_is_one_line_that_names_the_field(kind):
   numbers = [['x' * 1000] * 1000, 'x', {'x': 1}, True, float('nan')]

@@ -31,6 +31,8 @@ FILES = {
   ],
   'other': [
     'README.md',
+    'modeling_odd.py',
+    'tokenizer_odd.py',
     'pytorch_model.bin',
     'pytorch_model.bin.index.json',
     'consolidated.safetensors',
@@ -89,7 +91,7 @@ def test_only_what_is_needed_is_fetched(asked):
     assert ask('org/name').name == COMMIT
     assert asked.pop() == ('org/name', None, files)
     assert not asked
-  assert len(other) == 14
+  assert len(other) == 16
 
 
 @pytest.mark.parametrize('revision', ['v1.0', 'refs/pr/1', COMMIT[:7]])

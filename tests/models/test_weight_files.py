@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from gakd_jax import UserError, models
-from gakd_jax.models import convert, decoding, weight_files
+from gakd_jax.models import convert, decoding
 from gakd_jax.models.transformer import split
 from tools import make_goldens
 
@@ -212,9 +212,3 @@ def test_directories_beside_the_weights_are_no_obstacle(source, tmp_path):
   assert 'additional_chat_templates' in out
   assert not {'tokenizer', 'vocab', 'tokenizer.gone'} & out
   assert (tmp_path / 'out/additional_chat_templates/tool_use.jinja').exists()
-
-
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
-  (tmp_path / 'config.json').mkdir()
-  with pytest.raises(UserError, match=r'config\.json: not readable'):
-    weight_files.read_json(tmp_path / 'config.json')
