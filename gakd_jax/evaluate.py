@@ -25,7 +25,7 @@ from gakd_jax import (
   UserError,
   best,
   binary,
-  build,
+  fields,
   fingerprint,
   hosts,
   log,
@@ -63,6 +63,7 @@ def run(config, paths, workdir, force=False):
   Raises:
     UserError: for anything wrong with config, data or models, in one line.
   """
+  fields.check(config)
   workdir = Path(workdir)
   with fingerprint.lock(workdir):
     return _run(config, paths, workdir, force)
@@ -304,7 +305,6 @@ def _main(argv):
     raise UserError(f'unknown argument {argv[1]!r}; flags look like --name=x')
   if _CONFIG.value is None:
     raise UserError('--config is missing; try configs/eval_instruct.py')
-  build.check_settings(_CONFIG.value)
   if not _MODEL.value:
     raise UserError('--model is missing: name one or several directories')
   binary.use_compilation_cache()

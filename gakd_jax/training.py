@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 
-from gakd_jax import UserError, keys, optim, sharding, step
+from gakd_jax import keys, optim, sharding, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +32,6 @@ def optimizer(config, total_steps):
     end=settings.pop('end'),
   )
   extra = settings.pop('extra_learning_rate', None)
-  if extra is not None and not extra > 0:
-    raise UserError(
-      f'config.optimizer.extra_learning_rate={extra} must be positive, or None'
-    )
   extra_rate = 1.0 if extra is None else extra / rate
   return optim.make(schedule, extra_rate=extra_rate, **settings), schedule
 

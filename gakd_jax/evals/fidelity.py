@@ -18,6 +18,7 @@ from gakd_jax import UserError, hosts
 from gakd_jax.evals import answers, extract, loss, scores, tasks
 from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.evals.generation import Generation
+from gakd_jax.settings import Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Fidelity:
 
   name: str
   of: Generation  # the answers to compare; it is evaluated before
-  batch_size: int = 16
+  batch_size: Count = 16
 
   def metrics(self, has_teacher):
     """While training, when no answers of the teacher are there."""

@@ -16,7 +16,7 @@ import dataclasses
 import json
 import statistics
 import time
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import numpy as np
@@ -35,6 +35,14 @@ from gakd_jax.evals import answers as answers_lib
 from gakd_jax.evals import encoded, scores, tasks
 from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.models import decoding
+from gakd_jax.settings import (
+  Count,
+  Mass,
+  Natural,
+  NotNegative,
+  Seeds,
+  Text,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,26 +51,20 @@ class Generation:
 
   name: str
   rows: tuple
-  task: str = 'instruct'  # what makes an answer good, see `tasks`
-  max_new_tokens: int = 256
-  stop: tuple[str, ...] | None = None  # its ends; None: those of the task
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
-  no_repeat_ngram: int = 6
-  seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
-  batch_size: int = 32
+  # What makes an answer good, see `tasks`.
+  task: Literal[*tasks.TASKS] = 'instruct'
+  max_new_tokens: Count = 256
+  stop: tuple[Text, ...] | None = None  # its ends; None: those of the task
+  temperature: NotNegative = 1.0
+  top_k: Natural = 0
+  top_p: Mass = 1.0
+  no_repeat_ngram: Natural = 6
+  seeds: Seeds = (10, 20, 30, 40, 50)
+  batch_size: Count = 32
   first_reference: bool = False  # scored against it alone, not the best of all
   about: dict = dataclasses.field(default_factory=dict)  # see `evaluator`
 
   def __post_init__(self):
-    if isinstance(self.stop, str) or not all(
-      x and isinstance(x, str) for x in self.stop or ()
-    ):
-      raise UserError(
-        f'config.evals.{self.name}: stop={self.stop!r} is no tuple of texts '
-        r"such as ('\n\n',)"
-      )
     if tasks.get(self.task).rule:  # Bad rows come up before any work.
       for row in self.rows:
         tasks.gold(self.task, row)
