@@ -127,7 +127,10 @@ def get_config():
 
   c.checkpoint = ml_collections.ConfigDict()
   c.checkpoint.every = 500  # steps; 0: at the end and when interrupted only
-  c.checkpoint.keep = 1  # newest checkpoints that stay on disk
+  # The newest checkpoints that stay on disk; beside them the newest that was
+  # the best when it was saved, and each whose step is a multiple of keep_every.
+  c.checkpoint.keep = 2  # Of one that is damaged, the run goes on from another.
+  c.checkpoint.keep_every = 0
   # best/ is the model with the best of this metric; None: the last one.
   c.checkpoint.best_metric = config_dict.placeholder(str)
   # So many measurements of best_metric in a row that are no better end the run.

@@ -10,7 +10,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from gakd_jax import Interrupted, UserError, config_file, hosts
+from gakd_jax import Interrupted, UserError, config_file, hosts, stopping
 
 _COORDINATOR = flags.DEFINE_string(
   'coordinator',
@@ -172,11 +172,11 @@ def guarded(main, argv):
   except Interrupted as e:  # All are, at the same step.
     print(e, file=sys.stderr)
     hosts.finish()
-    sys.exit(130)
+    stopping.leave()
   except KeyboardInterrupt:
-    hosts.fail(130, 'interrupted')
+    hosts.fail(stopping.STATUS, 'interrupted')
     print('interrupted', file=sys.stderr)
-    sys.exit(130)
+    sys.exit(stopping.STATUS)
   except Exception as e:
     text = one_line(e)
     if text is None:

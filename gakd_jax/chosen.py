@@ -17,9 +17,15 @@ from gakd_jax.models import lora, transformer
 LAST = 'last'  # <workdir>/last/answers are of the last evaluation
 
 
-def start():
-  """The `host` of a run in which nothing was measured."""
+def start(due):
+  """The `host` of a run that begins.
+
+  due: names of evaluators that are to measure the student as it is; None: none.
+  """
   return {
+    'saved': False,  # whether it is a checkpoint's
+    'rows': 0,  # lines that were logged
+    'due': due,  # evaluators that have not yet measured this state, or None
     'best': None,  # the evaluation that best/ is of
     'is_best': False,  # whether it is of this state
     'no_better': 0,  # evaluations since

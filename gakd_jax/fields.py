@@ -111,6 +111,7 @@ FIELDS = {
   'checkpoint': {
     'every': Natural,
     'keep': Count,
+    'keep_every': Natural,
     'best_metric': Text | None,
     'patience': Count | None,
   },

@@ -21,7 +21,7 @@ from gakd_jax import UserError, __version__, hosts, log, rundir
 # Settings that say how a result comes about, and not which: where, in what
 # pieces, and how often it is looked at.
 HOW = re.compile(
-  r'report\..*|mesh\..*|stages|attention|eval_every|checkpoint\.(every|keep)|'
+  r'report\..*|mesh\..*|stages|attention|eval_every|checkpoint\.(every|keep.*)|'
   r'data\.cache|student\.remat|train\.(microbatch_size|head_chunk)|'
   r'evals\.[^.]+\.(every|batch_size)'
 )

@@ -30,15 +30,15 @@ _PLAIN_INTERVAL_S = 10.0  # Between two lines of progress in a log file.
 class Metrics:
   """Writes metrics by step to <workdir>/metrics.jsonl and to trackers.
 
-  A run that continues from `resume_step` writes the later steps again, so
-  what an earlier attempt wrote about them is dropped; 0 starts afresh.
+  A run that continues writes again what came after its checkpoint: of what is
+  there, the first `rows` lines stay. `rows` counts on.
   """
 
-  def __init__(self, workdir, trackers=(), resume_step=0):
+  def __init__(self, workdir, trackers=(), rows=0):
     path = _metrics_path(workdir)
-    kept = read_metrics(workdir) if resume_step else []
-    kept = [row for row in kept if row['step'] <= resume_step]
+    kept = read_metrics(workdir)[:rows] if rows else []
     write_atomically(path, ''.join(map(_to_line, kept)))
+    self.rows = len(kept)
     self._file = path.open('a', encoding='utf-8')
     self._trackers = trackers
     for row in kept:
@@ -56,6 +56,7 @@ class Metrics:
     }
     self._file.write(_to_line({'step': int(step)} | values))
     self._file.flush()
+    self.rows += 1
     self._track(int(step), **values)
 
   def _track(self, step, **values):
@@ -99,7 +100,10 @@ def write_atomically(path, text):
   partial = path.with_name(
     f'{path.name}.{os.uname().nodename}.{os.getpid()}.tmp'
   )
-  partial.write_text(text, encoding='utf-8')
+  with partial.open('w', encoding='utf-8') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())  # Before the name is: a crash leaves one or other.
   os.replace(partial, path)
 
 

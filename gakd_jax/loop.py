@@ -1,7 +1,5 @@
 """The loop of a run: text, step, log, evaluate, save; and how it stops."""
 
-import contextlib
-import signal
 import time
 
 import jax
@@ -10,106 +8,121 @@ import jax.numpy as jnp
 from gakd_jax import (
   Interrupted,
   chosen,
-  hosts,
   keys,
   log,
   rollout_log,
+  stopping,
   trackers,
+  writing,
 )
 from gakd_jax.evals import evaluator as evaluator_lib
 
 
-def run(run, state, host, train_step, batches, total, checkpoints):
+def run(run, state, host, train_step, texts, total, checkpoints):
   """Steps to `total`, or until `host` says that it is enough: the state."""
   c = run.config
-  start = int(state.step)
-  rollouts = rollout_log.RolloutLog(run, start, total)
-  texts = _Texts(run, batches, total)
-  any_of = hosts.AnyOf()
-  stops = wants_to_save = False
+  now = int(state.step)
+  rollouts = rollout_log.RolloutLog(run, now, total)
+  saved = now if host['saved'] else None
+  with stopping.listening(), _Log(run, now, total, host['rows']) as logged:
 
-  def due(every, now):
-    return now == total or (every > 0 and now % every == 0)
+    def save():
+      nonlocal saved
+      logged.flush()  # What is saved is not logged again.
+      ahead, position = texts.to_save()
+      host.update(position, saved=True, rows=logged.rows)
+      checkpoints.save(now, {'train': state, 'ahead': ahead}, host)
+      saved = now
 
-  with (
-    _stop_requests() as stop,
-    _Log(run, start, total) as logged,
-  ):
-
-    def evaluate(params, now, names):
-      logged.flush()
-      found = chosen.evaluate(
-        run, params, now, names, run.workdir / chosen.LAST
-      )
-      logged.write(now, evaluator_lib.curves(found['evaluators']))
-      chosen.choose(c.checkpoint, host, found)
-
-    if start == 0 and c.eval_first:
-      evaluate(state.params['student'], 0, run.evaluators)
-      if host['is_best']:
-        chosen.export(run, state.params['student'], host['best'])
-    for now in range(start + 1, total + 1):
-      if chosen.is_enough(c.checkpoint, host) and not texts.ahead:
+    try:
+      while True:
+        stopping.check()
+        params = state.params['student']
+        if host['due'] is not None:
+          logged.flush()
+          found = chosen.evaluate(
+            run, params, now, host['due'], run.workdir / chosen.LAST
+          )
+          logged.write(now, evaluator_lib.curves(found['evaluators']))
+          chosen.choose(c.checkpoint, host, found)
+          host.update(due=None, rows=logged.rows)
+          if saved == now:
+            checkpoints.amend(now, host)
+          if host['is_best']:
+            chosen.export(run, params, host['best'])
+        is_enough = chosen.is_enough(c.checkpoint, host)
+        if now == total or is_enough:
+          break
+        rollouts.write(params, now)
+        batch, about_text = texts.next(params, now + 1)
+        now += 1
+        size = jnp.count_nonzero(batch.student.segments_BT)
+        state, metrics = train_step(state, run.models, batch)
+        logged.step(now, metrics | about_text, size)
+        host.update(is_best=False, due=_due(c, now, total))
+        if now == total or _is_due(c.checkpoint.every, now):
+          save()
+      if now < total:
         print(
-          f'stopped at step {now - 1} of {total}: {c.checkpoint.best_metric} '
-          f'was no better {host["no_better"]} times',
+          f'stopped at step {now} of {total}: {c.checkpoint.best_metric} was '
+          f'no better {host["no_better"]} times',
           flush=True,
         )
-        break
-      rollouts.write(state.params['student'], now - 1)
-      batch, about_text = texts.next(state.params['student'], now)
-      size = jnp.count_nonzero(batch.student.segments_BT)
-      state, metrics = train_step(state, run.models, batch)
-      logged.step(now, metrics | about_text, size)
-      host['is_best'] = False
-      names = [
-        name
-        for name, settings in c.evals.items()
-        if due(settings.get('every', c.eval_every), now)
-      ]
-      if names or due(c.eval_every, now):
-        evaluate(state.params['student'], now, names)
-      stops |= any_of(stop.requested)
-      wants_to_save |= due(c.checkpoint.every, now) or stops
-      wants_to_save |= chosen.is_enough(c.checkpoint, host)
-      if wants_to_save and not texts.ahead:
-        wants_to_save = False
-        logged.flush()  # What is saved is not logged again.
-        checkpoints.save(now, state, host | {'data': batches.get_state()})
-      if host['is_best']:  # Only then: an export that fails loses no step.
-        chosen.export(run, state.params['student'], host['best'])
-      if stops and now < total and not texts.ahead:
-        checkpoints.wait()
-        raise Interrupted(
-          f'stopped and saved at step {now} of {total}; the same command '
-          'continues from there'
-        )
+      if saved != now:
+        save()
+      rollouts.write(state.params['student'], now)
+    except stopping.Stopped:
+      if saved != now:
+        save()
+      checkpoints.wait()
+      raise Interrupted(
+        f'stopped and saved at step {now} of {total}; the same command '
+        'continues from there'
+      ) from None
     checkpoints.wait()
-  rollouts.write(state.params['student'], int(state.step))
   return state
 
 
-class _Texts:
+def _due(config, now, total):
+  """Names of evaluators that are to measure step `now`; None: nothing is."""
+  c = config
+  names = [
+    name
+    for name, settings in c.evals.items()
+    if now == total or _is_due(settings.get('every', c.eval_every), now)
+  ]
+  return names if names or now == total or _is_due(c.eval_every, now) else None
+
+
+def _is_due(every, now):
+  return every > 0 and now % every == 0
+
+
+class Texts:
   """The batches that are trained on, as the run's writer makes them.
 
-  ahead: those of steps to come. They are not saved: a checkpoint waits until
-    they are used up, so that they are always written by the same student.
+  What is written ahead, for steps to come, is saved: the student that wrote it
+  is gone.
   """
 
   def __init__(self, run, batches, total):
-    self.ahead = []
     self._run = run
     self._batches = batches
     self._total = total
     self._key = keys.of(run.config.seed, 'writer')
+    self._ahead = []  # (where it is in the data, batch, metrics)
 
   def next(self, params, now):
     """The batch of step `now` and its metrics; `params` are those before."""
+    if not self._ahead:
+      self._ahead = self._write(params, now)
+    return self._ahead.pop(0)[1:]
+
+  def _write(self, params, now):
     run = self._run
-    if not self.ahead:
-      n = min(run.writer.every, self._total - now + 1)
-      given = [next(self._batches) for _ in range(n)]
-      self.ahead = run.writer.write(
+    places, given = self._read(min(run.writer.every, self._total - now + 1))
+    try:
+      written = run.writer.write(
         run.models,
         params,
         given,
@@ -118,23 +131,69 @@ class _Texts:
         step=now,
         progress=(now - 1) / self._total,
       )
-      if run.reader:
-        self.ahead = [
-          run.reader.read(batch, *found, run.mesh)
-          for batch, found in zip(given, self.ahead, strict=True)
-        ]
-    return self.ahead.pop(0)
+      if run.writer.room:
+        stopping.wait([batch for batch, _ in written])
+    except stopping.Stopped:
+      self._batches.set_state(places[0])
+      raise
+    if run.reader:
+      written = [
+        run.reader.read(batch, *found, run.mesh)
+        for batch, found in zip(given, written, strict=True)
+      ]
+    return [(place, *x) for place, x in zip(places, written, strict=True)]
+
+  def _read(self, n):
+    """n batches of the data, and where each begins."""
+    pairs = [(self._batches.get_state(), next(self._batches)) for _ in range(n)]
+    return [list(x) for x in zip(*pairs, strict=True)]
+
+  def to_save(self):
+    """The batches ahead, and what the host has to remember: JSON."""
+    places, batches, metrics = [], [], []
+    for place, batch, found in self._ahead:
+      places.append(place)
+      batches.append(batch)
+      found = {k: float(x) for k, x in jax.device_get(found).items()}
+      shapes = [x.shape for x in jax.tree.leaves(batch)]
+      metrics.append({'metrics': found, 'shapes': shapes})
+    place = places[0] if places else self._batches.get_state()
+    return batches, {'data': place, 'ahead': metrics}
+
+  def shapes(self, host):
+    """Of the batches ahead that a checkpoint has; goes to where they begin."""
+    self._batches.set_state(host['data'])
+    if not host['ahead']:
+      return []
+    places, given = self._read(len(host['ahead']))
+    self._ahead = [*zip(places, given, host['ahead'], strict=True)]
+    found = []
+    for batch, about in zip(given, host['ahead'], strict=True):
+      leaves, tree = jax.tree.flatten(writing.as_it_is(batch, self._run.mesh))
+      leaves = [
+        jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
+        for shape, x in zip(about['shapes'], leaves, strict=True)
+      ]
+      found.append(jax.tree.unflatten(tree, leaves))
+    return found
+
+  def restore(self, batches):
+    """Has these, of `shapes`, ahead."""
+    self._ahead = [
+      (place, batch, about['metrics'])
+      for (place, _, about), batch in zip(self._ahead, batches, strict=True)
+    ]
 
 
 class _Log:
   """Metrics to disk and screen, each fetched while the next step runs."""
 
-  def __init__(self, run, start, total):
+  def __init__(self, run, start, total, rows):
     self._metrics = None
     if jax.process_index() == 0:
       c = run.config
       made = trackers.make(c.report.trackers, run.workdir, c, start)
-      self._metrics = log.Metrics(run.workdir, made, start)
+      self._metrics = log.Metrics(run.workdir, made, rows)
     self._progress = log.Progress(total, start, run.workdir.name)
     self._watch = rollout_log.Watch()
     self._late = None
@@ -149,6 +208,11 @@ class _Log:
     self._progress.__exit__(*exception)
     if self._metrics:
       self._metrics.close()
+
+  @property
+  def rows(self):
+    """Lines of metrics.jsonl; the first process's, which saves them."""
+    return self._metrics.rows if self._metrics else 0
 
   def step(self, now, metrics, tokens):
     """Takes the step that was just started, writes the one before."""
@@ -179,24 +243,3 @@ class _Log:
     named = {f'train/{name}': value for name, value in metrics.items()}
     self.write(now, named)
     self._progress.update(now, loss=metrics['loss'], tokens_per_second=speed)
-
-
-@contextlib.contextmanager
-def _stop_requests():
-  """SIGINT and SIGTERM ask the loop to save and stop; a second one kills."""
-
-  class Stop:
-    requested = False
-
-  def handle(number, frame):
-    del frame
-    Stop.requested = True
-    signal.signal(number, previous[number])
-
-  signals = (signal.SIGINT, signal.SIGTERM)
-  previous = {n: signal.signal(n, handle) for n in signals}
-  try:
-    yield Stop
-  finally:
-    for number, handler in previous.items():
-      signal.signal(number, handler)

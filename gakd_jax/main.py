@@ -19,6 +19,11 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Where it all goes; default: runs/<name of the config>.'
 )
 _FORCE = binary.force_flag()
+_STRICT_RESUME = flags.DEFINE_bool(
+  'strict_resume',
+  False,
+  'Refuse to go on from an older checkpoint where the newest is damaged.',
+)
 flags.adopt_module_key_flags(binary)  # So that --help shows them.
 _CHECK = flags.DEFINE_bool(
   'check', False, 'Show settings, data, sizes and the first batch; run nothing.'
@@ -86,10 +91,11 @@ def _main(argv):
     base = sys.modules.get('configs.base')
     check.run(config, workdir, base and base.get_config())
     return
+  how = {'force': _FORCE.value, 'strict_resume': _STRICT_RESUME.value}
   if config.stages:
-    train.run_stages(config, workdir, _FORCE.value)
+    train.run_stages(config, workdir, **how)
   else:
-    train.run(config, workdir, force=_FORCE.value)
+    train.run(config, workdir, **how)
 
 
 if __name__ == '__main__':

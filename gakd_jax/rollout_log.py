@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gakd_jax import inputs, keys, log, rundir, sharding
+from gakd_jax import inputs, keys, log, rundir, sharding, stopping
 from gakd_jax.data import pipeline
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers
@@ -60,7 +60,7 @@ class RolloutLog:
       run.models, params, self._batch(), keys.of(run.config.seed, 'writer')
     )
     whole = NamedSharding(run.mesh, P())
-    tokens, by_teacher_BT = jax.device_get(
+    tokens, by_teacher_BT = stopping.fetch(
       jax.device_put((tokens, by_teacher_BT), whole)
     )
     lines = []

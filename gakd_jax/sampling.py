@@ -25,7 +25,7 @@ from flax import nnx, struct
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gakd_jax import UserError, sharding
+from gakd_jax import UserError, sharding, stopping
 from gakd_jax.models import decoding, transformer
 from gakd_jax.sampler import Sampler
 
@@ -261,7 +261,7 @@ def stream(
     return rows, jax.device_put(written, mesh and sharding.replicated(mesh))
 
   def finish(rows, written):
-    ids_BS, end_B = jax.device_get(written)
+    ids_BS, end_B = stopping.fetch(written)
     responses = []
     for b, i in enumerate(rows):
       response = ids_BS[b, len(prompts[i]) : end_B[b]].tolist()

@@ -40,7 +40,7 @@ class TensorBoard:
     folder = Path(workdir) / 'tensorboard'
     folder.mkdir(parents=True, exist_ok=True)
     goes_on = resume_step and any(folder.iterdir())
-    self._first = resume_step + 1 if goes_on else 0
+    self._first = resume_step if goes_on else 0
     name = f'events.out.tfevents.{time.time():.6f}.{socket.gethostname()}'
     # Unbuffered: what is written outlives the process.
     self._file = (folder / name).open('wb', buffering=0)

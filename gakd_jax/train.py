@@ -31,12 +31,12 @@ from gakd_jax import training as training_lib
 from gakd_jax.evals import evaluator as evaluator_lib
 
 
-def run_stages(config, workdir, force=False):
+def run_stages(config, workdir, force=False, strict_resume=False):
   """Runs `config.stages` in order, then compares them in report.html."""
   workdir = Path(workdir)
   for name, stage in config.stages:
     print(f'== {name}', flush=True)
-    run(stage, workdir / name, root=workdir, force=force)
+    run(stage, workdir / name, workdir, force, strict_resume)
   runs = {name: workdir / name for name, _ in config.stages}
   hosts.only_first(
     lambda: page.write(
@@ -45,7 +45,7 @@ def run_stages(config, workdir, force=False):
   )
 
 
-def run(config, workdir, root=None, force=False):
+def run(config, workdir, root=None, force=False, strict_resume=False):
   """One run: trains, evaluates and exports; returns its final results.
 
   Args:
@@ -54,6 +54,7 @@ def run(config, workdir, root=None, force=False):
     root: where the stages lie that the config names; None: it names none.
     force: go on in a directory that was begun with other settings or contents,
       see `fingerprint`.
+    strict_resume: refuse to go on from another checkpoint than the newest.
 
   Raises:
     UserError: for anything wrong with config, data or models, in one line.
@@ -63,10 +64,10 @@ def run(config, workdir, root=None, force=False):
   if config.student.path is None:
     raise UserError('config.student.path is not set: name a model directory')
   with fingerprint.lock(workdir):
-    return _run(config, workdir, root or workdir, force)
+    return _run(config, workdir, root or workdir, force, strict_resume)
 
 
-def _run(config, workdir, root, force):
+def _run(config, workdir, root, force, strict_resume):
   _forget_peak_memory()
   fingerprint.begin(workdir, force, config=fingerprint.as_json(config))
   found = hosts.of_first(lambda: _finished(config, workdir))
@@ -86,7 +87,10 @@ def _run(config, workdir, root, force):
       workdir, force, contents=contents, models=_origins(config)
     )
     evaluates_only = config.train.steps == 0
-    found = (_evaluate_only if evaluates_only else _train)(current)
+    if evaluates_only:
+      found = _evaluate_only(current)
+    else:
+      found = _train(current, strict_resume)
   results = {
     'step': found['last']['step'],
     **best.recipe(config),
@@ -162,27 +166,35 @@ def _evaluate_only(run):
   return {'best': found, 'last': found}
 
 
-def _train(run):
+def _train(run, strict_resume):
   c = run.config
   batches = inputs.training_batches(run)
   total = inputs.total_steps(c, batches)
   training = training_lib.make(run, batches.steps_per_epoch, total)
   checkpoints = checkpoint_lib.Checkpoints(
-    run.workdir / 'checkpoints', c.checkpoint.keep
+    run.workdir / 'checkpoints',
+    c.checkpoint.keep,
+    c.checkpoint.keep_every,
+    strict_resume,
   )
-  host = chosen.start()
+  texts = loop.Texts(run, batches, total)
+
+  def shapes(host):
+    return {'train': training.state, 'ahead': texts.shapes(host)}
+
   with contextlib.closing(checkpoints):
-    if checkpoints.latest_step() is None:
+    found = checkpoints.restore(shapes)
+    if found is None:
       state = training.init()
+      host = chosen.start([*run.evaluators] if c.eval_first else None)
     else:
-      state, host = checkpoints.restore(training.state)
-      batches.set_state(host['data'])
+      restored, host = found
+      state = restored['train']
+      texts.restore(restored['ahead'])
       print(f'continuing from step {int(state.step)}', flush=True)
       if host['is_best']:  # The export may be what was interrupted.
         chosen.export(run, state.params['student'], host['best'])
-    state = loop.run(
-      run, state, host, training.step, batches, total, checkpoints
-    )
+    state = loop.run(run, state, host, training.step, texts, total, checkpoints)
   return chosen.of_best(run, state, host)
 
 

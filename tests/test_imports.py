@@ -45,6 +45,7 @@ LEVELS = (
     'config_file',
     'partial',
     'hosts',
+    'stopping',
     'rollcall',
   ),
 )

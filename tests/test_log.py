@@ -40,7 +40,7 @@ def test_histograms_are_lists_of_counts(tmp_path):
   (row,) = log.read_metrics(tmp_path)
   assert row == {'step': 1, 'scores': counts.astype(int).tolist(), 'a': 0.5}
   assert isinstance(row['scores'][3], int)
-  _write(tmp_path, [2], resume_step=1)  # and are copied as they are
+  _write(tmp_path, [2], rows=1)  # and are copied as they are
   assert log.read_metrics(tmp_path)[0] == row
 
 
@@ -60,13 +60,13 @@ def test_what_is_not_finite_is_strict_json(tmp_path):
   (row,) = log.read_metrics(tmp_path)
   assert math.isnan(row['a'])
   assert math.isnan(row['b'])
-  _write(tmp_path, [2], resume_step=1)  # NaN is copied as null again
+  _write(tmp_path, [2], rows=1)  # NaN is copied as null again
   assert (tmp_path / 'metrics.jsonl').read_text().startswith(line)
 
 
 def test_a_resumed_run_overwrites_the_later_steps(tmp_path):
   _write(tmp_path, [1, 2, 3, 4])
-  _write(tmp_path, [3, 4, 5], resume_step=2)
+  _write(tmp_path, [3, 4, 5], rows=2)
   assert _steps(tmp_path) == [1, 2, 3, 4, 5]
   _write(tmp_path, [0, 1])
   _write(tmp_path, [0, 1])  # killed before its first checkpoint
@@ -78,7 +78,7 @@ def test_a_line_cut_by_a_kill_is_dropped(tmp_path):
   path = tmp_path / 'metrics.jsonl'
   path.write_text(path.read_text()[:-5])
   assert _steps(tmp_path) == [1]
-  _write(tmp_path, [2, 3], resume_step=2)
+  _write(tmp_path, [2, 3], rows=2)
   assert _steps(tmp_path) == [1, 2, 3]
 
 

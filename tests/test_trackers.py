@@ -45,7 +45,8 @@ def events(folder):
 def write(names, workdir, steps, resume_step=0):
   config = base.get_config()
   made = trackers.make(names, workdir, config, resume_step)
-  metrics = log.Metrics(workdir, made, resume_step)
+  rows = [x for x in log.read_metrics(workdir) if x['step'] <= resume_step]
+  metrics = log.Metrics(workdir, made, len(rows))
   counts = np.zeros(len(log.HISTOGRAM_EDGES) - 1, int)
   counts[3] = 2
   for step in steps:

@@ -28,7 +28,7 @@ from gakd_jax import (
   rundir,
   train,
 )
-from gakd_jax.evals import answers
+from gakd_jax.evals import answers, generation
 from gakd_jax.page import tables
 from tests.written import value
 from tools import make_goldens
@@ -193,18 +193,65 @@ def test_an_interrupted_run_continues_bit_for_bit(
     with pytest.raises(Interrupted, match=f'step {stop_at} of 6'):
       train.run(config, workdir)
   assert sorted(losses(workdir)) == list(range(1, stop_at + 1))
-  results = train.run(config, workdir)
-  assert losses(workdir) == losses(whole_run[0])
-  assert results | {'peak_memory_gb': 0} == whole_run[1] | {'peak_memory_gb': 0}
+  same_run(workdir, train.run(config, workdir), whole_run)
   for file in ('generation-1', 'generation-2'):
     ours, theirs = (
       (path / 'answers' / f'{file}.jsonl').read_text()
       for path in (workdir, whole_run[0])
     )
     assert ours == theirs
+
+
+def same_run(workdir, results, whole_run):
+  """Whether all that was measured is that of the run without interruption."""
+  assert losses(workdir) == losses(whole_run[0])
+  ours, theirs = (
+    [
+      {k: x for k, x in row.items() if k not in TIMES}
+      for row in log.read_metrics(path)
+    ]
+    for path in (workdir, whole_run[0])
+  )
+  assert ours == theirs
+  assert results | {'peak_memory_gb': 0} == whole_run[1] | {'peak_memory_gb': 0}
   ours, theirs = weights(workdir), weights(whole_run[0])
   for name in theirs:
     np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+TIMES = ('train/seconds', 'train/tokens_per_second')
+
+
+@pytest.mark.parametrize(
+  ('evaluation', 'step'), [(1, 3), pytest.param(2, 6, marks=pytest.mark.slow)]
+)
+def test_an_evaluation_does_not_hold_up_a_stop(
+  whole_run, config, tmp_path, monkeypatch, evaluation, step
+):
+  """It is made up for, whether a checkpoint was due at its step or not."""
+  workdir = tmp_path / 'run'
+  begun, scored = [], []
+  run, score = generation.Generation.run, generation.Generation._answers
+
+  def asked_to_stop(*args):
+    begun.append(1)
+    if len(begun) == evaluation:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return run(*args)
+
+  def scoring(*args):
+    found = score(*args)
+    scored.append(1)
+    return found
+
+  with monkeypatch.context() as patch:
+    patch.setattr(generation.Generation, 'run', asked_to_stop)
+    patch.setattr(generation.Generation, '_answers', scoring)
+    with pytest.raises(Interrupted, match=f'saved at step {step} of 6'):
+      train.run(config, workdir)
+  assert len(scored) == 2 * (evaluation - 1)  # Two seeds each.
+  assert not rundir.is_finished(workdir)
+  same_run(workdir, train.run(config, workdir), whole_run)
 
 
 def test_a_killed_run_repeats_the_steps_after_its_checkpoint(
@@ -244,6 +291,7 @@ def test_what_is_saved_has_been_logged(config, tmp_path, monkeypatch):
     logged.append((now, max(losses(tmp_path / 'run'))))
 
   monkeypatch.setattr(checkpoint.Checkpoints, 'save', save)
+  monkeypatch.setattr(checkpoint.Checkpoints, 'amend', lambda *_: None)
   config.eval_every = 0
   train.run(config, tmp_path / 'run')
   assert logged == [(2, 2), (4, 4), (6, 6)]

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gakd_jax import sharding
+from gakd_jax import sharding, stopping
 from gakd_jax.data import pipeline
 from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
@@ -71,7 +71,7 @@ def measure(subject, params, pairs, batch_size):
   for batch in batches:
     batch = sharding.put_batch(batch, subject.mesh)
     sums = _sums(subject.models, params, batch, subject.head_chunk)
-    for name, value in jax.device_get(sums).items():
+    for name, value in stopping.fetch(sums).items():
       totals[name] = totals.get(name, 0.0) + value.astype(float)
   tokens = totals.pop('tokens')
   off = totals.pop('overconfidence')

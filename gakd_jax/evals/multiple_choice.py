@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from gakd_jax import sharding
+from gakd_jax import sharding, stopping
 from gakd_jax.data import pipeline
 from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
@@ -111,7 +111,7 @@ class MultipleChoice:
     for batch in batches:
       batch = sharding.put_batch(batch, subject.mesh)
       sums_B = _sums(subject.models.alone(), params, batch, subject.head_chunk)
-      found = jax.device_get(jax.device_put((batch.rows_B, sums_B), whole))
+      found = stopping.fetch(jax.device_put((batch.rows_B, sums_B), whole))
       for i, total in zip(*found, strict=True):
         if i >= 0:
           scores[i] = float(total) / sizes[i]
