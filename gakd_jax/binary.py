@@ -54,14 +54,18 @@ def config_flag(help_string, **settings):
   default, and may be given any other setting: it is checked when they are
   made, before any weight is loaded. All else is locked by configs/base.py.
   """
-  holder = config_flags.DEFINE_config_file(
-    'config',
-    None,
-    help_string,
-    lock_config=False,
-    accept_new_attributes=True,
-    **settings,
-  )
+  try:
+    holder = config_flags.DEFINE_config_file(
+      'config',
+      None,
+      help_string,
+      lock_config=False,
+      accept_new_attributes=True,
+      **settings,
+    )
+  except flags.Error as error:  # It looks into --flagfile now.
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
   # What goes wrong in the file is told by us.
   settings.get('flag_values', flags.FLAGS)['config'].parser = _ConfigFile()
   return holder
@@ -135,8 +139,8 @@ def one_line(error):
     return _FULL
   if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text:
     return (
-      f'out of memory ({text[:200]}); lower config.train.microbatch_size, or '
-      'see with --plan what a run takes'
+      f'out of memory ({text[:200]}); lower a batch size or a length, or see '
+      'with --plan what a run takes'
     )
   return None
 

@@ -54,10 +54,18 @@ def load(spec):
 def explain(error):
   """What an error of absl or ml_collections means, in one line."""
   text = ' '.join(str(error).split())
+  if isinstance(error, KeyError) and _is_of_flags(error):
+    return f'config has no key {text}; see configs/base.py'
   for pattern, meaning in _MEANINGS:
     if found := re.search(pattern, text):
       return found.expand(meaning)
   return text or type(error).__name__
+
+
+def _is_of_flags(error):
+  """Whether --config.a.b=x found no b, and not somebody's dict."""
+  frames = traceback.extract_tb(error.__traceback__)
+  return 'ml_collections' in Path(frames[-1].filename).parts
 
 
 _MEANINGS = (
@@ -66,9 +74,8 @@ _MEANINGS = (
     r"config has no key '\2'; did you mean '\1'?",
   ),
   (
-    # The other is all that a KeyError of ml_collections says.
-    r'Key "(\w+)" does not exist' + '|' + r"""^\W*'(?P<key>\w+)'\W*$""",
-    r"config has no key '\1\g<key>'; see configs/base.py",
+    r'Key "(\w+)" does not exist',
+    r"config has no key '\1'; see configs/base.py",
   ),
   (
     r'Override (\S+)\.(\w+) can not be applied because field',

@@ -143,6 +143,8 @@ def _named(paths):
   """{name: model directory}, named by as much of its path as it takes."""
   found = {}
   for path in paths:
+    if not str(path).strip():
+      raise UserError('--model: an empty name; leave out the comma')
     given = Path(path).expanduser()
     if not given.is_dir():  # A hub id.
       found[str(path).strip('/')] = path

@@ -16,8 +16,9 @@ from gakd_jax.models import attention, families, lora, quantized, transformer
 from gakd_jax.settings import (
   BelowOne,
   Count,
-  Counts,
   DataSpec,
+  Length,
+  Lengths,
   Name,
   Natural,
   NotNegative,
@@ -75,9 +76,9 @@ FIELDS = {
     'train': DataSpec | None,
     'validation': DataSpec | None,
     'template': Text | None,
-    'max_length': Count,
-    'max_prompt_length': Count,
-    'buckets': Counts | None,
+    'max_length': Length,
+    'max_prompt_length': Length,
+    'buckets': Lengths | None,
     'packing': bool,
     'on_bad_row': Literal['skip', 'fail'],
     'thinking': Literal['refuse', 'keep'],
@@ -177,8 +178,8 @@ def _check_parts(config):
       if stray in settings:
         raise UserError(f'config.{part}.{stray} is no setting; set {place}')
     make(**settings)
-  sets = evaluator_lib.check(config.evals)
-  kind = Annotated[tuple[Literal[*sets], ...], Only('one at least', bool)]
+  evaluator_lib.check(config.evals)
+  kind = Annotated[tuple[Text, ...], Only('one at least', bool)]
   for title, names in config.report.averages.items():
     settings_lib.check(f'config.report.averages.{title}', names, kind)
   trackers.check(config.report.trackers)

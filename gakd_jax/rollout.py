@@ -30,6 +30,7 @@ from gakd_jax.models import decoding
 from gakd_jax.sampler import Sampler
 from gakd_jax.settings import (
   Count,
+  Length,
   Mass,
   Natural,
   NotNegative,
@@ -105,7 +106,7 @@ class Teacher(Dataset):
   needs_teacher = True
   makes_rows = True
 
-  max_new_tokens: Count = 256
+  max_new_tokens: Length = 256
   temperature: NotNegative = 1.0
   top_k: Natural = 0
   top_p: Mass = 1.0
@@ -135,7 +136,7 @@ class Student(Dataset):
   every: Count = 1  # optimizer steps served by one student; 1 is on-policy
   # Write, and train on, the first so many tokens of a response only; None: all.
   prefix: Count | None = None
-  max_new_tokens: Count = 256  # of a response, EOS included
+  max_new_tokens: Length = 256  # of a response, EOS included
   temperature: NotNegative = 1.0  # 0 is greedy
   top_k: Natural = 0  # 0: off
   top_p: Mass = 1.0  # 1: off

@@ -27,7 +27,7 @@ class Sampler:
   valid_vocab: Count | None = None  # ids from here on are never drawn
 
   def __post_init__(self):
-    settings.check_all('sampling: ', self)
+    settings.check_row('sampling: ', vars(self), settings.types_of(Sampler))
 
   def valid(self, logits_BV):
     """Logits in fp32, -inf for what is no token."""

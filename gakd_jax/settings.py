@@ -23,7 +23,7 @@ from typing import Annotated
 
 import ml_collections
 
-from gakd_jax import UserError
+from gakd_jax import UserError, json_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,8 @@ def _is_regex(text):
 
 Natural = Annotated[int, Only('0 or more', lambda x: x >= 0)]
 Count = Annotated[int, Only('1 or more', lambda x: x >= 1)]
+# In tokens: no model reads more, and what is longer no array can hold.
+Length = Annotated[int, Only('1 to 2^24', lambda x: 1 <= x <= 2**24)]
 NotNegative = Annotated[float, Only('0 or more', lambda x: x >= 0)]
 Positive = Annotated[float, Only('more than 0', lambda x: x > 0)]
 Share = Annotated[float, Only('0 to 1', lambda x: 0 <= x <= 1)]
@@ -51,12 +53,20 @@ Mass = Annotated[float, Only('more than 0, at most 1', lambda x: 0 < x <= 1)]
 BelowOne = Annotated[
   float, Only('0 or more, less than 1', lambda x: 0 <= x < 1)
 ]
-Text = Annotated[str, Only('not empty', bool)]
+# Paths among them: one with a null character cannot be asked for.
+Text = Annotated[
+  str, Only('not empty, without null', lambda x: x and '\0' not in x)
+]
 Regex = Annotated[str, Only('a regular expression', _is_regex)]
 Counts = Annotated[tuple[Count, ...], Only('one at least', bool)]
+Lengths = Annotated[tuple[Length, ...], Only('one at least', bool)]
 Seeds = Annotated[
   tuple[Natural, ...],
   Only('one at least, none twice', lambda x: x and len({*x}) == len(x)),
+]
+# As a run has measured it: it may be NaN or infinite.
+Measured = Annotated[
+  object, Only('a number', lambda x: type(x) in (int, float))
 ]
 DataSpec = Text | tuple[Text, ...]  # see `data.sources`
 # Of what has a directory or a file of its own in a run.
@@ -64,7 +74,7 @@ Name = Annotated[
   str,
   Only(
     'a name of a file: without a slash, nor a dot in front',
-    re.compile(r'[^/.][^/]*').fullmatch,
+    re.compile(r'[^/.\0][^/\0]*').fullmatch,
   ),
 ]
 
@@ -73,6 +83,7 @@ _KINDS = {
   float: 'a number',
   str: 'a text',
   bool: 'True or False',
+  list: 'a list',
   Mapping: 'a dict of names',
 }
 _LARGEST = 2**31 - 1
@@ -126,10 +137,16 @@ def check(what, value, kind):
   _convert(what, value, kind)
 
 
-def check_all(prefix, made):
-  """`check` of every field of a dataclass that was made."""
-  for name, kind in types_of(type(made)).items():
-    check(f'{prefix}{name}', getattr(made, name), kind)
+def check_row(prefix, row, kinds):
+  """`check` of a dict that has {key: type}, or `NotRequired[type]`."""
+  for key, kind in kinds.items():
+    if typing.get_origin(kind) is typing.NotRequired:
+      if key not in row:
+        continue
+      (kind,) = typing.get_args(kind)
+    elif key not in row:
+      raise UserError(f'{prefix}{key} is missing')
+    check(f'{prefix}{key}', row[key], kind)
 
 
 def did_you_mean(word, known):
@@ -138,12 +155,8 @@ def did_you_mean(word, known):
 
 
 def shown(value):
-  """A value in one line, its beginning if it is long."""
-  try:
-    text = ' '.join(repr(value).split())
-  except TypeError:  # A ConfigDict sorts its names, of whatever types.
-    text = f'a {type(value).__name__}'
-  return text if len(text) <= 80 else f'{text[:77]}...'
+  """A value in one line, however long it is."""
+  return ' '.join(json_file.shown(value).split())
 
 
 def _is_tuple(kind):
@@ -200,11 +213,9 @@ def _fit(value, kind):
   if kind is int:
     return isinstance(value, int) and abs(value) <= _LARGEST, value
   if kind is float:
-    if isinstance(value, int) and abs(value) <= _LARGEST:
+    if isinstance(value, int) and abs(value) < 1e300:
       value = float(value)
     return isinstance(value, float) and math.isfinite(value), value
-  if kind is str:  # A path with a null character cannot be asked for.
-    return isinstance(value, str) and '\0' not in value, value
   if kind is Mapping:
     return _is_dict(value), value
   return isinstance(value, kind), value
@@ -233,7 +244,8 @@ def _words(kind):
   if kinds := _alternatives(kind):
     return ', or '.join(map(_words, kinds))
   if origin is Annotated:
-    return f'{_words(parts[0])} ({parts[1].words})'
+    words = parts[1].words
+    return words if parts[0] is object else f'{_words(parts[0])} ({words})'
   if origin is typing.Literal:
     return f'one of {", ".join(parts)}'
   if origin is tuple:

@@ -41,6 +41,8 @@ LEVELS = (
     'log',
     'trackers',
     'binary',
+    'json_file',
+    'json_lines',
     'settings',
     'config_file',
     'partial',

@@ -13,7 +13,6 @@ goes on to EOS or `max_new_tokens`, as what the text is is not known before.
 import bisect
 import contextlib
 import dataclasses
-import json
 import statistics
 import time
 from typing import ClassVar, Literal
@@ -27,7 +26,9 @@ from gakd_jax import (
   log,
   partial,
   results,
+  rundir,
   sampling,
+  settings,
 )
 from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
@@ -37,6 +38,7 @@ from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.models import decoding
 from gakd_jax.settings import (
   Count,
+  Length,
   Mass,
   Natural,
   NotNegative,
@@ -53,7 +55,7 @@ class Generation:
   rows: tuple
   # What makes an answer good, see `tasks`.
   task: Literal[*tasks.TASKS] = 'instruct'
-  max_new_tokens: Count = 256
+  max_new_tokens: Length = 256
   stop: tuple[Text, ...] | None = None  # its ends; None: those of the task
   temperature: NotNegative = 1.0
   top_k: Natural = 0
@@ -232,7 +234,7 @@ class Generation:
         },
         subject.force,
       )
-      answers = {line.pop('index'): line for line in kept.read()}
+      answers = kept.read(_taken)
       if answers:
         progress.advance(len(answers))
 
@@ -309,9 +311,17 @@ class Generation:
     return settings | {'stop': self._stops()}
 
 
+_KEPT = {'index': Natural, 'answer': str, 'tokens': Natural, 'ids': list}
+
+
+def _taken(line):
+  """What is made of a line that was kept: an index, and its answer."""
+  settings.check_row('', line, _KEPT)
+  return line.pop('index'), line
+
+
 def _record_speed(workdir, name, speed):
   """Adds to speed.json: no result, as it is never twice the same."""
   if jax.process_index() == 0:  # Nobody reads it in the run.
-    file = workdir / 'speed.json'
-    known = json.loads(file.read_text()) if file.exists() else {}
-    log.write_atomically(file, log.to_json(known | {name: speed}, indent=2))
+    text = log.to_json(rundir.read_speed(workdir) | {name: speed}, indent=2)
+    log.write_atomically(workdir / 'speed.json', text)

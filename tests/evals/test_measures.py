@@ -219,7 +219,12 @@ def write_answers(path, name, answers_by_seed, ids_of=None):
     file = path / 'answers' / f'{name}-{seed}.jsonl'
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [
-      {'answer': x, 'input': 'src', 'references': ['ref', 'other']}
+      {
+        'instruction': '',
+        'answer': x,
+        'input': 'src',
+        'references': ['ref', 'other'],
+      }
       for x in answers
     ]
     if ids_of:
