@@ -54,11 +54,12 @@ def load(spec):
 def explain(error):
   """What an error of absl or ml_collections means, in one line."""
   text = ' '.join(str(error).split())
-  if isinstance(error, KeyError) and _is_of_flags(error):
-    return f'config has no key {text}; see configs/base.py'
   for pattern, meaning in _MEANINGS:
     if found := re.search(pattern, text):
       return found.expand(meaning)
+  if isinstance(error, KeyError) and _is_of_flags(error):
+    key = text.strip('"\'')
+    return f'config has no key {key!r}; see configs/base.py'
   return text or type(error).__name__
 
 

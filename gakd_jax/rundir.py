@@ -162,7 +162,8 @@ def read_results(workdir):
     for name, sets in results.get('averages', {}).items():
       settings_lib.check(f'averages.{name}', sets, tuple[str, ...])
     for when in ('best', 'last'):
-      _check_evaluators(results[when].get('evaluators'))
+      where = f'{when}.evaluators'
+      _check_evaluators(where, results[when].get('evaluators'))
   except UserError as error:
     raise UserError(
       f'{path}: of an earlier version, or none of ours; delete it, and the run '
@@ -171,13 +172,14 @@ def read_results(workdir):
   return results
 
 
-def _check_evaluators(evaluators):
-  settings_lib.check('evaluators', evaluators, Mapping)
+def _check_evaluators(where, evaluators):
+  settings_lib.check(where, evaluators, Mapping)
   for name, found in evaluators.items():
-    settings_lib.check(name, found, Mapping)
-    settings_lib.check(f'{name}.metrics', found.get('metrics'), Mapping)
+    where_one = f'{where}.{name}'
+    settings_lib.check(where_one, found, Mapping)
+    settings_lib.check(f'{where_one}.metrics', found.get('metrics'), Mapping)
     for metric, value in found['metrics'].items():
-      _check_number(f'{name}.metrics.{metric}', value)
+      _check_number(f'{where_one}.metrics.{metric}', value)
 
 
 def _check_number(where, value):
@@ -217,7 +219,7 @@ def read_answers(path):
     raise UserError(f'{path}: empty, or not there; move it away')
   for i, line in enumerate(lines, 1):
     for metric, score in line.get('scores', {}).items():
-      settings_lib.check(f'{path}:{i}: {metric}', score, Measured | None)
+      settings_lib.check(f'{path}:{i}: scores.{metric}', score, Measured | None)
   return lines
 
 
