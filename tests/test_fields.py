@@ -45,7 +45,7 @@ WRONG = {
     {'rank': None},
     {'targets': ['a']},
   ],
-  'student.quantize': ['int4', 8, 'int8'],  # The last takes lora.
+  'student.quantize': ['int4', 8],
   'student.remat': ['yes', 1],
   'teacher.path': [3, ''],
   'teacher.template': [3, ''],
@@ -104,7 +104,7 @@ WRONG = {
   'critic_optimizer.no_decay': ['['],
   'critic_optimizer.clip_norm': [-1.0],
   'train.steps': [-1, 1.5, True, NAN, [1], 10**12],
-  'train.epochs': [-1.0, 0.0, NAN, INF, 'x', 1.0],  # The last: steps as well.
+  'train.epochs': [-1.0, 0.0, NAN, INF, 'x'],
   'train.batch_size': [0, -8, 8.0],
   'train.microbatch_size': [0, -1, 'x'],
   'train.precision': ['fp16', 'float64'],
@@ -210,7 +210,7 @@ def flat(fields, prefix=''):
 
 def changed(key, value):
   config = base.get_config()
-  config.train.steps = 3
+  config.student.lora = {}
   with config.ignore_type(), config.unlocked():
     *parts, last = key.split('.')
     part = config
@@ -318,6 +318,18 @@ def test_a_field_that_is_missing(key):
 @pytest.mark.parametrize('config', [None, 3, {}, {'seed': 0}, ()], ids=str)
 def test_what_is_no_config(config):
   assert 'is no config; begin with get_config()' in refusal(config)
+
+
+def test_fields_that_exclude_each_other():
+  config = changed('train.epochs', 1.0)
+  config.train.steps = 3
+  assert refusal(config) == (
+    'config.train: steps=3 and epochs=1.0: set one, and the other to None'
+  )
+  config = changed('student.quantize', 'int8')
+  fields.check(config)
+  config.student.lora = None
+  assert "quantize='int8' is for a base that is not trained" in refusal(config)
 
 
 def test_an_evaluation_is_refused_before_anything_is_written(tmp_path):
