@@ -119,6 +119,12 @@ def get_config():
   c.train.microbatch_size = config_dict.placeholder(int)  # None: all at once
   c.train.precision = 'bfloat16'  # compute dtype; master weights are fp32
   c.train.head_chunk = 512  # tokens a device whose logits exist at a time
+  # A step that is not finite is skipped (see gakd_jax/skips); so many in a row
+  # end the run.
+  c.train.max_skipped = 10
+  # So is one whose loss or gradient norm is so many robust standard deviations
+  # above the median of the last 64, 6.0 say; None: no spike is.
+  c.train.skip_spikes = config_dict.placeholder(float)
 
   # name: settings, see gakd_jax/evals/*.py; `kind` if the name is your own.
   c.evals = ml_collections.ConfigDict({'loss': {}})

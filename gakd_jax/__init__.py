@@ -15,6 +15,8 @@ Where both models meet, `s_` is the student and `t_` the teacher; `log_p` is
 the teacher's log-probability and `log_q` the student's, as in the papers.
 """
 
+import re
+
 __version__ = '0.1.0'
 
 
@@ -22,8 +24,14 @@ class UserError(Exception):
   """Bad input: one line that says what, where, and what to do about it.
 
   The binaries print the line and exit with status 2; anything else that is
-  raised is a bug and keeps its traceback.
+  raised is a bug and keeps its traceback. What others said of the input, with
+  whatever it holds, is made one line here.
   """
+
+  def __init__(self, text):
+    super().__init__(
+      re.sub(r'\s*[\x00-\x1f\x7f\x85\u2028\u2029]\s*', ' ', text)
+    )
 
 
 class Interrupted(Exception):

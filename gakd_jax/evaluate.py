@@ -282,8 +282,7 @@ def compare(evaluators, runs):
       continue
     metric = tasks.TASKS[evaluator.task].scores[0]
     scores = {
-      model: _row_means(path, name, evaluator.seeds, metric)
-      for model, path in runs.items()
+      model: _row_means(path, evaluator, metric) for model, path in runs.items()
     }
     for b, a in itertools.combinations(runs, 2):
       comparisons.append(
@@ -293,13 +292,24 @@ def compare(evaluators, runs):
   return comparisons
 
 
-def _row_means(workdir, name, seeds, metric):
+def _row_means(workdir, evaluator, metric):
   """The score of each row, mean over seeds."""
   by_seed = [
-    [line['scores'][metric] for line in answers.read(workdir, name, seed)]
-    for seed in seeds
+    [_score(line, metric, workdir) for line in lines]
+    for lines in (
+      answers.read(workdir, evaluator, seed) for seed in evaluator.seeds
+    )
   ]
   return [statistics.fmean(row) for row in zip(*by_seed, strict=True)]
+
+
+def _score(line, metric, workdir):
+  score = line.get('scores', {}).get(metric)
+  if score is None:
+    raise UserError(
+      f'{workdir}/answers: one has no {metric}; move {workdir} away'
+    )
+  return score
 
 
 def _main(argv):

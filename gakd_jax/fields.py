@@ -105,6 +105,8 @@ FIELDS = {
     'microbatch_size': Count | None,
     'precision': _Dtype,
     'head_chunk': Count,
+    'max_skipped': Count,
+    'skip_spikes': Positive | None,
   },
   'evals': Mapping,
   'eval_every': Natural,

@@ -22,7 +22,8 @@ from gakd_jax import UserError, __version__, hosts, json_file, log, rundir
 # pieces, and how often it is looked at.
 HOW = re.compile(
   r'report\..*|mesh\..*|stages|attention|eval_every|checkpoint\.(every|keep.*)|'
-  r'data\.cache|student\.remat|train\.(microbatch_size|head_chunk)|'
+  r'data\.cache|student\.remat|'
+  r'train\.(microbatch_size|head_chunk|max_skipped)|'
   r'evals\.[^.]+\.(every|batch_size)'
 )
 # What scores, token ids and parameters depend on.
@@ -81,6 +82,22 @@ def begin(workdir, force=False, **parts):
   parts |= {'versions': _versions()}
   hosts.check_same(flatten(parts))
   hosts.only_first(lambda: _begin(Path(workdir), force, parts))
+
+
+@contextlib.contextmanager
+def unless_refused(workdir):
+  """What is refused within, before anything was saved, has not begun.
+
+  Put right, it may come again in the same directory.
+  """
+  path = Path(workdir) / 'config.json'
+  is_new = not path.exists()
+  try:
+    yield
+  except UserError:
+    if is_new and not any(path.parent.glob('checkpoints/[0-9]*')):
+      path.unlink(missing_ok=True)
+    raise
 
 
 def _begin(workdir, force, parts):

@@ -129,8 +129,10 @@ def answers(prompts):
   tokenizer, template = _tokenizer()
   eos_ids = templates.stop_ids(template, tokenizer)
   for i, prompt in enumerate(prompts):
-    row = sources.Row(prompt, where=f'prompt {i + 1}')
-    ids, _ = tokenizers.encode(tokenizer, row, template)
+    try:
+      ids, _ = tokenizers.encode(tokenizer, sources.Row(prompt), template)
+    except sources.BadRow as error:
+      raise UserError(f'prompt {i + 1}: {error.reason}') from error
     response = sampling.generate(
       model,
       [ids],
@@ -194,6 +196,8 @@ def typed_lines():
       line = input(sign).strip()
     except EOFError:
       return
+    except UnicodeDecodeError as error:
+      raise UserError(f'the input is no text: {error}') from error
     if line in ('', 'exit'):
       return
     yield line

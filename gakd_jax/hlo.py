@@ -34,6 +34,7 @@ _BRANCHES = re.compile(
 _IDS = r'\[([\d,]+)\](?:T\(([\d,]+)\))?'
 _ENDS = 'custom_call_target="AsyncCollectiveDone"'
 _DTYPES = {'pred': 8, 'bf16': 16}
+_WORK = ('fusion', 'custom-call', 'while', 'dot', 'convolution', 'conditional')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Transfer:
   times: int  # in one run of the program
   loops: int  # how many loops it is in
   name: str  # of the operation in the program that was compiled
+  hidden: bool = False  # something is computed between its start and its end
 
   @property
   def size(self):
@@ -140,7 +142,7 @@ class _Program:
     self._visit(name, times, loops, found)
     return found
 
-  def _visit(self, name, times, loops, found):
+  def _visit(self, name, times, loops, found, hidden=False):
     body = self.computations[name]
     if any(_ENDS in x.rest for x in body):
       return  # On a TPU: the transfer stands where it starts, and here again.
@@ -150,10 +152,12 @@ class _Program:
         inner = x.attribute(r'body=%?([\w.-]+)')
         found += self._of_loop(inner, times * self._turns(x), loops + 1)
       elif kind in KINDS and not phase:
-        found.append(self._transfer(kind, x, body, name, times, loops))
+        transfer = self._transfer(kind, x, body, name, times, loops)
+        hidden_here = hidden or _is_hidden(x, body)
+        found.append(dataclasses.replace(transfer, hidden=hidden_here))
       elif x.opcode not in ('async-update', 'async-done'):
         for called in _CALLED.findall(x.rest):
-          self._visit(called, times, loops, found)
+          self._visit(called, times, loops, found, _is_hidden(x, body))
         for branches in _BRANCHES.findall(x.rest):
           for branch in re.findall(r'[\w.-]+', branches):
             self._visit(branch, times, loops, found)
@@ -226,6 +230,18 @@ class _Program:
     added = [by_name[name].number for name in new.operands if name in by_name]
     added = [n for n in added if n]
     return added[0] if new.opcode == 'add' and added else 1
+
+
+def _is_hidden(start, body):
+  """Whether work stands between a start and its end, in a schedule."""
+  if not start.opcode.endswith('-start'):
+    return False
+  after = body[body.index(start) + 1 :]
+  ends = re.compile(rf'%?{re.escape(start.name)}\b')
+  for i, x in enumerate(after):
+    if x.opcode.endswith('-done') and ends.search(x.rest):
+      return any(y.opcode in _WORK for y in after[:i])
+  return False
 
 
 def _ids(sizes, order):

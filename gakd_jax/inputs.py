@@ -12,6 +12,7 @@ from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.models import decoding
 
 _LEAST_COVERAGE = 0.05
+_MOST_TIMES = 1000  # An epoch that has a row more often is a mistake.
 
 
 def rows(config, writer, places):
@@ -105,12 +106,16 @@ def _check(settings, spec):
       f'{c.max_length}: the prompt must leave room for a response'
     )
   n = len(sources.parts(spec))
-  if c.weights is not None and (
-    len(c.weights) != n or any(not w > 0 for w in c.weights)
+  weights = c.weights
+  if weights is not None and (
+    not isinstance(weights, list | tuple)
+    or len(weights) != n
+    or any(type(w) not in (int, float) for w in weights)
+    or any(not 0 < w <= _MOST_TIMES for w in weights)
   ):
     raise UserError(
-      f'config.data.weights={c.weights}: give a positive number for each of '
-      f'the {n} parts of config.data.train'
+      f'config.data.weights={weights}: give a positive number, at most '
+      f'{_MOST_TIMES}, for each of the {n} parts of config.data.train'
     )
 
 

@@ -114,11 +114,14 @@ def write_atomically(path, text):
   partial = path.with_name(
     f'{path.name}.{os.uname().nodename}.{os.getpid()}.tmp'
   )
-  with partial.open('w', encoding='utf-8') as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())  # Before the name is: a crash leaves one or other.
-  os.replace(partial, path)
+  try:
+    with partial.open('w', encoding='utf-8') as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())  # Before it has its name: a crash leaves one.
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
 
 
 def _metrics_path(workdir):

@@ -11,6 +11,7 @@ from gakd_jax import (
   keys,
   log,
   rollout_log,
+  skip_log,
   stopping,
   trackers,
   writing,
@@ -23,12 +24,14 @@ def run(run, state, host, train_step, texts, total, checkpoints):
   c = run.config
   now = int(state.step)
   rollouts = rollout_log.RolloutLog(run, now, total)
+  skipped = skip_log.SkipLog(run, total)
   saved = now if host['saved'] else None
   with stopping.listening(), _Log(run, now, total, host['rows']) as logged:
 
     def save():
       nonlocal saved
       logged.flush()  # What is saved is not logged again.
+      skipped.flush()
       ahead, position = texts.to_save()
       host.update(position, saved=True, rows=logged.rows)
       checkpoints.save(now, {'train': state, 'ahead': ahead}, host)
@@ -51,7 +54,7 @@ def run(run, state, host, train_step, texts, total, checkpoints):
           if host['is_best']:
             chosen.export(run, params, host['best'])
         is_enough = chosen.is_enough(c.checkpoint, host)
-        if now == total or is_enough:
+        if now == total or is_enough or skipped.enough:
           break
         rollouts.write(params, now)
         batch, about_text = texts.next(params, now + 1)
@@ -59,10 +62,11 @@ def run(run, state, host, train_step, texts, total, checkpoints):
         size = jnp.count_nonzero(batch.student.segments_BT)
         state, metrics = train_step(state, run.models, batch)
         logged.step(now, metrics | about_text, size)
+        skipped.step(now, metrics, batch)
         host.update(is_best=False, due=_due(c, now, total))
         if now == total or _is_due(c.checkpoint.every, now):
           save()
-      if now < total:
+      if is_enough and now < total:
         print(
           f'stopped at step {now} of {total}: {c.checkpoint.best_metric} was '
           f'no better {host["no_better"]} times',
@@ -70,6 +74,7 @@ def run(run, state, host, train_step, texts, total, checkpoints):
         )
       if saved != now:
         save()
+      skipped.check(state)
       rollouts.write(state.params['student'], now)
     except stopping.Stopped:
       if saved != now:
@@ -240,6 +245,10 @@ class _Log:
       metrics |= {'seconds': seconds, 'tokens_per_second': speed}
     for line in self._watch.warnings(metrics):
       print(line, flush=True)
-    named = {f'train/{name}': value for name, value in metrics.items()}
+    named = {
+      f'train/{name}': value
+      for name, value in metrics.items()
+      if not name.startswith('skipped/') or value
+    }
     self.write(now, named)
     self._progress.update(now, loss=metrics['loss'], tokens_per_second=speed)

@@ -57,6 +57,10 @@ class Plan:
     }
     return {kind: n for kind, n in sent.items() if n}
 
+  def hidden(self):
+    """Bytes of these while which something is computed, as far as is known."""
+    return sum(t.sent for t in self.transfers if t.hidden)
+
   def seconds(self, target):
     """{what takes them: seconds of a step at the target's peak}.
 
@@ -241,7 +245,7 @@ def _resident(state, frozen, batch):
   if 'critic' in trees:
     trees['critic'] = trees['critic'], state.critic_opt_state
   parts = {
-    'optimizer state': (state.opt_state, state.step),
+    'optimizer state': (state.opt_state, state.step, state.skips),
     'batch': batch.student,  # The teacher's are the same arrays.
   }
   return {k: device_bytes(tree) for k, tree in (trees | parts).items()}

@@ -185,6 +185,8 @@ def _show_target(made, target):
       ],
       'What a device sends to others in a step',
     )
+    if target.is_gpu:  # A TPU's program does not show it.
+      print(f'{made.hidden() / GB:.3f} GB of it while something is computed')
   seconds = made.seconds(target)
   log.print_table(
     ('limited by', 's'),

@@ -108,11 +108,11 @@ class Table:
 def is_better(metric, new, old):
   """Whether a value of a metric is better than another, or than None.
 
-  What is no number never is.
+  What is no finite number never is.
   """
-  if math.isnan(new):
+  if not math.isfinite(new):
     return False
-  if old is None or math.isnan(old):
+  if old is None or not math.isfinite(old):
     return True
   _, best = _METRICS.get(metric, (metric, max))
   return new != old and best(new, old) == new

@@ -3,8 +3,9 @@
 A step is a pure function of (state, models, batch): methods differ only in the
 objective object that they hand it. It reads in the order in which it happens:
 what student and teacher put out, the critic's update on that, the loss against
-the updated critic and its gradient with respect to the student's outputs, and
-that gradient pulled back into the student's parameters.
+the updated critic and its gradient with respect to the student's outputs, that
+gradient pulled back into the student's parameters, and whether all of this is
+taken, see `skips`.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from gakd_jax import keys, sharding
+from gakd_jax import keys, sharding, skips
 from gakd_jax.objectives.base import Own
 
 
@@ -30,9 +31,12 @@ class TrainState:
   critic: dict  # descends objective.critic_loss; {} if there is none
   critic_opt_state: optax.OptState
   memory: dict  # of the objective, moved by its `remember`; {} if none
+  skips: skips.Skips  # what is known of steps that were not taken
 
 
-def init_state(student_params, own, optimizer, critic_optimizer):
+def init_state(
+  student_params, own, optimizer, critic_optimizer, find_spikes=False
+):
   """A fresh state, fp32 master weights."""
   params = {'student': student_params, 'extra': own.extra}
   params, critic = jax.tree.map(
@@ -45,6 +49,7 @@ def init_state(student_params, own, optimizer, critic_optimizer):
     critic=critic,
     critic_opt_state=critic_optimizer.init(critic) if critic else (),
     memory=own.memory,
+    skips=skips.none(find_spikes),
   )
 
 
@@ -56,13 +61,15 @@ def make_train_step(
   critic_optimizer=None,
   seed,
   microbatches=1,
+  skip_spikes=None,
   out_shardings=None,
 ):
   """The jitted update: (state, models, batch) -> state, metrics.
 
-  The state is donated. With several microbatches, rows are dealt out in turn
-  and gradients summed: losses divide by the totals of the whole batch, so the
-  split changes nothing but what is drawn at random.
+  The state is donated; of a step that is skipped (see `skips`, whose `most` is
+  `skip_spikes`) all but its number comes back. With several microbatches, rows
+  are dealt out in turn and gradients summed: losses divide by the totals of the
+  whole batch, so the split changes nothing but what is drawn at random.
 
   A critic is updated before the student's loss is computed. In one microbatch
   it sees the outputs that this loss then uses: student and teacher run once.
@@ -104,25 +111,30 @@ def make_train_step(
     microbatch = functools.partial(
       step.microbatch, updates_critic=state.critic and not critic_first
     )
-    critic_state, (d, metrics, gram) = _accumulate(
+    critic_state, (d, metrics, terms) = _accumulate(
       microbatch, critic_state, dealt, t_hidden
     )
-    metrics |= critic_metrics | _compared(gram, list(objective.terms()))
+    metrics |= critic_metrics
+    names = list(objective.terms())
+    bad = {'critic': metrics.pop('critic/not_finite')} if state.critic else {}
+    bad |= _not_finite(terms, names)
     grads = step.parameter_gradients(d)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    metrics |= {
+    metrics |= _compared(terms['gram'], names) | {
       'grad_norm': optax.tree.norm(grads),
-      'learning_rate': jnp.asarray(schedule(state.step), jnp.float32),
+      'learning_rate': jnp.asarray(
+        schedule(state.step - state.skips.total), jnp.float32
+      ),
       'tokens': jnp.sum(batch.student.mask_BT),
     }
-    state = TrainState(
-      state.step + 1,
-      optax.apply_updates(state.params, updates),
-      opt_state,
-      *critic_state,
+    taken = state.replace(
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+      critic=critic_state[0],
+      critic_opt_state=critic_state[1],
       memory=objective.remember(step.own, metrics),
     )
-    return state, metrics
+    return skips.take_or_leave(state, taken, metrics, bad, skip_spikes)
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
@@ -167,7 +179,7 @@ class _Step:
     return jax.lax.map(lambda x: hiddens(*x), (jnp.arange(n), dealt))
 
   def microbatch(self, critic_state, i, rows, t_hidden, updates_critic):
-    """critic state, (gradients, metrics, `gram` of `_gradients`)."""
+    """critic state, (gradients, metrics, `terms` of `_gradients`)."""
     s_hidden, pull_back = jax.vjp(
       lambda backbone: self.student_hidden(backbone, i, rows), self.backbone
     )
@@ -180,7 +192,7 @@ class _Step:
         *jax.tree.map(lambda x: x[None], (hiddens, rows)),
         jax.random.fold_in(self.keys[1], i),
       )
-    d, metrics, gram = _gradients(
+    d, metrics, terms = _gradients(
       self.objective,
       *self.outputs(hiddens),
       rows.replace(totals=self.totals),
@@ -194,7 +206,7 @@ class _Step:
       student |= {name: student.get(name, 0) + d['head'].weight_VD}
       d['head'] = d['head'].gathered_RVD
     d['student'] = student
-    return critic_state, (d, metrics | critic_metrics, gram)
+    return critic_state, (d, metrics | critic_metrics, terms)
 
   def parameter_gradients(self, d):
     """Those of `TrainState.params`, of the sum over `microbatch`es."""
@@ -207,8 +219,8 @@ class _Step:
     """`objective.critic_steps` steps of the critic; -> its state, metrics.
 
     Each is on all of the microbatches that `hiddens` and `rows` have along a
-    leading M; metrics are those before the first. Nothing but the critic is
-    differentiated.
+    leading M; metrics are those before the first, and 'critic/not_finite' is of
+    all. Nothing but the critic is differentiated.
     """
 
     def step(critic_state, key):
@@ -223,18 +235,20 @@ class _Step:
             jax.random.fold_in(key, i),
           )
 
-        return None, jax.grad(loss, has_aux=True)(critic)
+        return None, jax.value_and_grad(loss, has_aux=True)(critic)
 
-      _, (grads, metrics) = _accumulate(microbatch, None, hiddens, rows)
+      _, ((loss, metrics), grads) = _accumulate(microbatch, None, hiddens, rows)
       metrics |= {'grad_norm': optax.tree.norm(grads)}
+      bad = ~skips.are_finite((loss, metrics['grad_norm']))
       updates, opt_state = self.critic_optimizer.update(
         grads, opt_state, critic
       )
-      return (optax.apply_updates(critic, updates), opt_state), metrics
+      return (optax.apply_updates(critic, updates), opt_state), (metrics, bad)
 
     step_keys = jax.random.split(key, self.objective.critic_steps)
-    critic_state, metrics = jax.lax.scan(step, critic_state, step_keys)
-    return critic_state, {f'critic/{k}': x[0] for k, x in metrics.items()}
+    critic_state, (metrics, bad) = jax.lax.scan(step, critic_state, step_keys)
+    metrics = {f'critic/{k}': x[0] for k, x in metrics.items()}
+    return critic_state, metrics | {'critic/not_finite': jnp.any(bad)}
 
 
 def _gradients(objective, student, teacher, batch, own, key, trains_head):
@@ -242,8 +256,9 @@ def _gradients(objective, student, teacher, batch, own, key, trains_head):
 
   Returns:
     Gradients of its 'hidden' states, its 'head' (None if that is frozen) in
-    fp32 and the method's 'extra'; metrics; and the inner products of the terms'
-    gradients of the hidden states, [terms, terms].
+    fp32 and the method's 'extra'; metrics; and of the terms, the 'loss' [terms]
+    and the inner products of their gradients of the hidden states, the 'gram'
+    [terms, terms].
   """
   outputs = {
     'hidden': student.hidden_BTD,
@@ -273,13 +288,25 @@ def _gradients(objective, student, teacher, batch, own, key, trains_head):
   hiddens = [d['hidden'].astype(jnp.float32) for d in gradients]
   gram = jnp.array([[jnp.vdot(a, b) for a in hiddens] for b in hiddens])
   d = jax.tree.map(lambda *x: functools.reduce(jnp.add, x), *gradients)
-  return d, {'loss': sum(losses)} | metrics, gram
+  terms = {'loss': jnp.stack(losses), 'gram': gram}
+  return d, {'loss': sum(losses)} | metrics, terms
 
 
 def _sum_copies(d_RVD):
   """The gradient of a head, of that of its copies on each device; in fp32."""
   shape = jax.ShapeDtypeStruct(d_RVD.shape[1:], d_RVD.dtype)
   return jax.linear_transpose(sharding.copies, shape)(d_RVD)[0]
+
+
+def _not_finite(terms, names):
+  """{name: whether its loss, or gradient of the hidden states, is not finite}.
+
+  Of a single term, `skips` looks at the gradient as a whole.
+  """
+  are = jnp.isfinite(terms['loss'])
+  if len(names) > 1:
+    are &= jnp.isfinite(jnp.diag(terms['gram']))
+  return {name: ~are[i] for i, name in enumerate(names)}
 
 
 def _compared(gram, names):

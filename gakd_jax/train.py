@@ -63,7 +63,7 @@ def run(config, workdir, root=None, force=False, strict_resume=False):
   workdir = Path(workdir)
   if config.student.path is None:
     raise UserError('config.student.path is not set: name a model directory')
-  with fingerprint.lock(workdir):
+  with fingerprint.lock(workdir), fingerprint.unless_refused(workdir):
     return _run(config, workdir, root or workdir, force, strict_resume)
 
 

@@ -42,8 +42,12 @@ def make(run, steps_per_epoch, total):
   main, schedule = optimizer(c.optimizer, total)
   critic_optimizer, _ = optimizer(c.critic_optimizer, total)
 
+  spikes = c.train.skip_spikes
+
   def first_state(params, own):
-    return step.init_state(params, own, main, critic_optimizer)
+    return step.init_state(
+      params, own, main, critic_optimizer, find_spikes=spikes is not None
+    )
 
   own = run.objective.shapes(*run.models.configs)
   state = jax.eval_shape(first_state, run.shapes, own)
@@ -66,6 +70,7 @@ def make(run, steps_per_epoch, total):
     critic_optimizer=critic_optimizer,
     seed=c.seed,
     microbatches=microbatches(c),
+    skip_spikes=spikes,
     out_shardings=(places, sharding.replicated(run.mesh)),
   )
   return Training(train_step, state, init)

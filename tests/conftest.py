@@ -86,6 +86,27 @@ def free_port():
     return s.getsockname()[1]
 
 
+@pytest.fixture(
+  params=[12, pytest.param(1000, marks=pytest.mark.slow)], ids='{}x'.format
+)
+def holds(request):
+  """`holds(check, **strategies)`: a property, of some examples or of many."""
+  import hypothesis
+
+  settings = hypothesis.settings(
+    max_examples=request.param,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+  )
+
+  def holds(check, **strategies):
+    settings(hypothesis.given(**strategies)(check))()
+
+  return holds
+
+
 @pytest.fixture(scope='session')
 def shared_dir():
   """Data and tokenizers that are too large for the repository."""

@@ -109,6 +109,8 @@ WRONG = {
   'train.microbatch_size': [0, -1, 'x'],
   'train.precision': ['fp16', 'float64'],
   'train.head_chunk': [0, 'x'],
+  'train.max_skipped': [0, 1.5],
+  'train.skip_spikes': [0.0, -1.0, NAN, INF],
   'evals': ['loss', ('loss',), {'loss': None}, {'loss': 3}, {0: {}}]
   + [{x: {'kind': 'loss'}} for x in ('a/b', '-/', '')]
   + [{'loss': {'kind': x}} for x in (3, ['loss'], 'lss')]
@@ -136,7 +138,8 @@ MAY_BE_NONE = {
   *('data.weights', 'data.cache', 'critic.init_from'),
   *('optimizer.clip_norm', 'optimizer.extra_learning_rate'),
   *('critic_optimizer.clip_norm', 'train.steps', 'train.epochs'),
-  *('train.microbatch_size', 'checkpoint.best_metric', 'checkpoint.patience'),
+  *('train.skip_spikes', 'train.microbatch_size'),
+  *('checkpoint.best_metric', 'checkpoint.patience'),
 }
 # Parts that a config names: what is wrong of their own settings.
 PARTS = [

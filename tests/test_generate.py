@@ -1,11 +1,14 @@
+import io
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
-from gakd_jax import models, sampling
+from gakd_jax import UserError, generate, models, sampling
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizers
 from gakd_jax.models import decoding
@@ -55,6 +58,27 @@ def test_user_errors_are_one_line(tmp_path):
   assert result.returncode == 2
   assert result.stderr.decode().startswith('error: model ')
   assert result.stderr.decode().count('\n') == 1
+
+
+@pytest.mark.parametrize(
+  ('prompt', 'said'),
+  [
+    ('caf\udce9', 'prompt 1: has what is no character of Unicode'),  # Latin-1
+    ('', 'prompt 1: a prompt without a token'),
+  ],
+)
+def test_a_prompt_is_text(tiny_model_dir, prompt, said):
+  with flagsaver.flagsaver():
+    flags.FLAGS(['', f'--model={tiny_model_dir()}', '--template=raw'])
+    with pytest.raises(UserError, match=said):
+      [*generate.answers([prompt])]
+
+
+def test_what_is_typed_is_text(monkeypatch):
+  typed = io.TextIOWrapper(io.BytesIO(b'Hi\ncaf\xe9\n'), 'utf-8')
+  monkeypatch.setattr('sys.stdin', typed)
+  with pytest.raises(UserError, match='the input is no text: '):
+    [*generate.typed_lines()]
 
 
 def test_a_data_set_is_answered(tiny_model_dir, tmp_path):

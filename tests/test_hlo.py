@@ -15,6 +15,7 @@ GPU = """HloModule jit_f, num_partitions=8
   %p.1 = (s32[], bf16[4,8]{1,0}) parameter(0)
   %x.1 = bf16[4,8]{1,0} get-tuple-element(%p.1), index=1
   %all-gather-start.1 = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%x.1), channel_id=1, replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, metadata={op_name="layer/gather"}
+  %work.1 = bf16[4,8]{1,0} fusion(%x.1), kind=kLoop
   %all-gather-done.1 = bf16[16,8]{1,0} all-gather-done(%all-gather-start.1)
   ROOT %t.1 = (s32[], bf16[4,8]{1,0}) tuple(%i.1, %x.1)
 }
@@ -119,7 +120,12 @@ def test_what_a_gpu_moves():
   assert reduce[2] == [[0, 4], [1, 5], [2, 6], [3, 7]]
   assert reduce[3:] == (1, 0, 2 * (8 + 2) / 2)
   assert exchange[2:] == ([[*range(8)]], 1, 0, 8 * 7 / 8)
-  assert hlo.transfers(GPU)[0].name == 'layer/gather'
+  found = hlo.transfers(GPU)
+  assert found[0].name == 'layer/gather'
+  assert [t.hidden for t in found] == [True, False, False, False]
+  work = '  %work.2 = f32[4]{0} fusion(%y), kind=kLoop\n'
+  done = '  %reduce-scatter-done'
+  assert hlo.transfers(GPU.replace(done, work + done))[1].hidden
 
 
 def test_what_a_tpu_moves():

@@ -179,6 +179,30 @@ def test_a_signal_to_one_stops_all_and_others_go_on(
 
 
 @pytest.mark.slow
+def test_all_leave_an_evaluation_at_the_same_batch(
+  config_file, begin, tmp_path
+):
+  """And do it again, all of it."""
+  sampled = (
+    "{'kind': 'generation', 'max_new_tokens': 4, 'limit': 8, 'batch_size': 4,"
+    f" 'seeds': {tuple(range(60))}}}"
+  )
+  flags = of(
+    *(config_file, tmp_path, '--config.train.steps=4'),
+    f"--config.evals={{'sampled': {sampled}}}",
+  )
+  running = begin(flags)
+  when_at(4, running, tmp_path)
+  running[1].send_signal(signal.SIGTERM)
+  for _, err in end(running, 130, 130):
+    assert 'saved at step 4 of 4' in err
+  assert not (tmp_path / 'answers').exists()
+  assert [row for row in log.read_metrics(tmp_path) if len(row) < 5] == []
+  end(begin(flags), 0, 0)
+  assert len([*(tmp_path / 'answers').iterdir()]) == 60
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('number', 'victim'),
   [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)],

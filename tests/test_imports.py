@@ -20,11 +20,11 @@ LEVELS = (
   ('train', 'planning', 'check'),
   ('plan',),
   ('loop',),
-  ('rollout_log', 'chosen'),
+  ('rollout_log', 'skip_log', 'chosen'),
   ('build', 'inputs', 'best'),
   ('fields',),
   ('training',),
-  ('step', 'rollout', 'rereading', 'writing', 'answering', 'evals'),
+  ('step', 'skips', 'rollout', 'rereading', 'writing', 'answering', 'evals'),
   ('objectives', 'speculative', 'sampling', 'sampler', 'flops'),
   ('models', 'data'),
   (

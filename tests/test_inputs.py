@@ -67,6 +67,12 @@ def test_a_long_prompt_is_refused_when_bad_rows_are(config, tokenizer):
     ({'weights': (1.0, 2.0)}, r'weights=\(1.0, 2.0\): .* each of the 1 parts'),
     ({'weights': (0.0,)}, 'a positive number'),
     ({'weights': (float('nan'),)}, 'a positive number'),
+    ({'weights': (float('inf'),)}, 'a positive number, at most 1000'),
+    ({'weights': (1e9,)}, 'a positive number, at most 1000'),
+    ({'weights': ('1',)}, r"weights=\('1',\): give a positive number"),
+    ({'weights': (None,)}, 'a positive number'),
+    ({'weights': (True,)}, 'a positive number'),
+    ({'weights': ()}, r'weights=\(\): .* each of the 1 parts'),
     ({'turns': 'first'}, "config.data.turns='first': use 'last' or 'all'"),
   ],
 )

@@ -181,3 +181,12 @@ def test_numbers_are_known_by_their_text():
     assert log.is_numeric(numeric)
   for text in (['a', '1'], ['-', ''], ['2 a', 'b']):
     assert not log.is_numeric(text)
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path):
+  (tmp_path / 'taken').mkdir()
+  with pytest.raises(OSError, match='taken'):
+    log.write_atomically(tmp_path / 'taken', 'text')
+  with pytest.raises(UnicodeEncodeError):
+    log.write_atomically(tmp_path / 'text', '\ud800')
+  assert [path.name for path in tmp_path.iterdir()] == ['taken']

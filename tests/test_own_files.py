@@ -55,6 +55,7 @@ def lines(*rows):
   return ''.join(json.dumps(row) + '\n' for row in rows).encode()
 
 
+GEN = generation.Generation('gen', (None, None))  # of two rows
 # {file: (what it holds, who reads it)}
 FILES = {
   'results.json': (None, rundir.read_results),
@@ -63,7 +64,7 @@ FILES = {
   'rollouts.jsonl': (lines(ROLLOUT, ROLLOUT), rundir.read_rollouts),
   'answers/gen-0.jsonl': (
     lines(ANSWER, ANSWER),
-    lambda run: answers.read(run, 'gen', 0),
+    lambda run: answers.read(run, GEN, 0),
   ),
   'speed.json': (lines(SPEED), rundir.read_speed),
   'comparisons.json': (lines([COMPARISON]), rundir.read_comparisons),
@@ -139,8 +140,10 @@ def test_an_empty_file_is_one_line(run, name):
 
 def test_answers_that_are_not_there_are_one_line(run):
   (run / 'answers' / 'gen-0.jsonl').write_bytes(b'')
-  assert 'empty, or not there' in refusal(answers.read, run, 'gen', 0)
-  assert 'was not evaluated' in refusal(answers.read, run, 'gen', 1)
+  assert 'empty, or not there' in refusal(answers.read, run, GEN, 0)
+  (run / 'answers' / 'gen-0.jsonl').write_bytes(lines(ANSWER))
+  assert 'has 1 answers to 2 rows' in refusal(answers.read, run, GEN, 0)
+  assert 'was not evaluated' in refusal(answers.read, run, GEN, 1)
 
 
 WRONG = {

@@ -21,6 +21,9 @@ WIDTH, LAYERS, VOCABULARY = 32, 2, 304  # of conftest's TINY
 HEADS, KV_HEADS, HEAD_DIM, FF = 4, 2, 16, 48
 BLOCK = WIDTH * HEAD_DIM * 2 * (HEADS + KV_HEADS) + 3 * WIDTH * FF
 NORMS = 2 * HEAD_DIM + 2 * WIDTH
+# Of steps, of those that were skipped, in all and in a row, and the
+# optimizer's two; bytes.
+COUNTERS = 5 * 4
 SLOW = pytest.mark.slow
 
 
@@ -73,7 +76,7 @@ def test_parameters_are_counted_one_by_one(kld):
 def test_bytes_are_those_of_fp32_adamw(kld):
   size = 4 * kld.parameters['student']
   assert kld.bytes['student'] == size
-  assert 2 * size < kld.bytes['optimizer state'] <= 2 * size + 16  # counters
+  assert 2 * size < kld.bytes['optimizer state'] <= 2 * size + COUNTERS
   assert kld.bytes['gradients'] == size
   assert kld.bytes['head: logits of a chunk'] == 2 * 64 * VOCABULARY * 4
   assert kld.bytes['batch'] == B * T * (4 + 4 + 1)
@@ -113,7 +116,7 @@ def test_adapters_are_trained_beside_a_frozen_base(kld, config):
   assert adapted.parameters['student, frozen'] == kld.parameters['student']
   assert adapted.bytes['student'] == adapted.bytes['gradients'] == 4 * adapters
   assert adapted.bytes['student, frozen'] == 2 * kld.parameters['student']
-  assert adapted.bytes['optimizer state'] <= 8 * adapters + 16
+  assert adapted.bytes['optimizer state'] <= 8 * adapters + COUNTERS
   # The head has a gradient of its inputs alone.
   assert adapted.flops['student head'] == 2 / 3 * kld.flops['student head']
   assert adapted.flops['student backward'] < kld.flops['student backward']

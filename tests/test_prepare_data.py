@@ -1,6 +1,7 @@
 """tools/prepare_data.py: files in, rows that the loader reads out."""
 
 import json
+import os
 
 import pytest
 
@@ -70,6 +71,46 @@ def test_translations_of_two_texts(tmp_path, capsys):
   other.write_text('one\n')
   assert prepare_data.main([*arguments, '--languages=Nepali,English']) == 2
   assert 'a.ne has 4 lines and' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ('source', 'file', 'options', 'said'),
+  [
+    ('pipe.jsonl', 'b.jsonl', [], 'pipe.jsonl: it is a pipe or device'),
+    ('none.jsonl', 'b.jsonl', [], 'none.jsonl: no such file'),
+    ('bad.jsonl', 'b.jsonl', [], 'no usable row (1 not JSON)'),
+    ('a.jsonl', 'b.parquet', [], 'name a file to write that ends in .jsonl'),
+    ('a.jsonl', 'folder.jsonl', [], 'name a file to write that ends in'),
+    ('a.jsonl', 'a.jsonl/b.jsonl', [], "File exists: 'a.jsonl'"),
+    ('pipe.jsonl', 'b.jsonl', ['--target=a.jsonl'], 'it is a pipe or device'),
+    ('a.jsonl', 'b.jsonl', ['--target=pipe.jsonl'], 'it is a pipe or device'),
+    ('a.jsonl', 'b.jsonl', ['--target=none'], 'none: it is not there; name a'),
+    ('a.jsonl', 'b.jsonl', ['--target=.'], '.: it is a directory; name a file'),
+    (
+      'a.jsonl',
+      'b.jsonl',
+      ['--target=a.jsonl', '--languages=,'],
+      '--languages: name two',
+    ),
+  ],
+)
+def test_what_cannot_be_prepared_leaves_nothing(
+  tmp_path, monkeypatch, capsys, source, file, options, said
+):
+  monkeypatch.chdir(tmp_path)
+  os.mkfifo('pipe.jsonl')
+  (tmp_path / 'a.jsonl').write_text('{"prompt": "a", "response": "b"}')
+  (tmp_path / 'bad.jsonl').write_text('{')
+  (tmp_path / 'folder.jsonl').mkdir()
+  before = sorted(tmp_path.rglob('*'))
+  if not any('languages' in x for x in options):
+    options = [*options, '--languages=a,b']
+  assert prepare_data.main([source, file, *options]) == 2
+  error = capsys.readouterr().err
+  assert error.startswith('error: ')
+  assert error.count('\n') == 1
+  assert said in error
+  assert sorted(tmp_path.rglob('*')) == before
 
 
 def test_a_part_of_a_file(tmp_path, capsys):

@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import nnx
 
-from gakd_jax import keys, models, objectives, optim, sharding, step
+from gakd_jax import hlo, keys, models, objectives, optim, sharding, step
 from gakd_jax.data import pipeline
 from gakd_jax.models import pair, transformer
 
@@ -580,18 +580,65 @@ def test_a_critic_tells_an_untrained_student_and_hardly_a_good_one():
   assert abs(same - 0.5) < 0.1
 
 
-def test_a_batch_without_responses_moves_nothing_but_decay():
+@pytest.mark.parametrize(
+  'method', ['kld', pytest.param('gakd', marks=pytest.mark.slow)]
+)
+def test_a_batch_without_responses_moves_nothing(method):
+  """No moments, no weights that decay: only the number of the step."""
   documents = _documents(0, [(6, 0)] * B)
-  _, run, state = _compile()
-  before = jax.device_get(state.params)
-  state, metrics = run(
-    jax.tree.map(jnp.copy, state), _batch([[d] for d in documents])
-  )
+  _, run, state = _compile(method=method)
+  state, _ = run(jax.tree.map(jnp.copy, state), _batches()[0])
+  before = jax.device_get(state)
+  state, metrics = run(state, _batch([[d] for d in documents]))
   assert metrics['loss'] == metrics['grad_norm'] == metrics['tokens'] == 0
-  want = jax.tree_util.tree_map_with_path(
-    lambda path, x: x * (1 if 'norm' in str(path) else 1 - RATE * 0.1), before
+  assert metrics['skipped'] == metrics['skipped/no_text'] == 1
+  assert all(np.all(np.isfinite(x)) for x in metrics.values())
+  assert (state.step, before.step) == (2, 1)
+  state = state.replace(step=before.step, skips=before.skips)
+  jax.tree.map(np.testing.assert_array_equal, state, before)
+
+
+@pytest.fixture
+def whole_compiler():
+  """As it is for users, whose programs are optimised."""
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', METHODS)
+def test_what_skips_steps_changes_no_bit_of_a_good_one(
+  method, monkeypatch, whole_compiler
+):
+  traced, state, both, _ = _trace(method=method)
+  guarded, batch = traced.lower().compile(), _batches()[0]
+
+  def take(before, taken, metrics, bad, most):
+    return taken.replace(step=before.step + 1), metrics
+
+  monkeypatch.setattr(step.skips, 'take_or_leave', take)
+  plain = _step_of(method)
+  got, want = (
+    f(jax.tree.map(jnp.copy, state), both, batch) for f in (guarded, plain)
   )
-  _assert_close(state.params, want, atol=1e-7)
+  jax.tree.map(np.testing.assert_array_equal, got[0], want[0])
+  assert got[1].keys() - want[1].keys() == {
+    k for k in got[1] if k.startswith('skipped')
+  }
+  jax.tree.map(
+    np.testing.assert_array_equal, {k: got[1][k] for k in want[1]}, want[1]
+  )
+
+
+@pytest.mark.slow
+def test_what_skips_steps_sends_numbers_between_devices_and_no_array():
+  variant = {'mesh': (('data', 2), ('fsdp', 2), ('tensor', 2))}
+  moved = hlo.transfers(_compile(**variant)[0].as_text())
+  of_flags = [t for t in moved if 'pred' in {kind for kind, _ in t.shapes}]
+  assert of_flags
+  for t in of_flags:
+    assert all(math.prod(dims) == 1 for _, dims in t.shapes), t
 
 
 def test_packed_rows_equal_separate_rows():

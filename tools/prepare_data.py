@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gakd_jax import UserError, log
-from gakd_jax.data import sources
+from gakd_jax.data import files, sources
 
 
 def to_record(row):
@@ -56,8 +56,10 @@ def translations(source, target, languages):
 
 
 def _lines(file):
+  file = Path(file)
+  files.check(file)
   try:
-    return Path(file).read_text('utf-8').split('\n')
+    return file.read_text('utf-8').split('\n')
   except UnicodeDecodeError as error:
     raise UserError(f'{file}: not UTF-8 ({error}); convert it') from error
 
@@ -68,9 +70,11 @@ def _prepare(args):
       f'--skip={args.skip} --limit={args.limit}: expected 0 or more rows to '
       'leave out, and 1 or more to take'
     )
+  if not args.file.endswith('.jsonl') or Path(args.file).is_dir():
+    raise UserError(f'{args.file}: name a file to write that ends in .jsonl')
   if args.target:
-    languages = args.languages.split(',')
-    if len(languages) != 2:
+    languages = [x.strip() for x in args.languages.split(',')]
+    if len(languages) != 2 or not all(languages):
       raise UserError('--languages: name two, as in Nepali,English')
     rows, bad = translations(args.source, args.target, languages), {}
   else:

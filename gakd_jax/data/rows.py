@@ -12,10 +12,14 @@ bad row.
 """
 
 import dataclasses
-import json
+import decimal
+import math
+import numbers
 import re
 
 from gakd_jax import UserError
+from gakd_jax.data import records
+from gakd_jax.data.records import BadRow
 
 # A prompt, and what its response may be called, in order of priority.
 _FIELDS = {
@@ -33,16 +37,6 @@ _UNSEEN = ('tools', 'functions', 'image', 'images', 'video', 'videos')
 _UNSEEN += ('audio', 'audios')
 _CHOICES = ('options', 'choices')
 _CALLS = ('tool_calls', 'function_call', 'reasoning_content', 'thinking')
-
-
-class BadRow(UserError):
-  """One unusable row: `reason` is what it is counted under."""
-
-  def __init__(self, where, reason):
-    super().__init__(
-      f"{where}: {reason}; fix the row, or skip such rows: on_bad_row='skip'"
-    )
-    self.reason = reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,17 +132,7 @@ def _earlier(row, weights):
 
 def _read(where, record, need_response):
   """A Row, and the weights of its turns, of which the answer is the last."""
-  if isinstance(record, BadRow):
-    raise record
-  if not isinstance(record, dict):
-    raise BadRow(where, 'not an object')
-  try:
-    # JSON can hold half a surrogate pair ("\ud800"); no tokenizer takes it.
-    json.dumps(record, ensure_ascii=False, default=str).encode()
-  except UnicodeEncodeError as error:
-    raise BadRow(where, 'not UTF-8') from error
-  # Parquet and the hub write an absent field as None.
-  record = {key: value for key, value in record.items() if value is not None}
+  record = records.check(where, record)
   _refuse(where, record, _UNSEEN)
   if 'messages' in record or 'conversations' in record:
     return _conversation(where, record)
@@ -160,7 +144,7 @@ def _read(where, record, need_response):
 
 def _refuse(where, record, keys):
   for key in keys:
-    if record.get(key) not in (None, '', '[]', [], {}):
+    if not records.is_nothing(record.get(key)):
       raise BadRow(where, f'has {key}, which no template shows')
 
 
@@ -180,13 +164,13 @@ def _pair(where, record, need_response):
   extra_key = 'input' if is_input else 'context'
   has_extra = prompt_key in ('instruction', 'question')
   extra = record.get(extra_key, '') if has_extra else ''
-  answer = str(record.get('answer', '')) if response_key == 'output' else ''
+  answer = _answer(where, record) if response_key == 'output' else ''
   for key, text in ((prompt_key, prompt), (extra_key, extra)):
     if not isinstance(text, str):
       raise BadRow(where, f'{key} is not text')
   if not (prompt.strip() or extra.strip()):
     raise BadRow(where, 'empty prompt')
-  if record.get(response_key) == '':
+  if records.is_nothing(record.get(response_key, [])):
     record = record | {response_key: answer}
   row = Row(
     instruction=prompt,
@@ -212,6 +196,16 @@ def _references(where, record, key):
   return _texts(*references)
 
 
+def _answer(where, record):
+  """The short answer beside an output, which may be a number."""
+  value = record.get('answer', '')
+  if isinstance(value, numbers.Real | decimal.Decimal):
+    value = str(value) if math.isfinite(value) else None
+  if not isinstance(value, str):
+    raise BadRow(where, 'answer is neither text nor a number')
+  return value
+
+
 def _texts(*texts):
   return tuple(text for text in texts if text.strip())
 
@@ -228,7 +222,9 @@ def _system(where, record):
 def _history(where, record):
   """The turns of `history`, as LlamaFactory and ms-swift have it."""
   turns = []
-  pairs = record.get('history') or []
+  pairs = record.get('history')
+  if records.is_nothing(pairs):
+    return []
   for pair in pairs if isinstance(pairs, list) else [pairs]:
     if (
       not isinstance(pair, list | tuple)
@@ -276,7 +272,7 @@ def _conversation(where, record):
     references = _texts(turns.pop()['content'])
   else:
     references = _references(where, record, 'output')
-    answer = str(record.get('answer', ''))
+    answer = _answer(where, record)
     weights.append(1)
   if not turns or turns[-1]['role'] != 'user':
     raise BadRow(where, 'messages without a last user turn')
@@ -296,7 +292,7 @@ def _weight(where, message):
   """Whether an assistant's turn is trained on, as OpenAI's files have it."""
   weight = message.get('weight')
   weight = 1 if weight is None else weight
-  if weight not in (0, 1):
+  if not isinstance(weight, int | float) or weight not in (0, 1):
     raise BadRow(where, "a turn's weight is neither 0 nor 1")
   return weight
 
@@ -313,7 +309,7 @@ def _turn(where, message):
   if not isinstance(role, str) or not isinstance(content, str):
     raise BadRow(where, 'messages need a role and text as content')
   if role not in _ROLES:
-    raise BadRow(where, f'a turn of role {role}')
+    raise BadRow(where, f'a turn of role {role[:40]}')
   return {'role': _ROLES[role], 'content': content}
 
 

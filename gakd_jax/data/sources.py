@@ -10,22 +10,22 @@ of `train` as well. What a row may hold is in `rows`.
 """
 
 import collections
-import gzip
 import hashlib
 import importlib
 import itertools
 import json
+import os
 import pathlib
 import re
-import zlib
 
 from gakd_jax import UserError
+from gakd_jax.data import files as files_lib
+from gakd_jax.data import records as records_lib
 from gakd_jax.data import rows as rows_lib
-from gakd_jax.data.rows import BadRow as BadRow
+from gakd_jax.data.records import BadRow as BadRow
 from gakd_jax.data.rows import Row as Row
 from gakd_jax.data.rows import Rules as Rules
 
-SUFFIXES = ('.jsonl', '.json', '.jsonl.gz', '.json.gz', '.parquet', '.arrow')
 # Beside the data of a directory; none of it is a row.
 _METADATA = ('dataset_info.json', 'dataset_infos.json', 'dataset_dict.json')
 _METADATA += ('state.json',)
@@ -92,7 +92,25 @@ def parts(spec):
   several = spec if isinstance(spec, list | tuple) else [spec]
   if not several:
     raise UserError(f'no data: {spec!r} names no file; give at least one')
+  seen = set()
+  for part in several:
+    if not _is_name(part):
+      raise UserError(
+        f'no data: {part!r} is the name of no file, directory or data set'
+      )
+    if os.path.realpath(part) in seen:
+      raise UserError(
+        f'{part}: is named twice; name it once, and set config.data.weights to '
+        'have its rows more often'
+      )
+    seen.add(os.path.realpath(part))
   return [str(part) for part in several]
+
+
+def _is_name(part):
+  """No text, blanks and control characters would be taken for a path."""
+  text = str(part) if isinstance(part, str | os.PathLike) else ''
+  return bool(text.strip()) and not re.search('[\x00-\x1f\x7f]', text)
 
 
 def nothing_left(spec, bad):
@@ -110,40 +128,61 @@ def identity(spec):
 
 
 def _identity(spec):
-  path = pathlib.Path(spec)
-  if path.exists():
-    files = _files(path) if path.is_dir() else [path]
-  else:
+  digest = hashlib.blake2b(digest_size=16)
+  files = _located(spec)
+  if files is None:
     records = _by_name(spec)
     # A data set of the hub lies in files.
-    files = [x['filename'] for x in getattr(records, 'cache_files', ())]
-  digest = hashlib.blake2b(digest_size=16)
-  if not files:
-    for record in records:
-      digest.update(json.dumps(record, default=str).encode())
-  for file in map(pathlib.Path, files):
+    files = [
+      pathlib.Path(x['filename']) for x in getattr(records, 'cache_files', ())
+    ]
+    if not files:
+      for _, record in _given(spec, records):
+        digest.update(_said(record).encode('utf-8', 'surrogatepass'))
+  for file in files:
     # What a file is called says how it is read.
     digest.update(''.join(file.suffixes).encode())
     try:
       with file.open('rb') as content:
         digest.update(hashlib.file_digest(content, 'blake2b').digest())
     except OSError as error:
-      raise _unreadable(file, error) from error
+      raise files_lib.unreadable(file, error) from error
   return digest.hexdigest()
+
+
+def _said(record):
+  try:
+    return records_lib.as_json(record)
+  except ValueError:
+    return 'a bad row'
 
 
 def _records(spec):
   """Yields (where, record) of one spec; a record is a dict or a BadRow."""
+  files = _located(spec)
+  if files is None:
+    yield from _given(spec, _by_name(spec))
+  for file in files or ():
+    yield from files_lib.read(file)
+
+
+def _located(spec):
+  """The data files of a spec, in order; None for what is no path."""
   path = pathlib.Path(spec)
-  if path.is_dir():
-    for file in _files(path):
-      yield from _file(file)
-  elif path.exists():
-    if not _is_data(path):
+  try:
+    if path.is_dir():
+      files = _files(path)
+    elif not path.exists():
+      return None
+    elif not files_lib.is_data(path):
       raise UserError(f'{spec}: unknown kind of file; expected {_expected()}')
-    yield from _file(path)
-  else:
-    yield from _indexed(spec, _by_name(spec))
+    else:
+      files = [path]
+  except OSError as error:
+    raise files_lib.unreadable(f'{spec:.200}', error) from error
+  for file in files:
+    files_lib.check(file)
+  return files
 
 
 def _by_name(spec):
@@ -151,42 +190,36 @@ def _by_name(spec):
   path, hub = pathlib.Path(spec), _HUB_ID.fullmatch(spec)
   if spec.startswith('python:'):
     return _function(spec)
-  if hub and not _is_data(path) and not path.parent.exists():
+  if hub and not files_lib.is_data(path) and not path.parent.exists():
     return _hub(spec, *hub.groups())
+  hint = '; * is not expanded: name the directory' if '*' in spec else ''
   raise UserError(
     f'{spec}: no such file or directory, and not a hub id '
-    '(org/name[/config][@revision][:split])'
+    f'(org/name[/config][@revision][:split]){hint}'
   )
 
 
-def _is_data(path):
-  return path.name.endswith(SUFFIXES) and not path.name.startswith('.')
-
-
 def _expected():
-  return ', '.join(SUFFIXES)
+  return ', '.join(files_lib.SUFFIXES)
 
 
 def _files(path):
   """The data files of a directory, of one split."""
   if (path / 'dataset_dict.json').exists():  # DatasetDict.save_to_disk
     splits = [p.parent.name for p in sorted(path.glob('*/state.json'))]
+    if not splits:
+      raise UserError(
+        f'{path}: has a dataset_dict.json and no split with a state.json; save '
+        'it again'
+      )
     if 'train' not in splits and len(splits) != 1:
       raise UserError(
-        f'{path}: has the splits {", ".join(splits) or "of nothing"}, and none '
-        f'is train; name one, as in {path}/{(splits or ["test"])[0]}'
+        f'{path}: has the splits {", ".join(splits)}, and none is train; name '
+        f'one, as in {path}/{splits[0]}'
       )
     path /= 'train' if 'train' in splits else splits[0]
   if (path / 'state.json').exists():  # Dataset.save_to_disk
-    try:
-      # What earlier versions left beside these is not of the set.
-      state = json.loads((path / 'state.json').read_text('utf-8'))
-      return [path / x['filename'] for x in state['_data_files']]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      raise UserError(
-        f'{path}/state.json: not what save_to_disk writes ({error!r}); save it '
-        'again'
-      ) from error
+    return _saved(path, path / 'state.json')
   files = [p for p in sorted(path.iterdir()) if _is_listed(p)]
   if not files:
     files = [
@@ -197,6 +230,26 @@ def _files(path):
   if not files:
     raise UserError(f'{path}: no data file here; expected {_expected()}')
   return _of_one_split(path, files)
+
+
+def _saved(path, state):
+  """The files of a set that `datasets` saved; others beside them are older."""
+  files_lib.check(state)
+  try:
+    names = [
+      x['filename'] for x in json.loads(state.read_bytes())['_data_files']
+    ]
+    outside = [x for x in names if not x or pathlib.Path(x).name != x]
+  except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    raise UserError(
+      f'{state}: not what save_to_disk writes ({error!r}); save it again'
+    ) from error
+  if outside:
+    raise UserError(
+      f'{state}: names {outside[0]!r}, which is no file beside it; save the '
+      'set again'
+    )
+  return [path / name for name in names]
 
 
 def _of_one_split(path, files):
@@ -226,77 +279,9 @@ def _of_one_split(path, files):
 
 def _is_listed(path):
   """Whether a file of a directory has rows."""
-  return _is_data(path) and path.name not in _METADATA and path.is_file()
-
-
-def _file(path):
-  """Yields (where, record) of one file."""
-  try:
-    if path.suffix in ('.parquet', '.arrow'):
-      yield from _table(path)
-    else:
-      opened = gzip.open if path.suffix == '.gz' else open
-      with opened(path, 'rb') as file:
-        # Only .json may be an array: a stray `[` in a .jsonl is a bad row.
-        if '.json' in path.suffixes and _starts_array(file):
-          yield from _array(path, file.read())
-        else:
-          yield from _lines(path, file)
-  except (OSError, EOFError, zlib.error) as error:
-    raise _unreadable(path, error) from error
-
-
-def _unreadable(path, error):
-  return UserError(
-    f'{path}: cannot read it ({error}); check the file, or fetch it again'
+  return (
+    files_lib.is_data(path) and path.name not in _METADATA and path.is_file()
   )
-
-
-def _starts_array(file):
-  start = file.read(1024).removeprefix(b'\xef\xbb\xbf').lstrip()
-  file.seek(0)
-  return start.startswith(b'[')
-
-
-def _lines(path, file):
-  # Bytes, not text: one line that is not UTF-8 must not lose the others.
-  for number, line in enumerate(file, start=1):
-    where = f'{path}:{number}'
-    line = line.removeprefix(b'\xef\xbb\xbf') if number == 1 else line
-    if not line.strip():
-      continue
-    try:
-      yield where, json.loads(line.decode('utf-8'))
-    except UnicodeDecodeError:
-      yield where, BadRow(where, 'not UTF-8')
-    except (ValueError, RecursionError):
-      yield where, BadRow(where, 'not JSON')
-
-
-def _array(path, content):
-  try:
-    records = json.loads(content.decode('utf-8-sig'))
-  except (ValueError, RecursionError) as error:
-    raise UserError(f'{path}: not a JSON array ({error}); fix it') from error
-  yield from _indexed(path, records)
-
-
-def _table(path):
-  import pyarrow  # Slow to import, and most data is JSON.
-  import pyarrow.parquet
-
-  def records():
-    if path.suffix == '.parquet':
-      batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-    else:  # A stream, as `datasets` writes it.
-      batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(path)))
-    for batch in batches:
-      yield from batch.to_pylist()
-
-  try:
-    yield from _indexed(path, records())
-  except pyarrow.ArrowException as error:
-    raise OSError(str(error).splitlines()[0]) from error
 
 
 def _hub(spec, name, config, revision, split):
@@ -320,13 +305,26 @@ def _function(spec):
   try:
     _, module, name, *arguments = spec.split(':')
     arguments = [int(x) if x.isdecimal() else x for x in arguments]
-    return getattr(importlib.import_module(module), name)(*arguments)
-  except Exception as error:  # It may raise anything.
-    raise UserError(
-      f'{spec}: {type(error).__name__}: {error}; expected '
-      'python:<module>:<function>[:<argument>...] that returns rows'
-    ) from error
+    records = getattr(importlib.import_module(module), name)(*arguments)
+    if isinstance(records, str | bytes | dict):
+      raise TypeError(f'it returns a {type(records).__name__}')
+    return iter(records)
+  except (Exception, SystemExit) as error:  # It may raise anything.
+    raise _raised(spec, error) from error
 
 
-def _indexed(source, records):
-  return ((f'{source}[{i}]', record) for i, record in enumerate(records))
+def _raised(spec, error):
+  is_function = spec.startswith('python:')
+  function = 'python:<module>:<function>[:<argument>...] that returns rows'
+  return UserError(
+    f'{spec}: {type(error).__name__}: {error}; '
+    + (f'expected {function}' if is_function else 'fetch it again')
+  )
+
+
+def _given(spec, records):
+  """Yields (where, record) of what a function or the hub gives."""
+  try:
+    yield from files_lib.indexed(spec, records)
+  except (Exception, SystemExit) as error:  # A generator may raise anything.
+    raise _raised(spec, error) from error

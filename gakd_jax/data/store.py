@@ -2,7 +2,8 @@
 
 What an array was made of is its key. <root>/<digest of the key> has about.json
 (the key, sizes, facts) and a file for each array, which is mapped into memory:
-processes of a machine share it, and none holds it whole.
+processes of a machine share it, and none holds it whole. Both have checksums:
+what a disk has changed is made again.
 """
 
 import contextlib
@@ -86,22 +87,30 @@ def _locked(path):
     yield
 
 
+def _hash():
+  return hashlib.blake2b(digest_size=16)
+
+
 def _read(directory):
   """about.json; None if there is none, or if a file is not as it says."""
   try:
     about = json.loads((directory / 'about.json').read_text())
-    whole = all(
-      (directory / f'{name}.bin').stat().st_size == size
-      for name, (_, size) in about['arrays'].items()
-    )
-  except (OSError, ValueError, KeyError):
+    if about.pop('checksum') != fingerprint.digest(about):
+      return None
+    hashes = []
+    for name in about['arrays']:
+      with (directory / f'{name}.bin').open('rb') as file:
+        digest = hashlib.file_digest(file, _hash)
+        hashes.append(digest.hexdigest())
+  except (OSError, ValueError, LookupError, AttributeError, TypeError):
     return None
-  return about if whole else None
+  return about if about['digest'] == fingerprint.digest(hashes) else None
 
 
 def _write(directory, key, make):
   """Makes the directory, which appears when it is complete."""
   new = directory.with_suffix(f'.{os.uname().nodename}.{os.getpid()}.tmp')
+  shutil.rmtree(new, ignore_errors=True)  # Of a killed process with our number.
   new.mkdir()
   with contextlib.ExitStack() as stack:
     stack.callback(shutil.rmtree, new, ignore_errors=True)
@@ -112,7 +121,7 @@ def _write(directory, key, make):
         if name not in files:
           file = (new / f'{name}.bin').open('wb')
           files[name] = stack.enter_context(file)
-          hashes[name] = hashlib.blake2b(digest_size=16)
+          hashes[name] = _hash()
           dtypes[name] = array.dtype.str
         content = np.ascontiguousarray(array, dtypes[name]).data
         files[name].write(content)
@@ -130,6 +139,7 @@ def _write(directory, key, make):
         [hashes[name].hexdigest() for name in files]
       ),
     }
+    about['checksum'] = fingerprint.digest(about)
     (new / 'about.json').write_text(json.dumps(about, indent=2) + '\n')
     try:
       new.rename(directory)

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from gakd_jax import UserError
+from gakd_jax.data.records import LONGEST, TOO_LONG
 from gakd_jax.data.sources import BadRow, Row
 
 _TASK = 'Below is an instruction that describes a task'
@@ -24,6 +25,7 @@ _NO_THINKING = (
   '{%- if enable_thinking is not defined %}'
   '{%- set enable_thinking = false %}{%- endif %}'
 )
+_SURROGATE = re.compile('[\ud800-\udfff]')  # No tokenizer takes one.
 THINK, THOUGHT = '<think>', '</think>'
 
 
@@ -208,6 +210,11 @@ def _refuse_turns(row):
 def _template_of(tokenizer, variant):
   """The text of a tokenizer's chat template, which asks for no date."""
   text = _named_template(tokenizer, variant)
+  if not isinstance(text, str):
+    raise UserError(
+      f'tokenizer {tokenizer.name_or_path}: its chat template is {text!r:.80}; '
+      'expected text'
+    )
   return re.sub(
     r'strftime_now\(\s*(["\'])(.*?)\1\s*\)',
     lambda match: json.dumps(_TODAY.strftime(match[2])),
@@ -222,7 +229,7 @@ def _named_template(tokenizer, variant):
     raise UserError(
       f"{where}: it has no chat template; use template 'alpaca' or 'raw'"
     )
-  if isinstance(found, str):
+  if not isinstance(found, dict):
     if variant:
       raise UserError(
         f"{where}: it has one chat template, and none {variant!r}; use 'chat'"
@@ -255,9 +262,17 @@ def _render(row, tokenizer, variant=None, **options):
     raise
   except Exception as error:  # A template is a program: it may raise anything.
     reason = (str(error).splitlines() or [''])[0] or type(error).__name__
-    raise BadRow(row.where, f'the chat template says: {reason}') from error
+    reason = f'the chat template says: {reason[:200]}'
+    raise BadRow(row.where, reason) from error
+  if len(text) > LONGEST:
+    raise BadRow(row.where, TOO_LONG)
+  if _SURROGATE.search(text):
+    raise BadRow(row.where, 'the chat template writes what is not UTF-8')
   for turn in turns:
-    if turn['role'] != 'assistant' and turn['content'].strip() not in text:
+    said = turn['content']
+    if turn['role'] == 'assistant':  # Earlier thoughts may be left out.
+      said = said.rpartition(THOUGHT)[2]
+    if said.strip() not in text:
       raise BadRow(
         row.where, f'the chat template leaves out what the {turn["role"]} says'
       )
@@ -309,8 +324,10 @@ def _listed_in(file, changed):
   if changed is None:
     return ()
   try:
-    ids = json.loads(file.read_text()).get('eos_token_id')
-  except (ValueError, AttributeError) as error:
+    ids = json.loads(file.read_text('utf-8')).get('eos_token_id')
+  except (OSError, ValueError, AttributeError, RecursionError) as error:
     raise UserError(f'{file}: not a JSON object ({error}); mend it') from error
-  ids = ids if isinstance(ids, list) else [ids]
-  return tuple(i for i in ids if isinstance(i, int) and i >= 0)
+  ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+  if odd := [i for i in ids if type(i) is not int or i >= 1 << 31]:
+    raise UserError(f'{file}: {odd[0]!r:.80} in eos_token_id; expected an id')
+  return tuple(i for i in ids if i >= 0)

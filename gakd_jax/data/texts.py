@@ -167,7 +167,7 @@ def encode(rows, tokenizer, template, thinking, refuse):
         'lengths': _int32(len(p) + len(r) for _, _, p, r in kept),
         'prompts': _int32(map(len, prompts)),
         'places': _int32(places),
-        'sets': np.array(sets, np.uint8),
+        'sets': _int32(sets),
       }
 
 

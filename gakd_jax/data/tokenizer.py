@@ -2,7 +2,7 @@
 
 Prompt and response are tokenised apart, so that the ids of a training prompt
 are those that generation starts from. Special tokens are what templates write:
-a text that looks like one (`</s>`, say) stays text, but for template `raw`.
+see `special`; of template `raw`, what the prompt itself holds.
 """
 
 import dataclasses
@@ -13,8 +13,10 @@ import tempfile
 from pathlib import Path
 
 from gakd_jax import UserError, fingerprint
+from gakd_jax.data import special as special_lib
 from gakd_jax.data import templates
 from gakd_jax.data.sources import BadRow
+from gakd_jax.data.special import Special
 
 # Where tokenizers with one vocabulary differ: case, accents, blanks, digits,
 # normal forms, joined scripts, special tokens.
@@ -28,8 +30,6 @@ _PROBES = (
   'def f(x):\n  return {"a": x**2}  # <b>&amp;</b>',
   '<s></s><|im_start|><|im_end|><|endoftext|><think></think>[INST]<unk>',
 )
-# Stands in a text where it is cut for the tokenizer; no character of Unicode.
-_CUT = '\U000ffffe'
 
 
 def load(path):
@@ -141,41 +141,67 @@ def encode(tokenizer, row, template, thinking='refuse'):
 def encode_batch(tokenizer, rows, template, thinking='refuse'):
   """`encode` of many rows at once; a bad one becomes its BadRow."""
   end = templates.eos_id(template, tokenizer)
-  special = special_too = _special(tokenizer)
+  start = templates.start(template, tokenizer)
+  special = special_too = Special.of(tokenizer)
   if thinking == 'keep':
-    special_too = _special(tokenizer, but={templates.THINK, templates.THOUGHT})
+    tags = {templates.THINK, templates.THOUGHT}
+    special_too = Special.of(tokenizer, but=tags)
 
   def texts_of(row):
     prompt = _prompt(tokenizer, row, template, special)
     if not row.references:
       return prompt, ''
     response = row.references[0]
+    special_lib.check_characters(row.where, response)
     _check_thinking(thinking, row, prompt, response)
-    return prompt, _as_text(response, special_too)
+    return prompt, special_too.apart(row.where, response)
 
-  found = []
-  for row in rows:
-    try:
-      found.append(texts_of(row))
-    except BadRow as error:
-      found.append(error)
-  good = [x for x in found if not isinstance(x, BadRow)]
+  def ids_of(row, texts, ids):
+    special.check(row.where, texts[0], ids[0])
+    special_too.check(row.where, texts[1], ids[1])
+    prompt = _some(row, start + ids[0])
+    return prompt, [*ids[1], end] if row.references else []
+
+  texts = [_tried(texts_of, row) for row in rows]
+  good = [x for x in texts if not isinstance(x, BadRow)]
+  prompts, responses = ([x[i] for x in good] for i in (0, 1))
   ids = zip(
-    _prompt_ids(tokenizer, [prompt for prompt, _ in good], template),
-    _ids(tokenizer, [response for _, response in good]),
+    special_lib.ids(tokenizer, prompts),
+    special_lib.ids(tokenizer, responses),
     strict=True,
   )
-  for i, row in enumerate(rows):
-    if not isinstance(found[i], BadRow):
-      prompt, response = next(ids)
-      found[i] = prompt, [*response, end] if row.references else []
-  return found
+  return [
+    text if isinstance(text, BadRow) else _tried(ids_of, row, text, next(ids))
+    for row, text in zip(rows, texts, strict=True)
+  ]
+
+
+def _tried(function, *arguments):
+  """What a function returns, or the BadRow that it raises."""
+  try:
+    return function(*arguments)
+  except BadRow as error:
+    return error
+
+
+def _some(row, prompt):
+  """The ids of a prompt, if there are any: a response needs one before it."""
+  if not prompt:
+    raise BadRow(row.where, 'a prompt without a token')
+  return prompt
 
 
 def encode_responses(tokenizer, texts, ended, template):
-  """The ids of responses that a model wrote, with its end where it ended."""
-  end, special = templates.eos_id(template, tokenizer), _special(tokenizer)
-  found = _ids(tokenizer, [_as_text(text, special) for text in texts])
+  """The ids of responses that a model wrote, with its end where it ended.
+
+  Or that it might write: the options of a question, say, that have not ended.
+  """
+  end, special = templates.eos_id(template, tokenizer), Special.of(tokenizer)
+  # A model may write bytes of what is no character.
+  texts = map(special_lib.as_unicode, texts)
+  found = special_lib.ids(
+    tokenizer, [special.apart('an answer', x) for x in texts]
+  )
   return [
     [*ids, end] if is_whole else ids
     for ids, is_whole in zip(found, ended, strict=True)
@@ -208,16 +234,19 @@ def fit_prompt(tokenizer, row, template, max_prompt_length):
   UserError if the template alone is longer.
   """
 
-  special = _special(tokenizer)
+  special = Special.of(tokenizer)
+  start = templates.start(template, tokenizer)
 
   def ids_of(texts):
     text = _prompt(tokenizer, _with_texts(row, texts), template, special)
-    return _prompt_ids(tokenizer, [text], template)[0]
+    (ids,) = special_lib.ids(tokenizer, [text])
+    special.check(row.where, text, ids)
+    return start + ids
 
   texts = _texts(row)
   ids = ids_of(texts)
   if len(ids) <= max_prompt_length:
-    return ids
+    return _some(row, ids)
   order = range(len(texts))
   if row.messages:
     order = sorted(order, key=lambda i: -len(row.messages[i]['content']))
@@ -235,7 +264,7 @@ def fit_prompt(tokenizer, row, template, max_prompt_length):
         low, ids = middle, shorter
       else:
         high = middle
-    return ids
+    return _some(row, ids)
   raise UserError(
     f'{row.where}: template {template!r} alone takes {len(ids)} tokens, and '
     f'max_prompt_length is {max_prompt_length}; raise it'
@@ -257,37 +286,13 @@ def _with_texts(row, texts):
   return dataclasses.replace(row, input=texts[0], instruction=texts[1])
 
 
-def _special(tokenizer, but=frozenset()):
-  """A pattern of the tokens that a text must not turn into."""
-  ends = tokenizer.convert_ids_to_tokens(sorted(templates.stops(tokenizer)))
-  added = tokenizer.added_tokens_decoder.values()
-  tokens = {*tokenizer.all_special_tokens, *ends}
-  tokens |= {str(token) for token in added if token.special}
-  # A single character cannot be cut.
-  tokens = [token for token in tokens - but if len(token) > 1]
-  tokens = sorted(tokens, key=len, reverse=True)
-  return re.compile('|'.join(map(re.escape, tokens)) or '(?!)')
-
-
-def _as_text(text, special):
-  """A text cut inside of what looks like a special token.
-
-  Tokenizers that put a blank before every text put one there too.
-  """
-  return special.sub(lambda match: match[0][0] + _CUT + match[0][1:], text)
-
-
 def _prompt(tokenizer, row, template, special):
   """The prompt of a row, in which what the user says is text."""
+  texts = _texts(row)
+  special_lib.check_characters(row.where, *texts)
   if template != 'raw':
-    texts = [_as_text(text, special) for text in _texts(row)]
-    row = _with_texts(row, texts)
+    row = _with_texts(row, [special.apart(row.where, text) for text in texts])
   return templates.prompt_text(template, row, tokenizer)
-
-
-def _prompt_ids(tokenizer, prompts, template):
-  start = templates.start(template, tokenizer)
-  return [start + ids for ids in _ids(tokenizer, prompts)]
 
 
 def decode(tokenizer, ids):
@@ -314,20 +319,3 @@ def decode(tokenizer, ids):
   )
   text = re.sub(r'^.*?</think>', '', text, count=1, flags=re.DOTALL)
   return re.sub(r'<think>.*', '', text, flags=re.DOTALL).strip()
-
-
-def _ids(tokenizer, texts):
-  """The ids of texts; what is cut apart is read apart."""
-  parts = [text.split(_CUT) for text in texts]
-  if not parts:
-    return []
-  # One call for all texts: the tokenizer splits it over its Rust threads.
-  found = iter(
-    tokenizer(
-      [part for cut in parts for part in cut],
-      add_special_tokens=False,
-      return_attention_mask=False,
-      verbose=False,
-    ).input_ids
-  )
-  return [[i for _ in cut for i in next(found)] for cut in parts]

@@ -43,13 +43,20 @@ def keep(source, workdir, step):
   hosts.only_first(do)
 
 
-def read(workdir, name, seed):
-  """The lines of the file.
+def read(workdir, evaluator, seed):
+  """The lines of the file, one for each of an evaluator's rows.
 
   Raises:
     UserError: if it is not there, or no such file.
   """
+  name = evaluator.name
   path = path_of(workdir, name, seed)
   if not path.exists():
     raise UserError(f'{path} is not there: {name!r} was not evaluated')
-  return rundir.read_answers(path)
+  lines = rundir.read_answers(path)
+  n = len(evaluator.rows)
+  if len(lines) != n:
+    raise UserError(
+      f'{path}: has {len(lines)} answers to {n} rows; move it away'
+    )
+  return lines

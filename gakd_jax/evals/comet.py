@@ -46,7 +46,7 @@ class Comet:
     for seed in self.of.seeds:
       texts = [
         {'src': x['input'], 'mt': x['answer'], 'ref': x['references'][0]}
-        for x in answers.read(subject.workdir, self.of.name, seed)
+        for x in answers.read(subject.workdir, self.of, seed)
       ]
       output = model.predict(texts, batch_size=self.batch_size, gpus=0)
       means[seed] = 100 * output.system_score

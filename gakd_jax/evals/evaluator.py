@@ -11,6 +11,7 @@ here, and its line in `_KINDS`.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -70,6 +71,9 @@ def measure(evaluator, subject, params, tag):
     name: x if isinstance(x, dict) else {'mean': x}
     for name, x in found['metrics'].items()
   }
+  bad = [name for name, x in metrics.items() if not math.isfinite(x['mean'])]
+  if bad:
+    print(f'{evaluator.name}: {", ".join(bad)}: not a number', flush=True)
   return (
     {'rows': len(of.rows)}
     | of.about

@@ -78,9 +78,7 @@ class Fidelity:
   def _answers(self, workdir):
     """The lines of all prompts, for each seed."""
     return hosts.of_first(
-      lambda: [
-        answers.read(workdir, self.of.name, seed) for seed in self.of.seeds
-      ]
+      lambda: [answers.read(workdir, self.of, seed) for seed in self.of.seeds]
     )
 
   def _ids(self, lines):

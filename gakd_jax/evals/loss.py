@@ -104,11 +104,13 @@ def _measure(logits, targets_N):
   if len(logits) == 2:
     log_p_NV = jax.nn.log_softmax(logits[1])
     same_N = jnp.argmax(log_p_NV, -1) == jnp.argmax(log_q_NV, -1)
+    # Those that are NaN would all agree on the first token.
+    is_number_N = jnp.isfinite(log_p_NV.max(-1) + log_q_NV.max(-1))
     measured |= {
       'forward_kl': divergences.forward_kl(log_p_NV, log_q_NV),
       'reverse_kl': divergences.reverse_kl(log_p_NV, log_q_NV),
       'jsd': divergences.jsd(log_p_NV, log_q_NV, beta=0.5),
-      'agreement': same_N.astype(jnp.float32),
+      'agreement': jnp.where(is_number_N, same_N, jnp.nan),
     }
   return ce_N, measured
 

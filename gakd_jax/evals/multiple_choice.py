@@ -89,13 +89,23 @@ class MultipleChoice:
 
   def _scores(self, subject, params, prompts):
     """The score of each option of each row: see above."""
-    pairs, sizes = [], []
     tokenizer = subject.models.tokenizer
-    for prompt, row in zip(prompts, self.rows, strict=True):
-      for text in self._options(row).values():
-        pairs.append((prompt, tokenizer.encode(text, add_special_tokens=False)))
-        size = {'tokens': len(pairs[-1][1]), 'bytes': len(text.encode())}
-        sizes.append(size.get(self.normalise, 1))
+    asked = [
+      (prompt, text)
+      for prompt, row in zip(prompts, self.rows, strict=True)
+      for text in self._options(row).values()
+    ]
+    options = tokenizer_lib.encode_responses(
+      tokenizer,
+      [text for _, text in asked],
+      [False] * len(asked),
+      subject.template,
+    )
+    pairs, sizes = [], []
+    for (prompt, text), ids in zip(asked, options, strict=True):
+      pairs.append((prompt, ids))
+      size = {'tokens': len(ids), 'bytes': len(text.encode())}
+      sizes.append(size.get(self.normalise, 1))
     ways = sharding.batch_ways(subject.mesh)
     batch_size = -(-self.batch_size // ways) * ways
     batches = pipeline.batches(

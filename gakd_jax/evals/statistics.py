@@ -64,7 +64,7 @@ def paired_bootstrap(a_N, b_N, *, samples=10_000, seed=0):
   Returns:
     'difference' of the means, a - b; 'low' and 'high', its 95 % interval
     (percentiles); 'p', two-sided: how often a difference of means drawn around
-    0 is as large as the one found.
+    0 is as large as the one found. NaN if a score is no finite number.
 
   Raises:
     ValueError: if the models were not scored on the same rows.
@@ -73,6 +73,8 @@ def paired_bootstrap(a_N, b_N, *, samples=10_000, seed=0):
   if a_N.shape != b_N.shape or not a_N.size:
     raise ValueError(f'scores of {a_N.size} and {b_N.size} rows are no pairs')
   d_N = a_N - b_N
+  if not np.isfinite(d_N).all():
+    return dict.fromkeys(('difference', 'low', 'high', 'p'), math.nan)
   rng = np.random.default_rng(seed)
   n = len(d_N)
   means = np.concatenate(

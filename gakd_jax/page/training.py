@@ -20,11 +20,12 @@ _SECTIONS = {
   'critic': re.compile('train/(critic/|generator|hidden_grad)'),
   'rollouts': re.compile('train/(rollout/|entropy$)'),
 }
-# tokens_per_second says it.
+# tokens_per_second says it, and `skipped` whether any was.
 # by_teacher is 1 - accepted, written is what the config says, and places in a
 # block are a figure of `rollouts`.
 _NO_CURVE = re.compile(
-  r'train/(tokens|seconds)$|train/rollout/(written|by_teacher|accepted_\d+)$'
+  r'train/(tokens|seconds)$|train/skipped/|'
+  r'train/rollout/(written|by_teacher|accepted_\d+)$'
 )
 
 

@@ -81,6 +81,18 @@ def test_what_fails_leaves_nothing(tmp_path):
   assert [p.suffix for p in tmp_path.iterdir()] == ['.lock']
 
 
+def test_what_a_killed_process_left_is_in_nobody_s_way(tmp_path, monkeypatch):
+  """A container that starts again has its name and its number."""
+  store.load(tmp_path / 'a', 'key', Maker())
+  (made,) = [p for p in (tmp_path / 'a').iterdir() if p.is_dir()]
+  name = f'{made.name}.{os.uname().nodename}.{os.getpid()}.tmp'
+  (tmp_path / 'b' / name).mkdir(parents=True)
+  (tmp_path / 'b' / name / 'ids.bin').write_bytes(b'half')
+  arrays, _ = store.load(tmp_path / 'b', 'key', Maker())
+  assert arrays['ids'].tolist() == [1, 2, 3]
+  assert not [*(tmp_path / 'b').glob('*.tmp')]
+
+
 def test_a_place_that_cannot_be_written_to(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match=r'below: .*config\.data\.cache'):

@@ -210,9 +210,38 @@ def test_generation_config_says_what_else_ends_a_turn(bytes_tokenizer):
   assert set(templates.stop_ids('raw', found)) == {eos, eot}
   file.write_text(json.dumps({'eos_token_id': None}))
   assert templates.stop_ids('raw', found) == (eos,)
-  file.write_text('[broken')
-  with pytest.raises(UserError, match=r'generation_config.json: not a JSON'):
+  file.write_text(json.dumps({'eos_token_id': [-1, eot]}))
+  assert set(templates.stop_ids('raw', found)) == {eos, eot}
+
+
+@pytest.mark.parametrize(
+  ('content', 'said'),
+  [
+    (b'[broken', 'not a JSON object'),
+    (b'', 'not a JSON object'),
+    (b'[]', 'not a JSON object'),
+    (b'"x"', 'not a JSON object'),
+    (b'\xff', 'not a JSON object'),
+    (b'[' * 100_000, 'not a JSON object'),
+    (b'{"eos_token_id": "</s>"}', "'</s>' in eos_token_id; expected an id"),
+    (b'{"eos_token_id": 2.0}', '2.0 in eos_token_id; expected an id'),
+    (b'{"eos_token_id": true}', 'True in eos_token_id; expected an id'),
+    (b'{"eos_token_id": {"a": 1}}', 'in eos_token_id; expected an id'),
+    (b'{"eos_token_id": [2, null]}', 'in eos_token_id; expected an id'),
+    (b'{"eos_token_id": [[2]]}', 'in eos_token_id; expected an id'),
+    (b'{"eos_token_id": 1000000000000}', 'in eos_token_id; expected an id'),
+    (b'{"eos_token_id": NaN}', 'nan in eos_token_id; expected an id'),
+  ],
+)
+def test_a_generation_config_that_is_none(bytes_tokenizer, content, said):
+  found = bytes_tokenizer(None, '</s>')
+  file = Path(found.name_or_path) / 'generation_config.json'
+  file.write_bytes(content)
+  with pytest.raises(UserError) as error:
     templates.stop_ids('raw', found)
+  assert str(error.value).startswith(f'{file}: ')
+  assert said in str(error.value)
+  assert str(error.value).isprintable()
 
 
 def test_several_templates_with_names(bytes_tokenizer):
@@ -241,14 +270,71 @@ def test_several_templates_with_names(bytes_tokenizer):
     ('{% for %}', 'the chat template says: '),
     ('{% for m in messages %}{{ m.text }}{% endfor %}', 'leaves out what the'),
     ('Hello.', 'leaves out what the system says'),
+    ('', 'it has no chat template'),
+    ('{% if %}', 'the chat template says: '),
+    ('{{ messages | no_such_filter }}', 'the chat template says: No filter'),
+    ('{{ nothing.of.this }}', "the chat template says: 'nothing' is undefined"),
+    ('{{ messages[0].content[0:1].no.thing }}', 'the chat template says: '),
+    ('{{ 1 / 0 }}', 'the chat template says: division by zero'),
+    ("{% include 'other' %}", 'the chat template says: '),
+    (
+      '{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}',
+      'the chat template says: maximum recursion',
+    ),
+    (
+      '{% for i in range(1000000000) %}x{% endfor %}',
+      'the chat template says: Range too big',
+    ),
+    ("{{ ''.__class__.__mro__ }}", 'the chat template says: '),
+    (
+      "{{ raise_exception('no' ~ 'x\\n' * 9999) }}",
+      'the chat template says: nox;',
+    ),
+    ("{{ raise_exception('x' * 9999) }}", 'the chat template says: x{200};'),
+    ("{{ 'x' * 17000000 }}", 'longer than 16 MB'),
+    ('{{ "\\ud800" }}' + CHATML, 'the chat template writes what is not UTF-8'),
+    (
+      "{% for m in messages if m.role != 'user' %}{{ m.content }}{% endfor %}",
+      'leaves out what the user says',
+    ),
+    (
+      "{% for m in messages if m.role != 'assistant' %}{{ m.content }}"
+      '{% endfor %}',
+      'leaves out what the assistant says',
+    ),
   ],
 )
 def test_whatever_a_template_does_is_one_line(tiny, template, reason):
   odd = tokenizer.load(tiny.name_or_path)
   odd.chat_template = template
-  with pytest.raises(BadRow, match=rf'file.jsonl:3: .*{reason}') as error:
+  with pytest.raises(UserError, match=reason) as error:
     templates.prompt_text('chat', dataclasses.replace(TURNS), odd)
-  assert '\n' not in str(error.value)
+  if template:
+    assert str(error.value).startswith('file.jsonl:3: ')
+  assert str(error.value).isprintable()
+  assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize('template', [5, ['x'], {'default': 5}, True])
+def test_a_chat_template_is_text(tiny, template):
+  odd = tokenizer.load(tiny.name_or_path)
+  odd.chat_template = template
+  with pytest.raises(
+    UserError, match=r'its chat template is .*; expected text'
+  ):
+    templates.prompt_text('chat', SHORT, odd)
+
+
+def test_thoughts_of_earlier_answers_may_be_left_out(tiny):
+  thought = {'role': 'assistant', 'content': '<think>hm</think>\n\nCrow'}
+  row = Row('a', messages=({'role': 'user', 'content': 'b'}, thought))
+  thinker = tokenizer.load(tiny.name_or_path)
+  thinker.chat_template = CHATML.replace(
+    "m['content']", "m['content'].split('</think>')[-1]"
+  )
+  text = templates.prompt_text('chat', row, thinker)
+  assert 'hm' not in text
+  assert 'Crow' in text
 
 
 def test_a_template_that_drops_the_system_turn_is_noticed(tiny):

@@ -156,6 +156,22 @@ def test_a_data_set_is_tokenised_once(load, no_encoding, tiny, monkeypatch):
   assert no_encoding == [2] * 6
 
 
+def test_a_data_set_of_many_files(tiny, tmp_path):
+  files = [tmp_path / f'{i}.jsonl' for i in range(300)]
+  for file in files:
+    file.write_text(json.dumps(pair('a', 'b')))
+  found, _ = texts.load(
+    files,
+    sources.identity(files),
+    tiny,
+    template='raw',
+    rules=Rules(),
+    thinking='refuse',
+    root=tmp_path / 'cache',
+  )
+  assert found.sets.tolist() == [*range(300)]
+
+
 def test_a_tokenizer_is_what_it_holds(tiny, tiny_tokenizer_dir, tmp_path):
   tiny.save_pretrained(tmp_path)
   copy = tokenizer_lib.load(tmp_path)

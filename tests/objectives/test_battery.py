@@ -113,22 +113,28 @@ def _batch(ids_seed=0, rows=range(B)):
   )
 
 
+def _prompts():
+  """`_batch` without a response token."""
+  batch = _batch()
+  none_BT = np.zeros_like(batch.student.mask_BT)
+  tokens = dataclasses.replace(batch.student, mask_BT=none_BT)
+  return dataclasses.replace(batch, student=tokens, teacher=tokens)
+
+
 def _with_opinion(x):
   """A fresh critic's parameter, or something where it starts at zero."""
   return jnp.where(x == 0, jnp.cos(jnp.arange(x.size)).reshape(x.shape), x)
 
 
-@functools.cache
-def _loss(name, dtype='float32', chunk=5, tokens=V):
-  """loss(student, teacher, batch) -> scalar, metrics; not compiled."""
-  objective = objectives.make(**OBJECTIVES[name][0], head_chunk=chunk)
+def _parts(settings, dtype='float32', chunk=5, tokens=V):
+  """The objective, its `Own`, and teacher -> `Models`."""
+  objective = objectives.make(**settings, head_chunk=chunk)
   shape = DecoderConfig(V, D, 0, 0, 0, 0, 0, False, 0, 0, 0)
   own = objective.init(jax.random.key(0), shape, shape)
   own = own.replace(critic=jax.tree.map(_with_opinion, own.critic), step=0)
 
-  def run(student, teacher, batch):
-    batch = batch.replace(totals=objective.count(_batch()))
-    models = pair.Models(
+  def both(teacher):
+    return pair.Models(
       DEFINITION,
       DEFINITION if objective.needs_teacher else None,
       shape,
@@ -137,7 +143,18 @@ def _loss(name, dtype='float32', chunk=5, tokens=V):
       jnp.dtype(dtype),
       vocabs=(tokens, tokens),
     )
-    outputs = models.outputs(student, batch)
+
+  return objective, own, both
+
+
+@functools.cache
+def _loss(name, dtype='float32', chunk=5, tokens=V):
+  """loss(student, teacher, batch) -> scalar, metrics; not compiled."""
+  objective, own, both = _parts(OBJECTIVES[name][0], dtype, chunk, tokens)
+
+  def run(student, teacher, batch):
+    batch = batch.replace(totals=objective.count(_batch()))
+    outputs = both(teacher).outputs(student, batch)
     total, metrics = 0, {}
     for term in objective.terms().values():
       loss, new = term(*outputs, batch, own, jax.random.key(0))
@@ -243,6 +260,61 @@ def test_microbatches_sum_to_the_whole(name):
   ]
   assert parts[0][0][0] != parts[1][0][0]
   _assert_close(jax.tree.map(jnp.add, *parts), _usual(name))
+
+
+@ALL
+def test_rows_without_a_response_contribute_nothing(name):
+  """As those of a microbatch may be, beside others of the same step."""
+  for batch in (_batch(rows=()), _prompts()):
+    (loss, metrics), gradient = _compiled(name)(_params(0), _params(1), batch)
+    assert all(np.all(np.isfinite(x)) for x in (loss, *metrics.values()))
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradient))
+    if name != 'mcw':  # It compares prompts as well.
+      assert loss == 0
+      jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), gradient)
+
+
+@pytest.mark.parametrize(
+  'settings',
+  [
+    GAKD,
+    *(
+      pytest.param(settings, marks=pytest.mark.slow)
+      for settings in (
+        GAKD | {'kind': 'gan'},
+        GAKD | {'kind': 'wgan'},
+        GAKD | {'input': 'probs'},
+        GAKD | {'reference': True},
+        dict(name='mcw', top=9, solver='semi_dual', potential=8),
+      )
+    ),
+  ],
+  ids=['rgan', 'gan', 'wgan', 'probs', 'reference', 'mcw'],
+)
+def test_rows_without_a_response_teach_a_critic_nothing(settings):
+  objective, own, both = _parts(settings)
+
+  @jax.jit
+  def run(student, teacher, batch):
+    batch = batch.replace(totals=objective.count(_batch()))
+    outputs = both(teacher).outputs(student, batch)
+
+    def loss(critic):
+      return objective.critic_loss(
+        *outputs, batch, own.replace(critic=critic), jax.random.key(0)
+      )
+
+    return jax.value_and_grad(loss, has_aux=True)(own.critic)
+
+  for batch in (_batch(rows=()), _prompts()):
+    (loss, metrics), gradient = run(_params(0), _params(1), batch)
+    assert all(np.all(np.isfinite(x)) for x in (loss, *metrics.values()))
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradient))
+    if settings['name'] != 'mcw':
+      assert loss == 0
+      jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), gradient)
+  _, gradient = run(_params(0), _params(1), _batch())
+  assert max(np.abs(g).max() for g in jax.tree.leaves(gradient)) > 1e-4
 
 
 @ALL
