@@ -9,14 +9,30 @@ import json
 import time
 from pathlib import Path
 
-from gakd_jax import UserError, fingerprint, hosts, log, partial, sampling
+from gakd_jax import (
+  UserError,
+  fingerprint,
+  hosts,
+  log,
+  partial,
+  sampling,
+  settings,
+)
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import scores
+from gakd_jax.settings import Natural
 
 # A sample's place is its row and, in the bits above these, its number: what it
 # draws does not depend on how many rows and samples there are.
 _ROW_BITS = 24
+_KEPT = {
+  'i': Natural,
+  'problem': str | None,
+  'sample': Natural,
+  'finished': bool,
+  'tokens': Natural,
+}
 MOST_SAMPLES = 1 << (32 - _ROW_BITS)
 
 
@@ -78,7 +94,7 @@ def write(
   # Of each answer: its prompt, its row and its number.
   wanted = [(ids, r, n) for r, ids in prompts.items() for n in range(samples)]
   references = [rows[r].references for r in prompts]
-  settings = (
+  begun_with = (
     source
     | decoding
     | {
@@ -89,9 +105,9 @@ def write(
     }
   )
   kept = partial.Partial(
-    path.with_name(path.name + '.partial'), settings, force
+    path.with_name(path.name + '.partial'), begun_with, force
   )
-  answers = {i: (problem, line) for i, problem, line in kept.read()}
+  answers = kept.read(_taken)
   _fill(answers, kept, model, tokenizer, rows, wanted, decoding)
   lines = []
   for _, (problem, line) in sorted(answers.items()):
@@ -113,6 +129,14 @@ def write(
   ]
   print('; '.join(facts), flush=True)
   return left_out
+
+
+def _taken(line):
+  """What is made of a line of `<path>.partial`."""
+  i, problem, answer = line
+  found = {'i': i, 'problem': problem} | answer
+  settings.check_row('', found, _KEPT)
+  return i, (problem, answer)
 
 
 def _fill(answers, kept, model, tokenizer, rows, wanted, decoding):

@@ -5,7 +5,6 @@ chat template and the ends of turns are those of the training: see
 `models.prompts`.
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -13,13 +12,17 @@ from gakd_jax import (
   UserError,
   __version__,
   fingerprint,
+  json_file,
   log,
   models,
   rundir,
+  settings,
 )
 from gakd_jax.models import peft, prompts
+from gakd_jax.settings import Text
 
 RECORD = 'gakd_jax.json'
+_ABOUT = {'template': Text, 'recipe': Text, 'seed': int, 'step': int}
 
 
 def describe(directory, config, *, step, metric=None):
@@ -67,7 +70,7 @@ def recipe(config):
   for spec in (data,) if isinstance(data, str) else data:
     if Path(spec).is_file() and rundir.is_finished(Path(spec).parent):
       made_by = rundir.read_results(Path(spec).parent)
-      origins[spec] = made_by['recipe'] or spec
+      origins[spec] = made_by.get('recipe') or spec
   return fingerprint.recipe(fingerprint.as_json(c), origins)
 
 
@@ -84,10 +87,11 @@ def read(path):
   if not file.exists():
     return {}
   try:
-    about = json.loads(file.read_text())
-    return {k: about[k] for k in ('template', 'recipe', 'seed', 'step')}
-  except (ValueError, KeyError, TypeError) as error:
+    about = json_file.read(file)
+    settings.check_row('', about, _ABOUT)
+  except UserError as error:
     raise UserError(f'{file}: not a record of gakd_jax ({error})') from error
+  return {key: about[key] for key in _ABOUT}
 
 
 def template_of(path, asked=None, default='qwen3'):

@@ -5,13 +5,12 @@ import os
 import pathlib
 import re
 import sys
-import traceback
 
 import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from gakd_jax import Interrupted, UserError, hosts, stopping
+from gakd_jax import Interrupted, UserError, config_file, hosts, stopping
 
 _COORDINATOR = flags.DEFINE_string(
   'coordinator',
@@ -19,13 +18,17 @@ _COORDINATOR = flags.DEFINE_string(
   'Of several processes: <host>:<port> of the first. Under SLURM, MPI and on '
   'TPU VMs they find each other.',
 )
-_PROCESSES = flags.DEFINE_integer('processes', None, 'How many they are.')
-_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which one this is.')
+_PROCESSES = flags.DEFINE_integer(
+  'processes', None, 'How many they are.', lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Which one this is, from 0.', lower_bound=0
+)
 HOSTS = (_COORDINATOR, _PROCESSES, _PROCESS_ID)
-_START_TIMEOUT = flags.DEFINE_float(
+_START_TIMEOUT = flags.DEFINE_integer(
   'start_timeout', 300, 'Seconds to wait for all processes.', lower_bound=1
 )
-_HEARTBEAT_TIMEOUT = flags.DEFINE_float(
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
   'heartbeat_timeout',
   60,
   'Seconds after which a host that is silent counts as dead.',
@@ -51,14 +54,47 @@ def config_flag(help_string, **settings):
   default, and may be given any other setting: it is checked when they are
   made, before any weight is loaded. All else is locked by configs/base.py.
   """
-  return config_flags.DEFINE_config_file(
-    'config',
-    None,
-    help_string,
-    lock_config=False,
-    accept_new_attributes=True,
-    **settings,
-  )
+  try:
+    holder = config_flags.DEFINE_config_file(
+      'config',
+      None,
+      help_string,
+      lock_config=False,
+      accept_new_attributes=True,
+      **settings,
+    )
+  except flags.Error as error:  # It looks into --flagfile now.
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+  # What goes wrong in the file is told by us.
+  settings.get('flag_values', flags.FLAGS)['config'].parser = _ConfigFile()
+  return holder
+
+
+class _ConfigFile(flags.ArgumentParser):
+  def parse(self, argument):
+    return config_file.load(argument)
+
+
+class _OrNone(flags.ArgumentParser):
+  """Of settings that may be None."""
+
+  def __init__(self, parser):
+    self._parser = parser
+
+  def parse(self, argument):
+    return None if argument == 'None' else self._parser.parse(argument)
+
+  def flag_type(self):
+    return self._parser.flag_type()
+
+
+for kind, parser in (
+  (int, flags.IntegerParser()),
+  (float, flags.FloatParser()),
+  (str, flags.ArgumentParser()),
+):
+  config_flags.register_flag_parser_for_type(kind, _OrNone(parser))
 
 
 def force_flag():
@@ -88,44 +124,45 @@ def use_compilation_cache():
 
 def one_line(error):
   """What to tell the user about an error of theirs; None for a bug."""
-  text = str(error)
+  text = ' '.join(str(error).splitlines())
   if isinstance(error, UserError):
     return text
-  if isinstance(error, flags.Error):
-    lines = text.strip().splitlines()
-    in_config = 'parsing config file' in lines[0]
-    return f'--config: {lines[-1].strip()}' if in_config else lines[0]
-  # ml_collections names a key that does not exist in one of these ways.
-  near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
-  if near:
-    return f'config has no key {near[2]!r}; did you mean {near[1]!r}?'
-  unknown = re.search(r'Key "(\w+)" does not exist', text)
-  if isinstance(error, KeyError) and _is_of_flags(error):
-    unknown = unknown or re.fullmatch(r"\W*'(\w+)'\W*", text)
-  if unknown:
-    return f'config has no key {unknown[1]!r}; see configs/base.py'
-  whole = re.search(r'Override (\S+) can not be applied because field', text)
-  if whole:
-    part, _, key = whole[1].rpartition('.')
+  if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    return _FULL
+  if isinstance(error, OSError) and error.filename is not None:
     return (
-      f'config.{part} is None and has no {key!r}; give it whole, as in '
-      f'--config.{part}="{{{key!r}: ...}}"'
+      f'{error.filename}: {error.strerror}; mend that, or name another place'
     )
-  if 'Failed loading config file' in text:
-    return f'--config: {text.splitlines()[-1].strip()}'
-  full = getattr(error, 'errno', None) == errno.ENOSPC
-  if full or 'No space left on device' in text:
+  if isinstance(error, ValueError) and 'embedded null' in text:
+    return 'a path has a null character in it; name another'
+  if 'No space left on device' in text:
+    return _FULL
+  if isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in text:
     return (
-      'the disk is full: free some space and run the same command again, '
-      'which continues from the last complete checkpoint'
+      f'out of memory ({text[:200]}); lower a batch size or a length, or see '
+      'with --plan what a run takes'
     )
   return None
 
 
-def _is_of_flags(error):
-  """Whether the parser of --config.a.b found no b, and not somebody's dict."""
-  frames = traceback.extract_tb(error.__traceback__)
-  return 'ml_collections' in pathlib.Path(frames[-1].filename).parts
+_FULL = (
+  'the disk is full: free some space and run the same command again, which '
+  'continues from the last complete checkpoint'
+)
+
+
+def parse(argv, values=flags.FLAGS):
+  """Reads a command line; what is no flag is returned.
+
+  Raises:
+    UserError: for what is wrong with it, or with the config that it names.
+  """
+  try:
+    return values(argv)
+  except UserError:
+    raise
+  except Exception as error:  # Of absl and ml_collections, of many kinds.
+    raise UserError(config_file.explain(error)) from error
 
 
 def guarded(main, argv):
@@ -135,7 +172,7 @@ def guarded(main, argv):
   """
   app.define_help_flags()
   try:
-    main(flags.FLAGS(argv))
+    main(parse(argv))
   except Interrupted as e:  # All are, at the same step.
     print(e, file=sys.stderr)
     hosts.finish()

@@ -25,7 +25,7 @@ from gakd_jax import (
   UserError,
   best,
   binary,
-  build,
+  fields,
   fingerprint,
   hosts,
   log,
@@ -63,6 +63,7 @@ def run(config, paths, workdir, force=False):
   Raises:
     UserError: for anything wrong with config, data or models, in one line.
   """
+  fields.check(config)
   workdir = Path(workdir)
   with fingerprint.lock(workdir):
     return _run(config, paths, workdir, force)
@@ -142,6 +143,8 @@ def _named(paths):
   """{name: model directory}, named by as much of its path as it takes."""
   found = {}
   for path in paths:
+    if not str(path).strip():
+      raise UserError('--model: an empty name; leave out the comma')
     given = Path(path).expanduser()
     if not given.is_dir():  # A hub id.
       found[str(path).strip('/')] = path
@@ -279,8 +282,7 @@ def compare(evaluators, runs):
       continue
     metric = tasks.TASKS[evaluator.task].scores[0]
     scores = {
-      model: _row_means(path, name, evaluator.seeds, metric)
-      for model, path in runs.items()
+      model: _row_means(path, evaluator, metric) for model, path in runs.items()
     }
     for b, a in itertools.combinations(runs, 2):
       comparisons.append(
@@ -290,13 +292,24 @@ def compare(evaluators, runs):
   return comparisons
 
 
-def _row_means(workdir, name, seeds, metric):
+def _row_means(workdir, evaluator, metric):
   """The score of each row, mean over seeds."""
   by_seed = [
-    [line['scores'][metric] for line in answers.read(workdir, name, seed)]
-    for seed in seeds
+    [_score(line, metric, workdir) for line in lines]
+    for lines in (
+      answers.read(workdir, evaluator, seed) for seed in evaluator.seeds
+    )
   ]
   return [statistics.fmean(row) for row in zip(*by_seed, strict=True)]
+
+
+def _score(line, metric, workdir):
+  score = line.get('scores', {}).get(metric)
+  if score is None:
+    raise UserError(
+      f'{workdir}/answers: one has no {metric}; move {workdir} away'
+    )
+  return score
 
 
 def _main(argv):
@@ -304,7 +317,6 @@ def _main(argv):
     raise UserError(f'unknown argument {argv[1]!r}; flags look like --name=x')
   if _CONFIG.value is None:
     raise UserError('--config is missing; try configs/eval_instruct.py')
-  build.check_settings(_CONFIG.value)
   if not _MODEL.value:
     raise UserError('--model is missing: name one or several directories')
   binary.use_compilation_cache()

@@ -16,7 +16,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from gakd_jax import UserError, __version__, hosts, log, rundir
+from gakd_jax import UserError, __version__, hosts, json_file, log, rundir
 
 # Settings that say how a result comes about, and not which: where, in what
 # pieces, and how often it is looked at.
@@ -104,7 +104,9 @@ def _begin(workdir, force, parts):
   path = workdir / 'config.json'
   record = {}
   if path.exists():
-    record = json.loads(path.read_text(), parse_constant=str)
+    record = json_file.read(path)
+    if 'versions' not in record:  # As that of a model.
+      raise UserError(f'{path}: not of a run; use another --workdir')
   began, now = (
     flatten({part: x[part] for part in parts if part in record})
     for x in (record, parts)

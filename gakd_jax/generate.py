@@ -14,6 +14,7 @@ again, the same command goes on where it was.
 
 import os
 import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -26,11 +27,13 @@ from gakd_jax import (
   models,
   rollout,
   sampling,
+  settings,
   sharding,
 )
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizers
 from gakd_jax.models import decoding
+from gakd_jax.settings import Natural
 
 _MODEL = flags.DEFINE_string(
   'model', None, 'Hugging Face directory, hub id or run.', required=True
@@ -91,6 +94,17 @@ _OF_DATASET = (
 )
 
 
+def _check():
+  """Refuses numbers that are out of range."""
+  known = settings.types_of(rollout.Teacher) | {'seed': Natural}
+  given = _sampling() | {
+    'seed': _SEED.value,
+    'samples': _SAMPLES.value,
+    'batch_size': _BATCH_SIZE.value,
+  }
+  settings.checked('--', given, known, 'generate')
+
+
 def _sampling():
   """What the flags say of decoding."""
   return {
@@ -139,6 +153,9 @@ def write_dataset():
   binary.start_hosts()
   if hosts.of_first(lambda: os.path.exists(_OUTPUT.value)):
     raise UserError(f'--output={_OUTPUT.value}: it exists; name another file')
+  hosts.only_first(
+    lambda: Path(_OUTPUT.value).parent.mkdir(parents=True, exist_ok=True)
+  )
   writer = rollout.Teacher(
     samples=_SAMPLES.value, batch_size=_BATCH_SIZE.value, **_sampling()
   )
@@ -189,6 +206,7 @@ def typed_lines():
 def _main(argv):
   if len(argv) > 1:
     raise UserError(f'unexpected argument {argv[1]!r}; quote the prompt')
+  _check()
   if _DATASET.value:
     write_dataset()
     return

@@ -17,8 +17,8 @@ def shown(value):
   return text if len(text) <= _LONGEST else f'{text[:90]}...{text[-20:]}'
 
 
-def read(file, missing='not found'):
-  """The object that a JSON file holds, as a dict.
+def read(file, missing='not found', kind=dict):
+  """The object that a JSON file holds, as a dict; or its array, as a list.
 
   Raises:
     UserError: if there is no such file (`missing` says what there should be),
@@ -37,6 +37,7 @@ def read(file, missing='not found'):
     raise UserError(
       f'{file}: not valid JSON ({e}); mend it, or fetch it again'
     ) from None
-  if not isinstance(content, dict):
-    raise UserError(f'{file}: not a JSON object; mend it, or fetch it again')
+  if not isinstance(content, kind):
+    what = {dict: 'object', list: 'array'}[kind]
+    raise UserError(f'{file}: not a JSON {what}; mend it, or fetch it again')
   return content

@@ -19,7 +19,7 @@ import rich.progress
 import rich.table
 import rich.text
 
-from gakd_jax import UserError
+from gakd_jax import UserError, json_lines
 
 # The bins of all histograms, even in asinh: fine around 0, and up to 74.
 HISTOGRAM_EDGES = np.sinh(np.linspace(-5, 5, 81))
@@ -74,27 +74,41 @@ def read_metrics(workdir):
 
   A last line that a killed process left unfinished is ignored. What was not
   finite when it was written reads as NaN.
+
+  Raises:
+    UserError: for what is no such file.
   """
   path = _metrics_path(workdir)
-  lines = path.read_text(encoding='utf-8').splitlines() if path.exists() else []
-  rows = []
-  for number, line in enumerate(lines, start=1):
-    try:
-      row = json.loads(line)
-    except json.JSONDecodeError as error:
-      if number == len(lines):
-        break
-      message = (
-        f'{path}:{number}: not JSON ({error}); repair or delete the line'
-      )
-      raise UserError(message) from error
-    rows.append({k: math.nan if v is None else v for k, v in row.items()})
+  rows = json_lines.read(path, {'step': int}, growing=True)
+  for number, row in enumerate(rows, start=1):
+    for name, value in row.items():
+      if value is None:
+        row[name] = math.nan
+      elif type(value) not in (int, float) and not _is_histogram(value):
+        raise UserError(
+          f'{path}:{number}: {name} is no number, nor the counts of a '
+          'histogram; repair or delete the line'
+        )
   return rows
 
 
+def _is_histogram(value):
+  """Whether it is a list of counts over `HISTOGRAM_EDGES`."""
+  n = HISTOGRAM_EDGES.size - 1
+  return isinstance(value, list) and [*map(type, value)] == [int] * n
+
+
 def write_atomically(path, text):
-  """Replaces a file as a whole: a reader never sees half of it."""
+  """Replaces a file as a whole: a reader never sees half of it.
+
+  Raises:
+    UserError: if what is there is no file: a device, say, would be replaced.
+  """
   path = pathlib.Path(path)
+  if path.exists() and not path.is_file():
+    raise UserError(
+      f'{path}: there is something else than a file; name another'
+    )
   path.parent.mkdir(parents=True, exist_ok=True)
   # Several processes may write the same, each by a name of its own.
   partial = path.with_name(

@@ -12,7 +12,7 @@ import sys
 import jax
 from absl import flags
 
-from gakd_jax import UserError, binary, build, check, planning, train
+from gakd_jax import UserError, binary, check, fields, planning, train
 
 _CONFIG = binary.config_flag('The experiment.')
 _WORKDIR = flags.DEFINE_string(
@@ -59,7 +59,7 @@ def _main(argv):
     raise UserError('--config is missing; try --config=configs/quickstart.py')
   binary.use_compilation_cache()
   config = _CONFIG.value
-  build.check_settings(config)
+  fields.check(config)
   if _CHECK.value and _PLAN.value:
     raise UserError('--check and --plan: give one of them')
   if _PLAN.value:

@@ -5,7 +5,31 @@ import re
 import jax
 import optax
 
-from gakd_jax import UserError, sharding
+from gakd_jax import sharding
+
+SCHEDULES = {
+  'constant': lambda rate, end, steps: optax.constant_schedule(rate),
+  'cosine': lambda rate, end, steps: optax.cosine_decay_schedule(
+    rate, steps, alpha=end / rate
+  ),
+  'linear': optax.linear_schedule,
+}
+
+
+def _adamw(schedule, b1, b2, eps, weight_decay, mask):
+  return optax.adamw(
+    schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask
+  )
+
+
+def _rmsprop(schedule, b1, b2, eps, weight_decay, mask):
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.rmsprop(schedule, b2, eps, eps_in_sqrt=False, momentum=b1),
+  )
+
+
+OPTIMIZERS = {'adamw': _adamw, 'rmsprop': _rmsprop}
 
 
 def make_schedule(
@@ -15,24 +39,8 @@ def make_schedule(
 
   The decay ends at `total_steps`; step 0 without warm-up has the full rate.
   """
-  if not learning_rate > 0:
-    raise UserError(
-      f'config.optimizer.learning_rate={learning_rate} must be positive'
-    )
   steps = max(total_steps - warmup_steps, 1)
-  if schedule == 'constant':
-    main = optax.constant_schedule(learning_rate)
-  elif schedule == 'cosine':
-    main = optax.cosine_decay_schedule(
-      learning_rate, steps, alpha=end / learning_rate
-    )
-  elif schedule == 'linear':
-    main = optax.linear_schedule(learning_rate, end, steps)
-  else:
-    raise UserError(
-      f'config.optimizer: no schedule {schedule!r}; known are constant, '
-      'cosine, linear'
-    )
+  main = SCHEDULES[schedule](learning_rate, end, steps)
   if not warmup_steps:
     return main
   # The first step already moves: a rate of 0 would waste it.
@@ -72,19 +80,7 @@ def make(
       lambda path, _: not re.search(no_decay, sharding.path_name(path)), params
     )
 
-  if name == 'adamw':
-    optimizer = optax.adamw(
-      schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays
-    )
-  elif name == 'rmsprop':
-    optimizer = optax.chain(
-      optax.add_decayed_weights(weight_decay, decays),
-      optax.rmsprop(schedule, b2, eps, eps_in_sqrt=False, momentum=b1),
-    )
-  else:
-    raise UserError(
-      f'config.optimizer: no optimizer {name!r}; known are adamw, rmsprop'
-    )
+  optimizer = OPTIMIZERS[name](schedule, b1, b2, eps, weight_decay, decays)
   if extra_rate != 1:
     own_rate = optax.masked(optax.scale(extra_rate), is_extra)
     optimizer = optax.chain(optimizer, own_rate)

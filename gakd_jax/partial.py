@@ -21,39 +21,48 @@ class Partial:
     self._force = force
     self._settings = json.loads(json.dumps(settings, default=str))  # As read.
 
-  def read(self):
-    """The lines written so far; [] if there are none.
+  def read(self, take):
+    """{key: value} of the lines written so far; {} if there are none.
 
-    What a killed process left of its last line is cut off.
+    What a killed process left of its last line is cut off. `take` makes a key
+    and a value of a line; of one that is something else, it raises.
 
     Raises:
-      UserError: if they were made under other settings.
+      UserError: if they were made under other settings, or are no such lines.
     """
-    return hosts.of_first(self._read)
+    return hosts.of_first(lambda: self._read(take))
 
-  def _read(self):
+  def _read(self, take):
     if not self._path.exists():
-      return []
+      return {}
     content = self._path.read_bytes()
     whole = content[: content.rfind(b'\n') + 1]
     # Not splitlines: a text may hold other ends of lines.
-    lines = self._checked(whole.split(b'\n')[:-1])
+    found = self._checked(whole.split(b'\n')[:-1], take)
     if whole != content:
       os.truncate(self._path, len(whole))
-    return lines
+    return found
 
-  def _checked(self, lines):
+  def _checked(self, lines, take):
     if not lines:
-      return []
+      return {}
     try:
       theirs, *lines = map(json.loads, lines)
-      theirs = theirs['settings']
-    except (ValueError, KeyError, TypeError) as error:
+      theirs = dict(theirs['settings'])
+      found = dict(map(take, lines))
+    except (
+      UserError,
+      ValueError,
+      LookupError,
+      TypeError,
+      AttributeError,
+      RecursionError,
+    ) as error:
       raise UserError(
         f'{self._path}: is not what an interrupted run leaves; move it away'
       ) from error
     fingerprint.check(self._path, theirs, self._settings, self._force)
-    return lines
+    return found
 
   def append(self, lines):
     """Adds lines, in one piece."""

@@ -29,7 +29,7 @@ def run(config, memory_gb=None, tflops=None, target=None):
     target: see `targets.of`, or 'all'; None: this machine.
   """
   for name, limit in (('memory_gb', memory_gb), ('tflops', tflops)):
-    if limit is not None and not limit > 0:
+    if limit is not None and not 0 < limit < math.inf:
       raise UserError(f'--plan_{name}={limit} must be positive')
   if target not in (None, 'all'):
     target = targets.of(target)

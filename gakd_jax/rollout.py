@@ -15,7 +15,7 @@ flows through it: the step gets ids.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,15 @@ from gakd_jax.data import pipeline, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.models import decoding
 from gakd_jax.sampler import Sampler
+from gakd_jax.settings import (
+  Count,
+  Length,
+  Mass,
+  Natural,
+  NotNegative,
+  Only,
+  Share,
+)
 
 
 class Ends(NamedTuple):
@@ -81,6 +90,11 @@ class Dataset:
     ]
 
 
+_Samples = Annotated[
+  int, Only(f'1 to {MOST_SAMPLES}', lambda x: 1 <= x <= MOST_SAMPLES)
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class Teacher(Dataset):
   """The teacher answers the prompts of the data once, before training.
@@ -92,23 +106,15 @@ class Teacher(Dataset):
   needs_teacher = True
   makes_rows = True
 
-  max_new_tokens: int = 256
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
-  no_repeat_ngram: int = 0
-  batch_size: int = 32
-  samples: int = 1
+  max_new_tokens: Length = 256
+  temperature: NotNegative = 1.0
+  top_k: Natural = 0
+  top_p: Mass = 1.0
+  no_repeat_ngram: Natural = 0
+  batch_size: Count = 32
+  samples: _Samples = 1
 
   def __post_init__(self):
-    _check_ranges(
-      self, 'answers', max_new_tokens=(1, np.inf), batch_size=(1, np.inf)
-    )
-    Sampler(self.temperature, self.top_k, self.top_p, self.no_repeat_ngram)
-    if not 1 <= self.samples <= MOST_SAMPLES:
-      raise UserError(
-        f'samples={self.samples} of a prompt; expected 1 to {MOST_SAMPLES}'
-      )
     if self.samples > 1 and self.temperature == 0:
       raise UserError(
         f'samples={self.samples} at temperature=0 would all be the same; raise '
@@ -124,35 +130,24 @@ class Student(Dataset):
   Responses that were cut off carry no EOS.
   """
 
-  share: float = 1.0  # of rows that are written, instead of the data's response
-  begin: float = 0.0  # of the run: written from here
-  end: float = 1.0  # of the run: written up to here
-  every: int = 1  # optimizer steps served by one student; 1 is on-policy
+  share: Share = 1.0  # of rows that are written, instead of the data's response
+  begin: Share = 0.0  # of the run: written from here
+  end: Share = 1.0  # of the run: written up to here
+  every: Count = 1  # optimizer steps served by one student; 1 is on-policy
   # Write, and train on, the first so many tokens of a response only; None: all.
-  prefix: int | None = None
-  max_new_tokens: int = 256  # of a response, EOS included
-  temperature: float = 1.0  # 0 is greedy
-  top_k: int = 0  # 0: off
-  top_p: float = 1.0  # 1: off
+  prefix: Count | None = None
+  max_new_tokens: Length = 256  # of a response, EOS included
+  temperature: NotNegative = 1.0  # 0 is greedy
+  top_k: Natural = 0  # 0: off
+  top_p: Mass = 1.0  # 1: off
   ends: Ends | None = None  # by `for_tokenizer`
 
   def __post_init__(self):
-    _check_ranges(
-      self,
-      'config.rollout',
-      share=(0, 1),
-      begin=(0, 1),
-      end=(0, 1),
-      every=(1, np.inf),
-      prefix=(1, np.inf),
-      max_new_tokens=(1, np.inf),
-    )
     if self.begin >= self.end:
       raise UserError(
         f'config.rollout: nothing is written from begin={self.begin} to '
         f'end={self.end}; raise end'
       )
-    self._sampler()
 
   @property
   def room(self):
@@ -258,30 +253,17 @@ class Speculative(Student):
   needs_teacher = True
   one_tokenizer = True
 
-  gamma: int = 5  # tokens that the teacher reads at a time
-  accept: str = 'rank'  # rank, probability, mixture
-  k: int = 25  # rank: among the teacher's k most likely
-  alpha: float = 0.05  # probability: at least that likely to the teacher
-  g: float = 0.5  # mixture: the share of the teacher
-  teacher_temperature: float = 1.0
-  teacher_top_k: int = 0
-  teacher_top_p: float = 1.0
+  gamma: Count = 5  # tokens that the teacher reads at a time
+  accept: Literal['rank', 'probability', 'mixture'] = 'rank'
+  k: Count = 25  # rank: among the teacher's k most likely
+  alpha: Share = 0.05  # probability: at least that likely to the teacher
+  g: Share = 0.5  # mixture: the share of the teacher
+  teacher_temperature: NotNegative = 1.0
+  teacher_top_k: Natural = 0
+  teacher_top_p: Mass = 1.0
 
   def __post_init__(self):
     super().__post_init__()
-    _check_ranges(
-      self,
-      'config.rollout',
-      gamma=(1, np.inf),
-      k=(1, np.inf),
-      alpha=(0, 1),
-      g=(0, 1),
-    )
-    if self.accept not in ('rank', 'probability', 'mixture'):
-      raise UserError(
-        f'config.rollout: no rule accept={self.accept!r}; known are rank, '
-        'probability, mixture'
-      )
     if self.accept == 'mixture' and not (
       self.temperature and self.teacher_temperature
     ):
@@ -290,7 +272,6 @@ class Speculative(Student):
         'draw, and at temperature=0 or teacher_temperature=0 nothing is drawn; '
         'set top_k=1 or teacher_top_k=1 instead'
       )
-    self._drafting()
 
   def decode(self, models, params, prompt_BT, length_B, key_B, mesh):
     both = [models.student(params), models.teacher()]
@@ -345,18 +326,8 @@ WRITERS = {
 
 def make(writer, **settings):
   """The writer of a config; one line for what is misspelt."""
-  if writer not in WRITERS:
-    raise UserError(
-      f'config.rollout: no writer {writer!r}; known are {", ".join(WRITERS)}'
-    )
+  settings_lib.check('config.rollout.writer', writer, Literal[*WRITERS])
   known = settings_lib.types_of(WRITERS[writer], 'ends')
-  where = f'config.rollout: writer {writer!r}'
-  return WRITERS[writer](**settings_lib.checked(where, settings, known))
-
-
-def _check_ranges(settings, where, **ranges):
-  for name, (low, high) in ranges.items():
-    value = getattr(settings, name)
-    if value is not None and not low <= value <= high:
-      expected = f'{low} or more' if high == np.inf else f'{low} to {high}'
-      raise UserError(f'{where}: {name}={value}; expected {expected}')
+  owner = f'writer {writer!r}'
+  settings = settings_lib.checked('config.rollout.', settings, known, owner)
+  return WRITERS[writer](**settings)

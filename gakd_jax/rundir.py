@@ -5,12 +5,68 @@ best/ (a Hugging Face directory), answers/, rollouts.jsonl where the student
 writes, results.json once it has finished, report.html.
 """
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, NotRequired
 
-from gakd_jax import UserError, log
+from gakd_jax import UserError, json_file, json_lines, log
+from gakd_jax import settings as settings_lib
+from gakd_jax.settings import Measured, Only
 
 STAGE = 'stage:'
+
+_RESULTS = {
+  'best': Mapping,
+  'last': Mapping,
+  'step': NotRequired[int | None],
+  'seed': NotRequired[int | None],
+  'recipe': NotRequired[str | None],
+  'template': NotRequired[str | None],
+  'is_teacher': NotRequired[bool],
+  'peak_memory_gb': NotRequired[Measured | None],
+  'averages': NotRequired[Mapping],
+}
+_NUMBER = {
+  'mean': Measured | None,
+  'std': NotRequired[Measured | None],
+  'by_length': NotRequired[Mapping],
+}
+
+
+def _is_pieces(pieces):
+  """Whether a list is of [text, whether it is the teacher's]."""
+  return all(
+    isinstance(x, list) and [*map(type, x)] == [str, bool] for x in pieces
+  )
+
+
+_ROLLOUT = {
+  'step': int,
+  'index': int,
+  'instruction': str,
+  'input': str,
+  'pieces': Annotated[list, Only('of texts and their writers', _is_pieces)],
+  'tokens': int,
+  'finished': bool,
+}
+_ANSWER = {
+  'instruction': str,
+  'answer': str,
+  'step': NotRequired[int],
+  'index': NotRequired[int],
+  'input': NotRequired[str],
+  'references': NotRequired[tuple[str, ...]],
+  'scores': NotRequired[Mapping],
+  'rouge_l': NotRequired[Measured | None],
+  'tokens': NotRequired[int],
+  'ids': NotRequired[
+    Annotated[list, Only('of ids', lambda x: {*map(type, x)} <= {int})]
+  ],
+}
+_COMPARISON = dict.fromkeys(('set', 'metric', 'a', 'b'), str) | dict.fromkeys(
+  ('difference', 'low', 'high', 'p'), Measured
+)
+_SPEED = dict.fromkeys(('tokens_per_second', 'seconds', 'padding'), float)
 
 
 def resolve_stages(config, root):
@@ -101,21 +157,91 @@ def read_results(workdir):
   """
   path = Path(workdir) / 'results.json'
   try:
-    results = json.loads(path.read_text('utf-8'))
+    results = json_file.read(path)
+    settings_lib.check_row('', results, _RESULTS)
+    for name, sets in results.get('averages', {}).items():
+      settings_lib.check(f'averages.{name}', sets, tuple[str, ...])
     for when in ('best', 'last'):
-      results[when]['evaluators'].items()
-  except (ValueError, LookupError, TypeError, AttributeError) as error:
+      where = f'{when}.evaluators'
+      _check_evaluators(where, results[when].get('evaluators'))
+  except UserError as error:
     raise UserError(
       f'{path}: of an earlier version, or none of ours; delete it, and the run '
-      'or evaluation makes it anew, or use another --workdir'
+      f'or evaluation makes it anew, or use another --workdir ({error})'
     ) from error
   return results
 
 
+def _check_evaluators(where, evaluators):
+  settings_lib.check(where, evaluators, Mapping)
+  for name, found in evaluators.items():
+    where_one = f'{where}.{name}'
+    settings_lib.check(where_one, found, Mapping)
+    settings_lib.check(f'{where_one}.metrics', found.get('metrics'), Mapping)
+    for metric, value in found['metrics'].items():
+      _check_number(f'{where_one}.metrics.{metric}', value)
+
+
+def _check_number(where, value):
+  settings_lib.check(where, value, Mapping)
+  settings_lib.check_row(f'{where}.', value, _NUMBER)
+  for bucket, part in value.get('by_length', {}).items():
+    _check_number(f'{where}.by_length.{bucket}', part)
+
+
+def read_config(workdir):
+  """The config of a run as JSON; {} where it says nothing of it.
+
+  Raises:
+    UserError: for what is no config.json of a run.
+  """
+  path = Path(workdir) / 'config.json'
+  if not path.exists():
+    return {}
+  config = json_file.read(path).get('config')
+  settings_lib.check(f'{path}: config', config, Mapping)
+  return config
+
+
 def read_rollouts(workdir):
   """The lines of rollouts.jsonl; [] if there are none."""
-  path = Path(workdir) / 'rollouts.jsonl'
+  return json_lines.read(Path(workdir) / 'rollouts.jsonl', _ROLLOUT)
+
+
+def read_answers(path):
+  """The lines of a file of answers/.
+
+  Raises:
+    UserError: naming the line that is none.
+  """
+  lines = json_lines.read(path, _ANSWER)
+  if not lines:
+    raise UserError(f'{path}: empty, or not there; move it away')
+  for i, line in enumerate(lines, 1):
+    for metric, score in line.get('scores', {}).items():
+      settings_lib.check(f'{path}:{i}: scores.{metric}', score, Measured | None)
+  return lines
+
+
+def read_comparisons(folder):
+  """What an evaluation wrote of models against each other; [] if nothing."""
+  path = Path(folder) / 'comparisons.json'
   if not path.exists():
     return []
-  # Not splitlines: a text may hold other ends of lines.
-  return [json.loads(x) for x in path.read_text('utf-8').split('\n')[:-1]]
+  found = json_file.read(path, kind=list)
+  for i, comparison in enumerate(found):
+    settings_lib.check(f'{path}: {i}', comparison, Mapping)
+    settings_lib.check_row(f'{path}: {i}: ', comparison, _COMPARISON)
+  return found
+
+
+def read_speed(workdir):
+  """{answers: how fast they were decoded}; {} if there are none."""
+  path = Path(workdir) / 'speed.json'
+  if not path.exists():
+    return {}
+  found = json_file.read(path)
+  for name, speed in found.items():
+    settings_lib.check(f'{path}: {name}', speed, Mapping)
+    settings_lib.check_row(f'{path}: {name}: ', speed, _SPEED)
+  return found

@@ -8,7 +8,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from gakd_jax import UserError
+from gakd_jax import settings
+from gakd_jax.settings import Count, Mass, Natural, NotNegative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,26 +20,14 @@ class Sampler:
   model's generation_config.json: what is not asked for is off.
   """
 
-  temperature: float = 1.0  # 0 is greedy
-  top_k: int = 0  # draw from the k most likely tokens; 0 is off
-  top_p: float = 1.0  # draw from the most likely mass p; 1 is off
-  no_repeat_ngram: int = 0  # no n tokens in a row occur twice; 0 is off
-  valid_vocab: int | None = None  # ids from here on are never drawn
+  temperature: NotNegative = 1.0  # 0 is greedy
+  top_k: Natural = 0  # draw from the k most likely tokens; 0 is off
+  top_p: Mass = 1.0  # draw from the most likely mass p; 1 is off
+  no_repeat_ngram: Natural = 0  # no n tokens in a row occur twice; 0 is off
+  valid_vocab: Count | None = None  # ids from here on are never drawn
 
   def __post_init__(self):
-    wrong = [
-      f'{name}={getattr(self, name)} (expected {expected})'
-      for name, good, expected in (
-        ('temperature', self.temperature >= 0, '0 for greedy, or more'),
-        ('top_k', self.top_k >= 0, '0 for off, or more'),
-        ('top_p', 0 <= self.top_p <= 1, '0 to 1; 1 is off'),
-        ('no_repeat_ngram', self.no_repeat_ngram >= 0, '0 for off, or more'),
-        ('valid_vocab', self.valid_vocab != 0, 'None, or at least 1'),
-      )
-      if not good
-    ]
-    if wrong:
-      raise UserError(f'sampling: {"; ".join(wrong)}')
+    settings.check_row('sampling: ', vars(self), settings.types_of(Sampler))
 
   def valid(self, logits_BV):
     """Logits in fp32, -inf for what is no token."""

@@ -180,13 +180,8 @@ def make(names, workdir, config, resume_step):
 
 
 def check(names):
-  """Refuses trackers that there are not, or whose package is not installed."""
+  """Refuses trackers whose package is not installed."""
   for name in names:
-    if name not in TRACKERS:
-      raise UserError(
-        f'config.report.trackers: no tracker {name!r}; known are '
-        f'{", ".join(TRACKERS)}'
-      )
     package = TRACKERS[name].package
     found = importlib.util.find_spec(package)
     # A folder of that name, as wandb makes one, is no package.

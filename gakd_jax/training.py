@@ -4,12 +4,11 @@
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
 
-from gakd_jax import UserError, keys, optim, sharding, step
+from gakd_jax import keys, optim, sharding, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,20 +18,6 @@ class Training:
   step: Callable  # (state, models, batch) -> state, metrics; jitted
   state: step.TrainState  # as shapes with their places: to restore into
   init: Callable  # () -> the state at step 0
-
-
-def check(config):
-  """Refuses settings of `config.train` that no step can be made with."""
-  if config.max_skipped < 1:
-    raise UserError(
-      f'config.train.max_skipped={config.max_skipped}: expected 1 or more steps'
-    )
-  spikes = config.skip_spikes
-  if spikes is not None and not 0 < spikes < math.inf:
-    raise UserError(
-      f'config.train.skip_spikes={spikes}: expected a positive number of '
-      'standard deviations, or None'
-    )
 
 
 def optimizer(config, total_steps):
@@ -47,10 +32,6 @@ def optimizer(config, total_steps):
     end=settings.pop('end'),
   )
   extra = settings.pop('extra_learning_rate', None)
-  if extra is not None and not extra > 0:
-    raise UserError(
-      f'config.optimizer.extra_learning_rate={extra} must be positive, or None'
-    )
   extra_rate = 1.0 if extra is None else extra / rate
   return optim.make(schedule, extra_rate=extra_rate, **settings), schedule
 

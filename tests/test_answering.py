@@ -240,8 +240,8 @@ def test_a_file_of_somebody_else_is_not_written_to(subject, tmp_path):
   ('settings', 'message'),
   [
     ({'samples': 2, 'temperature': 0.0}, 'would all be the same'),
-    ({'samples': 0}, 'expected 1 to 256'),
-    ({'samples': 257}, 'expected 1 to 256'),
+    ({'samples': 0}, r'samples=0: .* \(1 to 256\)'),
+    ({'samples': 257}, r'samples=257: .* \(1 to 256\)'),
     ({'max_new_tokens': 0}, 'max_new_tokens=0'),
     ({'top_p': 1.5}, 'top_p=1.5'),
     ({'gamma': 5}, "writer 'teacher' has no setting 'gamma'; known are"),

@@ -18,12 +18,12 @@ from gakd_jax import (
   Interrupted,
   UserError,
   chosen,
+  fields,
   log,
   loop,
   skip_log,
   skips,
   train,
-  training,
 )
 from gakd_jax.evals import evaluator as evaluator_lib
 from gakd_jax.evals import loss as loss_lib
@@ -279,7 +279,7 @@ def test_settings_by_which_nothing_could_be_skipped_are_refused(setting, value):
   c = base.get_config()
   c.train[setting] = value
   with pytest.raises(UserError, match=f'^config.train.{setting}={value}: exp'):
-    training.check(c.train)
+    fields.check(c)
 
 
 def test_the_page_has_a_figure_of_whether_and_none_of_why():

@@ -68,7 +68,7 @@ def test_settings_that_stand_elsewhere_are_refused(config, key, place):
 def test_wrong_settings_are_refused(config):
   config.attention = 'flash'
   with pytest.raises(
-    UserError, match='known are auto, chunked, xla, cudnn, splash'
+    UserError, match='expected one of auto, chunked, xla, cudnn, splash'
   ):
     run_of(config)
   config.attention = 'auto'

@@ -126,6 +126,7 @@ def test_a_data_set_is_answered(tiny_model_dir, tmp_path):
       'would all be the same',
     ),
     (['--prompt=Hi', '--samples=2'], '--samples is of --dataset'),
+    (['--prompt=Hi', '--top_p=0'], '--top_p=0.0: expected a number (more'),
   ],
 )
 def test_flags_that_do_not_go_together(arguments, message):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from gakd_jax import UserError, optim
+from gakd_jax import optim
 
 
 def _rates(steps, *args, **kwargs):
@@ -163,23 +163,3 @@ def test_a_methods_own_parameters_have_a_rate_of_their_own():
   updates, _ = optimizer.update(params, optimizer.init(params), params)
   np.testing.assert_allclose(updates['student']['w'], -0.15, rtol=1e-5)
   np.testing.assert_allclose(updates['extra']['w'], -3.0, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-  ('make', 'message'),
-  [
-    (
-      lambda: optim.make_schedule(0.1, 9, schedule='cosin'),
-      "config.optimizer: no schedule 'cosin'; known are constant, cosine, "
-      'linear',
-    ),
-    (
-      lambda: optim.make(lambda _: 0.1, name='adam'),
-      "config.optimizer: no optimizer 'adam'; known are adamw, rmsprop",
-    ),
-  ],
-)
-def test_unknown_names_are_refused_with_those_that_exist(make, message):
-  with pytest.raises(UserError) as error:
-    make()
-  assert str(error.value) == message

@@ -61,7 +61,9 @@ def test_what_is_no_run_is_said(tmp_path, tool):
 
 
 def test_comparisons_are_of_the_runs_shown(tmp_path, tool):
-  pairs = [{'a': 'x', 'b': 'y'}, {'a': 'x', 'b': 'z'}]
+  numbers = dict.fromkeys(('difference', 'low', 'high', 'p'), 0.5)
+  of = {'set': 'dolly', 'metric': 'rouge_l'} | numbers
+  pairs = [of | {'a': 'x', 'b': 'y'}, of | {'a': 'x', 'b': 'z'}]
   (tmp_path / 'comparisons.json').write_text(json.dumps(pairs))
   runs = {'x': tmp_path, 'y': tmp_path}
   assert tool.find_comparisons([tmp_path, tmp_path / 'x'], runs) == pairs[:1]

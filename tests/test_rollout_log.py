@@ -154,7 +154,9 @@ def test_without_writer_or_prompts_there_is_no_file(run, part):
 
 
 def test_other_ends_of_lines_end_no_line(tmp_path):
-  lines = [{'pieces': [['a\u2028b\u0085c', True]]}, {'step': 2}]
+  line = {'step': 1, 'index': 0, 'instruction': '', 'input': ''}
+  line |= {'tokens': 3, 'finished': True}
+  lines = [line | {'pieces': [[x, True]]} for x in ('a\u2028b\u0085c', 'd')]
   text = ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in lines)
   (tmp_path / 'rollouts.jsonl').write_text(text, encoding='utf-8')
   assert rundir.read_rollouts(tmp_path) == lines

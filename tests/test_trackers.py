@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs import base
-from gakd_jax import UserError, build, log, trackers
+from gakd_jax import UserError, fields, log, trackers
 
 ROOT = Path(__file__).parents[1]
 
@@ -183,16 +183,18 @@ def test_a_tracker_that_is_not_there_is_said_before_anything_is_read(
   c.report.trackers = ('tensorboard', 'wandb')
   monkeypatch.setitem(sys.modules, 'wandb', None)
   with pytest.raises(UserError, match='wandb needs a package; pip install'):
-    build.check_settings(c)
+    fields.check(c)
   monkeypatch.undo()
   (tmp_path / 'wandb_').mkdir()  # As wandb leaves a folder of its name.
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.setattr(trackers.Wandb, 'package', 'wandb_')
   with pytest.raises(UserError, match='wandb needs a package; pip install'):
-    build.check_settings(c)
+    fields.check(c)
   c.report.trackers = ('clearml',)
-  with pytest.raises(UserError, match=r"no tracker 'clearml'; known are tens"):
-    build.check_settings(c)
+  with pytest.raises(
+    UserError, match=r'trackers=.*: expected a tuple, each one of tens'
+  ):
+    fields.check(c)
 
 
 @pytest.mark.slow

@@ -470,8 +470,8 @@ def test_patience_ends_a_run_wherever_it_is_interrupted(
     ('loss/cee', None, "='loss/cee' is not measured; known are gener"),
     ('lost/ce', None, 'generation/unfinished, loss/ce, loss/ece, '),
     ('loss/rouge_l', None, 'is not measured'),
-    (None, 2, 'patience=2: expected 1 or more, and a config.checkpoint.best_m'),
-    ('loss/ce', 0, 'patience=0: expected 1 or more'),
+    (None, 2, 'patience=2: it takes a config.checkpoint.best_metric'),
+    ('loss/ce', 0, 'patience=0: expected a whole number (1 or more)'),
   ],
 )
 def test_what_nothing_can_be_chosen_by_is_refused_at_once(
@@ -487,11 +487,13 @@ def test_what_nothing_can_be_chosen_by_is_refused_at_once(
 def test_answers_of_another_step_are_not_kept(tmp_path):
   """As after a later evaluation than the one that is gone on from."""
   for name, step in (('a', 4), ('b', 6)):
-    answers.write(tmp_path / 'last', name, 0, [{'step': step}, {'step': step}])
-    answers.write(tmp_path, name, 0, [{'step': 2}])
+    line = {'instruction': 'q', 'answer': 'a'}
+    answers.write(tmp_path / 'last', name, 0, [line | {'step': step}] * 2)
+    answers.write(tmp_path, name, 0, [line | {'step': 2}])
   answers.keep(tmp_path / 'last', tmp_path, 4)
-  assert answers.read(tmp_path, 'a', 0) == [{'step': 4}] * 2
-  assert answers.read(tmp_path, 'b', 0) == [{'step': 2}]
+  for name, steps in (('a', [4, 4]), ('b', [2])):
+    lines = rundir.read_answers(answers.path_of(tmp_path, name, 0))
+    assert [line['step'] for line in lines] == steps
 
 
 def test_results_and_answers_are_of_the_step_that_is_exported(

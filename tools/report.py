@@ -8,7 +8,6 @@ goes to report.html in RUN, or, of several, where one stands; table.md and
 table.tex go beside it.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -54,8 +53,7 @@ def find_comparisons(paths, runs):
   """What evaluations wrote into comparisons.json about these runs."""
   found = []
   for path in map(Path, paths):
-    file = path / 'comparisons.json'
-    found += json.loads(file.read_text()) if file.exists() else []
+    found += rundir.read_comparisons(path)
   return [c for c in found if c['a'] in runs and c['b'] in runs]
 
 

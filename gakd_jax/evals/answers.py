@@ -1,8 +1,6 @@
 """<workdir>/answers/<set>-<seed>.jsonl: a line for each row of a set."""
 
-import json
-
-from gakd_jax import UserError, hosts, log
+from gakd_jax import UserError, hosts, log, rundir
 
 
 def path_of(workdir, name, seed):
@@ -38,21 +36,27 @@ def keep(source, workdir, step):
 
   def do():
     for path in sorted((source / 'answers').glob('*.jsonl')):
-      text = path.read_text('utf-8')
-      if json.loads(text.partition('\n')[0])['step'] == step:
+      if rundir.read_answers(path)[0].get('step') == step:
+        text = path.read_text('utf-8')
         log.write_atomically(workdir / 'answers' / path.name, text)
 
   hosts.only_first(do)
 
 
-def read(workdir, name, seed):
-  """The lines of the file.
+def read(workdir, evaluator, seed):
+  """The lines of the file, one for each of an evaluator's rows.
 
   Raises:
-    UserError: if it is not there.
+    UserError: if it is not there, or no such file.
   """
+  name = evaluator.name
   path = path_of(workdir, name, seed)
   if not path.exists():
     raise UserError(f'{path} is not there: {name!r} was not evaluated')
-  # Not splitlines: an answer may hold other ends of lines.
-  return [json.loads(x) for x in path.read_text('utf-8').split('\n')[:-1]]
+  lines = rundir.read_answers(path)
+  n = len(evaluator.rows)
+  if len(lines) != n:
+    raise UserError(
+      f'{path}: has {len(lines)} answers to {n} rows; move it away'
+    )
+  return lines

@@ -12,6 +12,7 @@ from typing import ClassVar
 from gakd_jax import UserError, hosts
 from gakd_jax.evals import answers, statistics
 from gakd_jax.evals.generation import Generation
+from gakd_jax.settings import Count, Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +21,8 @@ class Comet:
 
   name: str
   of: Generation  # whose answers; a row's `input` is the text to translate
-  model: str = 'Unbabel/wmt22-comet-da'  # or the file of a checkpoint
-  batch_size: int = 16
+  model: Text = 'Unbabel/wmt22-comet-da'  # or the file of a checkpoint
+  batch_size: Count = 16
 
   def __post_init__(self):
     _package()
@@ -45,7 +46,7 @@ class Comet:
     for seed in self.of.seeds:
       texts = [
         {'src': x['input'], 'mt': x['answer'], 'ref': x['references'][0]}
-        for x in answers.read(subject.workdir, self.of.name, seed)
+        for x in answers.read(subject.workdir, self.of, seed)
       ]
       output = model.predict(texts, batch_size=self.batch_size, gpus=0)
       means[seed] = 100 * output.system_score

@@ -12,7 +12,9 @@ here, and its line in `_KINDS`.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from jax.sharding import Mesh
 
@@ -29,6 +31,7 @@ from gakd_jax.evals import (
   tasks,
 )
 from gakd_jax.models import pair
+from gakd_jax.settings import Count, DataSpec, Name, Natural, Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,36 +131,38 @@ def check(config):
   Raises:
     UserError: for a kind or a setting that there is not.
   """
+  settings_lib.check('config.evals', config, Mapping)
   return {name: _checked(name, line) for name, line in config.items()}
 
 
 def kind_of(name, line):
   """The class of a line of `config.evals`."""
-  kind = line.get('kind', name)
-  if kind not in _KINDS:
-    raise UserError(
-      f'config.evals: no evaluator {kind!r}; known are {", ".join(_KINDS)}'
-    )
-  return _KINDS[kind]
+  return _KINDS[line.get('kind', name)]
+
+
+def settings_of(kind):
+  """{setting: type} of a line of `config.evals`."""
+  known = settings_lib.types_of(_KINDS[kind], 'name', 'about')
+  if known.pop('rows', None):
+    known |= {'data': DataSpec | None, 'limit': Count | None}
+  if 'of' in known:
+    known |= {'of': Text}
+  return known | {'kind': Text, 'every': Natural}
 
 
 def _checked(name, line):
+  where = f'config.evals.{name}'
+  settings_lib.check('a name in config.evals', name, Name)
+  settings_lib.check(where, line, Mapping)
   kind = line.get('kind', name)
-  known = {'kind': str, 'every': int}
-  known |= settings_lib.types_of(kind_of(name, line), 'name', 'about')
-  if known.pop('rows', None):
-    known |= {'data': object, 'limit': int | None}
-  where = f'config.evals.{name}: {kind}'
-  settings = {'kind': kind} | settings_lib.checked(where, line, known)
+  settings_lib.check(f'{where}: kind', kind, Literal[*_KINDS])
+  known = settings_of(kind)
+  settings = settings_lib.checked(f'{where}.', line, known, kind)
   if 'of' in known and 'of' not in settings:
     raise UserError(
-      f'config.evals.{name}: `of` is missing: name the evaluator whose answers '
-      'it reads'
+      f'{where}: `of` is missing: name the evaluator whose answers it reads'
     )
-  limit = settings.get('limit')
-  if limit is not None and limit < 1:
-    raise UserError(f'config.evals.{name}: limit={limit}; expected 1 or more')
-  return settings
+  return settings | {'kind': kind}
 
 
 def make(config, default_data, prompters, on_bad_row='skip', thinking='refuse'):

@@ -18,6 +18,7 @@ from gakd_jax import UserError, hosts
 from gakd_jax.evals import answers, extract, loss, scores, tasks
 from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.evals.generation import Generation
+from gakd_jax.settings import Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Fidelity:
 
   name: str
   of: Generation  # the answers to compare; it is evaluated before
-  batch_size: int = 16
+  batch_size: Count = 16
 
   def metrics(self, has_teacher):
     """While training, when no answers of the teacher are there."""
@@ -77,9 +78,7 @@ class Fidelity:
   def _answers(self, workdir):
     """The lines of all prompts, for each seed."""
     return hosts.of_first(
-      lambda: [
-        answers.read(workdir, self.of.name, seed) for seed in self.of.seeds
-      ]
+      lambda: [answers.read(workdir, self.of, seed) for seed in self.of.seeds]
     )
 
   def _ids(self, lines):

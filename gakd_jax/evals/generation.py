@@ -13,10 +13,9 @@ goes on to EOS or `max_new_tokens`, as what the text is is not known before.
 import bisect
 import contextlib
 import dataclasses
-import json
 import statistics
 import time
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import numpy as np
@@ -27,7 +26,9 @@ from gakd_jax import (
   log,
   partial,
   results,
+  rundir,
   sampling,
+  settings,
 )
 from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
@@ -35,6 +36,15 @@ from gakd_jax.evals import answers as answers_lib
 from gakd_jax.evals import encoded, scores, tasks
 from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.models import decoding
+from gakd_jax.settings import (
+  Count,
+  Length,
+  Mass,
+  Natural,
+  NotNegative,
+  Seeds,
+  Text,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,26 +53,20 @@ class Generation:
 
   name: str
   rows: tuple
-  task: str = 'instruct'  # what makes an answer good, see `tasks`
-  max_new_tokens: int = 256
-  stop: tuple[str, ...] | None = None  # its ends; None: those of the task
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
-  no_repeat_ngram: int = 6
-  seeds: tuple[int, ...] = (10, 20, 30, 40, 50)
-  batch_size: int = 32
+  # What makes an answer good, see `tasks`.
+  task: Literal[*tasks.TASKS] = 'instruct'
+  max_new_tokens: Length = 256
+  stop: tuple[Text, ...] | None = None  # its ends; None: those of the task
+  temperature: NotNegative = 1.0
+  top_k: Natural = 0
+  top_p: Mass = 1.0
+  no_repeat_ngram: Natural = 6
+  seeds: Seeds = (10, 20, 30, 40, 50)
+  batch_size: Count = 32
   first_reference: bool = False  # scored against it alone, not the best of all
   about: dict = dataclasses.field(default_factory=dict)  # see `evaluator`
 
   def __post_init__(self):
-    if isinstance(self.stop, str) or not all(
-      x and isinstance(x, str) for x in self.stop or ()
-    ):
-      raise UserError(
-        f'config.evals.{self.name}: stop={self.stop!r} is no tuple of texts '
-        r"such as ('\n\n',)"
-      )
     if tasks.get(self.task).rule:  # Bad rows come up before any work.
       for row in self.rows:
         tasks.gold(self.task, row)
@@ -230,7 +234,7 @@ class Generation:
         },
         subject.force,
       )
-      answers = {line.pop('index'): line for line in kept.read()}
+      answers = kept.read(_taken)
       if answers:
         progress.advance(len(answers))
 
@@ -307,9 +311,17 @@ class Generation:
     return settings | {'stop': self._stops()}
 
 
+_KEPT = {'index': Natural, 'answer': str, 'tokens': Natural, 'ids': list}
+
+
+def _taken(line):
+  """What is made of a line that was kept: an index, and its answer."""
+  settings.check_row('', line, _KEPT)
+  return line.pop('index'), line
+
+
 def _record_speed(workdir, name, speed):
   """Adds to speed.json: no result, as it is never twice the same."""
   if jax.process_index() == 0:  # Nobody reads it in the run.
-    file = workdir / 'speed.json'
-    known = json.loads(file.read_text()) if file.exists() else {}
-    log.write_atomically(file, log.to_json(known | {name: speed}, indent=2))
+    text = log.to_json(rundir.read_speed(workdir) | {name: speed}, indent=2)
+    log.write_atomically(workdir / 'speed.json', text)

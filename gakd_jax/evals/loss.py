@@ -25,6 +25,7 @@ from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import encoded
 from gakd_jax.objectives import divergences, head
+from gakd_jax.settings import Count
 
 METRICS = ('ce', 'ece', 'forward_kl', 'reverse_kl', 'jsd', 'agreement')
 _BINS = 15
@@ -36,7 +37,7 @@ class Loss:
 
   name: str
   rows: tuple
-  batch_size: int = 16
+  batch_size: Count = 16
   about: dict = dataclasses.field(default_factory=dict)  # see `evaluator`
 
   def metrics(self, has_teacher):

@@ -12,18 +12,19 @@ import dataclasses
 import functools
 import math
 import statistics
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
-from gakd_jax import UserError, sharding, stopping
+from gakd_jax import sharding, stopping
 from gakd_jax.data import pipeline
 from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers, encoded, extract, tasks
 from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.objectives import head
+from gakd_jax.settings import Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,22 +37,12 @@ class MultipleChoice:
   rows: tuple
   # What is scored: 'text' of the options, or their 'label' as a tuned model
   # answers, "the correct answer is answer1".
-  candidates: str = 'text'
-  normalise: str = 'tokens'
-  batch_size: int = 32
+  candidates: Literal['text', 'label'] = 'text'
+  normalise: Literal['tokens', 'bytes', 'none'] = 'tokens'
+  batch_size: Count = 32
   about: dict = dataclasses.field(default_factory=dict)  # see `evaluator`
 
   def __post_init__(self):
-    for setting, known in (
-      ('candidates', ('text', 'label')),
-      ('normalise', ('tokens', 'bytes', 'none')),
-    ):
-      value = getattr(self, setting)
-      if value not in known:
-        raise UserError(
-          f'config.evals.{self.name}: {setting}={value!r}; known are '
-          f'{", ".join(map(repr, known))}'
-        )
     for row in self.rows:  # Bad ones come up before any work.
       tasks.gold('choice', row)
 

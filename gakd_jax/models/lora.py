@@ -14,40 +14,25 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gakd_jax import UserError, keys
+from gakd_jax import settings as settings_lib
 from gakd_jax.models import convert, layers
+from gakd_jax.settings import BelowOne, Count, Positive, Regex
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-  rank: int = 16
-  alpha: float = 32.0
-  dropout: float = 0.0  # of what the adapter reads, in training
+  rank: Count = 16
+  alpha: Positive = 32.0
+  dropout: BelowOne = 0.0  # of what the adapter reads, in training
   # Regex of projections: attention/{query,key,value,out}, mlp/{gate,up,down}.
-  targets: str = '.*'
-
-  def __post_init__(self):
-    for name, good, expected in (
-      ('rank', self.rank >= 1, '1 or more'),
-      ('alpha', self.alpha > 0, 'positive'),
-      ('dropout', 0 <= self.dropout < 1, '0 or more, and less than 1'),
-    ):
-      if not good:
-        raise UserError(
-          f'config.student.lora: {name}={getattr(self, name)} must be '
-          f'{expected}'
-        )
+  targets: Regex = '.*'
 
 
 def make_config(settings):
   """`LoRAConfig` of `config.student.lora`; one line for what is misspelt."""
-  known = [f.name for f in dataclasses.fields(LoRAConfig)]
-  wrong = sorted(set(settings) - set(known))
-  if wrong:
-    raise UserError(
-      f'config.student.lora: no setting {wrong[0]!r}; known are '
-      f'{", ".join(known)}'
-    )
-  return LoRAConfig(**settings)
+  known = settings_lib.types_of(LoRAConfig)
+  prefix = 'config.student.lora.'
+  return LoRAConfig(**settings_lib.checked(prefix, settings, known, 'LoRA'))
 
 
 class LoRA(nnx.Module):

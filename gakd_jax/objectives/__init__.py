@@ -1,6 +1,7 @@
 """Distillation methods. To add one: a file here, and its line in `make`."""
 
-from gakd_jax import UserError
+from typing import Literal
+
 from gakd_jax import settings as settings_lib
 from gakd_jax.objectives import (
   alm,
@@ -42,12 +43,9 @@ def make(name, *, critic=None, head_chunk=512, **settings):
     'mcw': mcw.MCW,
     'multilevel_ot': multilevel_ot.MultiLevelOT,
   }
-  if name not in methods:
-    raise UserError(
-      f'config.objective: no method {name!r}; known are {", ".join(methods)}'
-    )
+  settings_lib.check('config.objective.name', name, Literal[*methods])
   known = settings_lib.types_of(methods[name], 'head_chunk', 'critic')
-  settings = settings_lib.checked(f'config.objective: {name}', settings, known)
+  settings = settings_lib.checked('config.objective.', settings, known, name)
   if critic and 'critic' in settings_lib.types_of(methods[name]):
     settings['critic'] = critic
   return methods[name](head_chunk=head_chunk, **settings)

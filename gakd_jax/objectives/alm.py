@@ -20,13 +20,14 @@ chunk where both models have one tokenizer.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from gakd_jax import UserError
 from gakd_jax.data import segments
 from gakd_jax.objectives import base, divergences, head, pairs, vocabularies
+from gakd_jax.settings import Counts, Share
 
 _TAU = 100.0
 
@@ -47,28 +48,15 @@ DIFFERENCES = {
 
 @dataclasses.dataclass(frozen=True)
 class ALM(base.Objective):
-  kd: float = 0.5  # weight of all but cross-entropy, 0 to 1
-  difference: str = 'binary_kl'  # f, of `DIFFERENCES`
+  kd: Share = 0.5  # weight of all but cross-entropy, 0 to 1
+  difference: Literal[*DIFFERENCES] = 'binary_kl'  # f, of `DIFFERENCES`
   space: bool = True  # with the probability that a word ends there
-  sizes: tuple[int, ...] = (1,)  # chunks that are joined
+  sizes: Counts = (1,)  # chunks that are joined
   by_tokens: bool = False  # a chunk counts as often as it has tokens
 
   one_tokenizer = False
   align = ('span',)
   more_head_passes = 1, 0  # the student's once more, to go back
-
-  def __post_init__(self):
-    super().__post_init__()
-    self.check_within(0, 1, 'kd')
-    if self.difference not in DIFFERENCES:
-      raise UserError(
-        f'config.objective: no difference {self.difference!r}; known are '
-        f'{", ".join(DIFFERENCES)}'
-      )
-    if not self.sizes or min(self.sizes) < 1:
-      raise UserError(
-        f'config.objective: sizes={self.sizes} must be 1 or more chunks each'
-      )
 
   def constants(self, models):
     return vocabularies.spaces(models) if self.space else {}

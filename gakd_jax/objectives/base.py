@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from gakd_jax import UserError
 from gakd_jax.objectives import divergences, head
+from gakd_jax.settings import Count
 
 
 @struct.dataclass
@@ -42,7 +42,7 @@ class Objective:
   Methods are final, frozen dataclasses of settings, one file each.
   """
 
-  head_chunk: int = 512  # tokens whose logits exist at a time, on each device
+  head_chunk: Count = 512  # tokens whose logits exist at a time, on each device
 
   needs_teacher = True
   one_tokenizer = True  # Whether the teacher's must be the student's.
@@ -59,27 +59,6 @@ class Objective:
   # Whether the critic is updated by every microbatch alone instead of once by
   # the whole batch.
   critic_by_microbatch = False
-
-  def __post_init__(self):
-    if self.head_chunk < 1:
-      raise UserError(
-        f'config.train.head_chunk={self.head_chunk} must be 1 or more tokens'
-      )
-
-  def check_within(self, low, high, *names):
-    """Refuses settings of these names that are not."""
-    for name in names:
-      value = getattr(self, name)
-      if not low <= value <= high:
-        raise UserError(
-          f'config.objective: {name}={value} is not within {low} and {high}'
-        )
-
-  def check_positive(self, *names):
-    for name in names:
-      value = getattr(self, name)
-      if not value > 0:
-        raise UserError(f'config.objective: {name}={value} must be positive')
 
   def updates_critic_first(self, microbatches):
     """Whether the critic sees all microbatches before the student's loss.

@@ -16,16 +16,13 @@ import jax
 
 from gakd_jax import UserError
 from gakd_jax.objectives import base, divergences
+from gakd_jax.settings import Share
 
 
 @dataclasses.dataclass(frozen=True)
 class DistiLLM2(base.Objective):
-  alpha: float = 0.1  # of both skewed divergences
-  beta: float = 0.5  # weight of what the student wrote
-
-  def __post_init__(self):
-    super().__post_init__()
-    self.check_within(0, 1, 'alpha', 'beta')
+  alpha: Share = 0.1  # of both skewed divergences
+  beta: Share = 0.5  # weight of what the student wrote
 
   def check(self, config):
     if config.rollout.writer != 'student':

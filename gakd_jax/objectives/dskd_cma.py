@@ -39,24 +39,19 @@ from gakd_jax.objectives import (
   projectors,
   vocabularies,
 )
+from gakd_jax.settings import Positive, Share
 
 
 @dataclasses.dataclass(frozen=True)
 class DSKD(base.Objective):
-  divergence: str = 'forward_kl'  # D, of `kld.DIVERGENCES`
-  kd: float = 0.5  # weight of all but the student's cross-entropy, 0 to 1
-  temperature: float = 2.0
-  teacher_temperature: float = 1.0  # of t2s, beside the other
+  divergence: kld.Divergence = 'forward_kl'  # D, of `kld.DIVERGENCES`
+  kd: Share = 0.5  # weight of all but the student's cross-entropy, 0 to 1
+  temperature: Positive = 2.0
+  teacher_temperature: Positive = 1.0  # of t2s, beside the other
   attention: bool = True  # False: one tokenizer, position by position
   reference: bool = False  # as the authors ran it
 
   more_head_passes = 2, 2  # t2s and s2t, and back to their inputs
-
-  def __post_init__(self):
-    super().__post_init__()
-    kld.divergence_of(self.divergence)
-    self.check_within(0, 1, 'kd')
-    self.check_positive('temperature', 'teacher_temperature')
 
   @property
   def one_tokenizer(self):

@@ -36,13 +36,14 @@ from gakd_jax.objectives import (
   projectors,
   vocabularies,
 )
+from gakd_jax.settings import Positive, Share
 
 
 @dataclasses.dataclass(frozen=True)
 class DSKDv2(base.Objective):
-  divergence: str = 'forward_kl'  # D, of `kld.DIVERGENCES`
-  kd: float = 0.5  # weight of all but the student's cross-entropy, 0 to 1
-  temperature: float = 2.0
+  divergence: kld.Divergence = 'forward_kl'  # D, of `kld.DIVERGENCES`
+  kd: Share = 0.5  # weight of all but the student's cross-entropy, 0 to 1
+  temperature: Positive = 2.0
   pinv: bool = True  # projectors from heads
   agreement: bool = True  # D only where t2s finds what the teacher does
   reference: bool = False  # divides as the authors do
@@ -50,12 +51,6 @@ class DSKDv2(base.Objective):
   one_tokenizer = False
   align = ('pairs',)
   more_head_passes = 2, 2  # t2s and s2t, and back to their inputs
-
-  def __post_init__(self):
-    super().__post_init__()
-    kld.divergence_of(self.divergence)
-    self.check_within(0, 1, 'kd')
-    self.check_positive('temperature')
 
   def constants(self, models):
     return vocabularies.shared(models)

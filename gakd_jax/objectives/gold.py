@@ -21,41 +21,32 @@ it was read itself. That is off by one, and here for comparison.
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from gakd_jax import UserError
 from gakd_jax.data import segments
 from gakd_jax.models.transformer import Head, Outputs
 from gakd_jax.objectives import base, divergences, head, pairs, vocabularies
+from gakd_jax.settings import Count, Positive, Share
 
 _FLOOR = math.log(1e-8)
 
 
 @dataclasses.dataclass(frozen=True)
 class GOLD(base.Objective):
-  kd: float = 1.0  # weight of all but cross-entropy, 0 to 1
-  beta: float = 0.5  # of the divergence; 0 is forward KL, 1 reverse KL
-  temperature: float = 1.0
+  kd: Share = 1.0  # weight of all but cross-entropy, 0 to 1
+  beta: Share = 0.5  # of the divergence; 0 is forward KL, 1 reverse KL
+  temperature: Positive = 1.0
   hybrid: bool = True  # shared tokens by identity, not by rank
-  top: int = 1024  # probabilities compared one by one, by rank
-  merge: str = 'bayesian'  # or 'observed'
+  top: Count = 1024  # probabilities compared one by one, by rank
+  merge: Literal['bayesian', 'observed'] = 'bayesian'
   reference: bool = False  # averages as TRL does
 
   one_tokenizer = False
   teacher_over_students = True
   align = ('span',)
-
-  def __post_init__(self):
-    super().__post_init__()
-    self.check_within(0, 1, 'kd', 'beta')
-    self.check_positive('temperature', 'top')
-    if self.merge not in ('bayesian', 'observed'):
-      raise UserError(
-        f'config.objective: no merge {self.merge!r}; known are bayesian, '
-        'observed'
-      )
 
   def constants(self, models):
     return vocabularies.shared(models) if self.hybrid else {}

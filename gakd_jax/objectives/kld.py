@@ -13,12 +13,12 @@ Distributions are compared over the token ids that both vocabularies have.
 """
 
 import dataclasses
-import difflib
+from typing import Literal
 
 import jax
 
-from gakd_jax import UserError
 from gakd_jax.objectives import base, divergences
+from gakd_jax.settings import NotNegative, Positive, Share
 
 # name: the function, and its settings.
 DIVERGENCES = {
@@ -33,32 +33,23 @@ DIVERGENCES = {
 }
 
 
+Divergence = Literal[*DIVERGENCES]
+
+
 def divergence_of(name):
   """The function of `divergences`; it has defaults for its settings."""
-  if name not in DIVERGENCES:
-    near = difflib.get_close_matches(name, DIVERGENCES, 1, 0)
-    raise UserError(
-      f'config.objective: no divergence {name!r}; did you mean {near[0]!r}? '
-      f'known are {", ".join(DIVERGENCES)}'
-    )
   return DIVERGENCES[name][0]
 
 
 @dataclasses.dataclass(frozen=True)
 class KLD(base.Objective):
-  divergence: str = 'reverse_kl'
-  kd: float = 0.5  # weight of the divergence, 0 to 1
-  temperature: float = 1.0
+  divergence: Divergence = 'reverse_kl'
+  kd: Share = 0.5  # weight of the divergence, 0 to 1
+  temperature: Positive = 1.0
   scale_by_t2: bool = True
-  beta: float = 0.5  # of jsd; 0 is forward KL, 1 reverse KL
-  alpha: float = 0.1  # of skew_forward and skew_reverse
-  threshold: float = 0.8  # of entropy_gated, nats of the teacher's entropy
-
-  def __post_init__(self):
-    super().__post_init__()
-    divergence_of(self.divergence)
-    self.check_within(0, 1, 'kd', 'beta', 'alpha')
-    self.check_positive('temperature')
+  beta: Share = 0.5  # of jsd; 0 is forward KL, 1 reverse KL
+  alpha: Share = 0.1  # of skew_forward and skew_reverse
+  threshold: NotNegative = 0.8  # of entropy_gated, nats of the teacher
 
   def loss(self, student, teacher, batch, own, key):
     del own, key

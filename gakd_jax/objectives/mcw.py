@@ -37,7 +37,7 @@ A row holds one text: no packing.
 """
 
 import dataclasses
-import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,7 @@ from gakd_jax.objectives import (
   ot,
   projectors,
 )
+from gakd_jax.settings import Count, Natural, NotNegative, Positive
 
 _WEIGHTS = {'logits': (0.2, 0.5, 0.3), 'hidden': (0.3, 0.5, 0.2)}
 _SIGMA, _LEAST = 2.0, 0.01
@@ -61,34 +62,24 @@ _ASCENTS, _RATE = 4, 0.01  # of the reference
 
 @dataclasses.dataclass(frozen=True)
 class MCW(base.Objective):
-  ce: float = 1.0  # weight of cross-entropy
-  kd: float = 0.5  # weight of the terms of DSKD
-  ot_logits: float = 1.0  # weight of transport between logits
-  ot_hidden: float = 1.0  # and between hidden states
-  temperature: float = 2.0  # of DSKD
-  top: int = 300  # logits of a token that are compared
-  solver: str = 'sinkhorn'  # or 'semi_dual'
-  epsilon: float = 0.1  # entropy of the plan
-  iterations: int = 50  # of Sinkhorn
-  update_every: int = 1000  # steps between updates of weights; 0: none
-  potential: int = 256  # width of the potential's network
-  critic_steps: int = 4  # ascents of the potential in one step
-  total_steps: int | None = None  # of the run, which knows it
+  ce: NotNegative = 1.0  # weight of cross-entropy
+  kd: NotNegative = 0.5  # weight of the terms of DSKD
+  ot_logits: NotNegative = 1.0  # weight of transport between logits
+  ot_hidden: NotNegative = 1.0  # and between hidden states
+  temperature: Positive = 2.0  # of DSKD
+  top: Count = 300  # logits of a token that are compared
+  solver: Literal['sinkhorn', 'semi_dual'] = 'sinkhorn'
+  epsilon: Positive = 0.1  # entropy of the plan
+  iterations: Count = 50  # of Sinkhorn
+  update_every: Natural = 1000  # steps between updates of weights; 0: none
+  potential: Count = 256  # width of the potential's network
+  critic_steps: Count = 4  # ascents of the potential in one step
+  total_steps: Natural | None = None  # of the run, which knows it
   reference: bool = False  # as the authors ran it
 
   one_tokenizer = False
   align = ('path',)
   more_head_passes = 5, 3  # of DSKD; the largest logits, and back
-
-  def __post_init__(self):
-    super().__post_init__()
-    self.check_within(0, math.inf, 'ce', 'kd', 'ot_logits', 'ot_hidden')
-    self.check_positive('temperature', 'top', 'epsilon', 'iterations')
-    if self.solver not in ('sinkhorn', 'semi_dual'):
-      raise UserError(
-        f'config.objective: no solver {self.solver!r}; known are sinkhorn, '
-        'semi_dual'
-      )
 
   def check(self, config):
     if config.data.packing:

@@ -21,21 +21,17 @@ import jax
 import jax.numpy as jnp
 
 from gakd_jax.objectives import base, divergences, head, pairs, vocabularies
+from gakd_jax.settings import Positive, Share
 
 
 @dataclasses.dataclass(frozen=True)
 class MinED(base.Objective):
-  kd: float = 0.5  # weight of the divergence, 0 to 1
-  temperature: float = 2.0
+  kd: Share = 0.5  # weight of the divergence, 0 to 1
+  temperature: Positive = 2.0
 
   one_tokenizer = False
   teacher_over_students = True
   align = ('dtw',)
-
-  def __post_init__(self):
-    super().__post_init__()
-    self.check_within(0, 1, 'kd')
-    self.check_positive('temperature')
 
   def constants(self, models):
     return vocabularies.nearest(models)

@@ -25,30 +25,25 @@ A row holds one response: no packing.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
 from gakd_jax import UserError
 from gakd_jax.objectives import base, divergences, head, ot, vocabularies
+from gakd_jax.settings import Count, NotNegative, Positive
 
 
 @dataclasses.dataclass(frozen=True)
 class MultiLevelOT(base.Objective):
-  weight: float = 0.15  # of all but cross-entropy
-  ot: float = 0.1  # weight of transport among these
-  top: int = 50  # ids that are compared
-  temperature: float = 1.0
+  weight: NotNegative = 0.15  # of all but cross-entropy
+  ot: NotNegative = 0.1  # weight of transport among these
+  top: Count = 50  # ids that are compared
+  temperature: Positive = 1.0
   reference: bool = False  # as it was released
 
   one_tokenizer = False
   more_head_passes = 5, 1  # ranks; what is ranked, there and back
-
-  def __post_init__(self):
-    super().__post_init__()
-    self.check_within(0, math.inf, 'weight', 'ot')
-    self.check_positive('top', 'temperature')
 
   def check(self, config):
     if config.data.packing:

@@ -16,23 +16,18 @@ import jax
 import jax.numpy as jnp
 
 from gakd_jax.objectives import base, head, kld, pairs, vocabularies
+from gakd_jax.settings import Positive, Share
 
 
 @dataclasses.dataclass(frozen=True)
 class Overlap(base.Objective):
-  divergence: str = 'forward_kl'  # of `kld.DIVERGENCES`
-  kd: float = 0.5  # weight of the divergence, 0 to 1
-  temperature: float = 1.0
+  divergence: kld.Divergence = 'forward_kl'  # of `kld.DIVERGENCES`
+  kd: Share = 0.5  # weight of the divergence, 0 to 1
+  temperature: Positive = 1.0
 
   one_tokenizer = False
   teacher_over_students = True
   align = ('pairs',)
-
-  def __post_init__(self):
-    super().__post_init__()
-    kld.divergence_of(self.divergence)
-    self.check_within(0, 1, 'kd')
-    self.check_positive('temperature')
 
   def constants(self, models):
     return vocabularies.shared(models)

@@ -14,29 +14,24 @@ The cost of a sort of both vocabularies is saved, see `ranked_distance`.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 
 from gakd_jax.data import segments
 from gakd_jax.objectives import base, divergences, head, pairs
+from gakd_jax.settings import Count, NotNegative, Positive
 
 
 @dataclasses.dataclass(frozen=True)
 class ULD(base.Objective):
-  ce: float = 1.0  # weight of cross-entropy
-  weight: float = 1.5  # weight of the distance
-  temperature: float = 1.0  # of both models in the distance
-  top: int = 1024  # probabilities compared one by one
+  ce: NotNegative = 1.0  # weight of cross-entropy
+  weight: NotNegative = 1.5  # weight of the distance
+  temperature: Positive = 1.0  # of both models in the distance
+  top: Count = 1024  # probabilities compared one by one
   reference: bool = False  # as the first authors ran it
 
   one_tokenizer = False
-
-  def __post_init__(self):
-    super().__post_init__()
-    self.check_within(0, math.inf, 'ce', 'weight')
-    self.check_positive('temperature', 'top')
 
   def count(self, batch):
     documents = segments.is_last(batch.student.response_segments_BT)

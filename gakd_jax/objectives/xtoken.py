@@ -28,24 +28,20 @@ import jax
 import jax.numpy as jnp
 
 from gakd_jax.objectives import base, divergences, head, pairs, vocabularies
+from gakd_jax.settings import Count, Positive, Share
 
 
 @dataclasses.dataclass(frozen=True)
 class XToken(base.Objective):
-  kd: float = 0.5  # weight of all but cross-entropy, 0 to 1
-  temperature: float = 1.0
+  kd: Share = 0.5  # weight of all but cross-entropy, 0 to 1
+  temperature: Positive = 1.0
   hybrid: bool = False  # H-KL
-  decay: float = 0.1  # of the weights of pieces
-  top: int = 1024  # probabilities compared one by one, by rank
+  decay: Share = 0.1  # of the weights of pieces
+  top: Count = 1024  # probabilities compared one by one, by rank
 
   one_tokenizer = False
   align = ('span',)
   more_head_passes = 3, 0  # of spans
-
-  def __post_init__(self):
-    super().__post_init__()
-    self.check_within(0, 1, 'kd', 'decay')
-    self.check_positive('temperature', 'top')
 
   def constants(self, models):
     return vocabularies.projection(models, self.decay)

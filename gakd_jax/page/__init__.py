@@ -1,6 +1,5 @@
 """Runs side by side: what the page about them has, and from where."""
 
-import json
 import math
 import statistics
 from pathlib import Path
@@ -221,8 +220,7 @@ def _speed(directory):
     for row in log.read_metrics(directory)
     if 'train/tokens_per_second' in row
   ]
-  path = directory / 'speed.json'
-  decoded = json.loads(path.read_text()).values() if path.exists() else ()
+  decoded = rundir.read_speed(directory).values()
   memory = rundir.read_results(directory).get('peak_memory_gb')
   if not decoded:
     return _thousands(trained), None, None, None, memory
@@ -244,11 +242,8 @@ def settings(runs):
   """Every setting that was used, by run where runs differ."""
   configs = {}
   for name, directory in runs.items():
-    path = Path(directory) / 'config.json'
-    if path.exists():
-      configs[name] = fingerprint.flatten(
-        json.loads(path.read_text())['config']
-      )
+    if config := rundir.read_config(directory):
+      configs[name] = fingerprint.flatten(config)
   keys = dict.fromkeys(key for config in configs.values() for key in config)
   pairs = []
   for key in keys:

@@ -9,7 +9,7 @@ import json
 import math
 from pathlib import Path
 
-from gakd_jax import log
+from gakd_jax import log, rundir
 
 # As JSON in the page. Beyond it, only the first rows of each set are kept.
 LIMIT_BYTES = 20_000_000
@@ -55,9 +55,7 @@ def collect(runs, limit=LIMIT_BYTES):
 
 def _add(found, model, seed, path):
   seen = collections.Counter()
-  # Not splitlines: an answer may hold other line separators.
-  for number, line in enumerate(path.read_text('utf-8').split('\n')[:-1]):
-    row = json.loads(line)
+  for number, row in enumerate(rundir.read_answers(path)):
     prompt, context = row['instruction'], row.get('input', '')
     # By its text and not by its number: runs may differ in what they left out.
     # A set may ask the same twice.

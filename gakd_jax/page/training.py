@@ -97,6 +97,7 @@ def histogram(rows):
 
   Of the last tenth of the steps, as stairs; None without a critic.
   """
+  rows = [x for x in rows if all(isinstance(x.get(m), list) for m in _SCORES)]
   rows = at_the_end(rows, _SCORES[0])
   if not rows:
     return None

@@ -214,18 +214,17 @@ def test_a_model_that_says_nan_is_wrong(parts, tmp_path, monkeypatch):
     assert [*found['log_probs'].values()] == [-1.0, None, None]
 
 
-@pytest.mark.parametrize('setting', ['candidates', 'normalise'])
-def test_unknown_ways_to_score_options(setting):
-  with pytest.raises(UserError, match=f"{setting}='letters'; known are '"):
-    multiple_choice.MultipleChoice('set', CHOICES, **{setting: 'letters'})
-
-
 def write_answers(path, name, answers_by_seed, ids_of=None):
   for seed, answers in answers_by_seed.items():
     file = path / 'answers' / f'{name}-{seed}.jsonl'
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = [
-      {'answer': x, 'input': 'src', 'references': ['ref', 'other']}
+      {
+        'instruction': '',
+        'answer': x,
+        'input': 'src',
+        'references': ['ref', 'other'],
+      }
       for x in answers
     ]
     if ids_of:
@@ -359,12 +358,16 @@ def test_comet_is_asked_with_source_answer_and_first_reference(
     ({'fidelity': {}}, '`of` is missing'),
     ({'fidelity': {'of': 'dolly'}}, "of='dolly' is no evaluator of kind"),
     ({'loss': {}, 'fidelity': {'of': 'loss'}}, "of='loss' is no evaluator"),
-    ({'x': {'kind': 'lost'}}, "no evaluator 'lost'"),
-    ({'generation': {'task': 'maths'}}, "no task 'maths'"),
-    ({'loss': {'batch_size': 'all'}}, "batch_size='all': expected whole num"),
-    ({'loss': {'limit': 0}}, 'loss: limit=0; expected 1 or more'),
-    ({'loss': {'every': 1.5}}, 'every=1.5: expected whole number'),
-    ({'generation': {'seeds': ('a',)}}, 'seeds=.*: expected whole number'),
+    ({'x': {'kind': 'lost'}}, "kind='lost': did you mean 'loss'"),
+    ({'generation': {'task': 'maths'}}, "task='maths': did you mean 'math'"),
+    ({'loss': {'batch_size': 'all'}}, "batch_size='all': expected a whole num"),
+    *(
+      ({'multiple_choice': {x: 'letters'}}, f"{x}='letters': expected one of")
+      for x in ('candidates', 'normalise')
+    ),
+    ({'loss': {'limit': 0}}, r'loss\.limit=0: expected .* \(1 or more'),
+    ({'loss': {'every': 1.5}}, 'every=1.5: expected a whole number'),
+    ({'generation': {'seeds': ('a',)}}, 'seeds=.*: expected .* a whole number'),
     (
       {'generation': {}, 'fidelity': {'of': 'generation', 'limit': 3}},
       "no setting 'limit'",

@@ -515,13 +515,16 @@ def test_the_trunk_can_come_from_a_model(tiny_model_dir):
 @pytest.mark.parametrize(
   ('settings', 'message'),
   [
-    ({'kind': 'lsgan'}, "no kind 'lsgan'; known are rgan, gan, wgan"),
-    ({'input': 'prob'}, "no input 'prob'; known are log_probs, logits, probs"),
-    ({'pooling': 'max'}, "no pooling 'max'; known are mean, last"),
-    ({'kd': 1.5}, 'kd=1.5 is not within 0 and 1'),
-    ({'g': -0.1}, 'g=-0.1 is not within 0 and inf'),
-    ({'critic_steps': 0}, 'critic_steps=0 is not within 1 and inf'),
-    ({'warmup_steps': -1}, 'warmup_steps=-1 is negative'),
+    ({'kind': 'lsgan'}, "kind='lsgan': .*expected one of rgan, gan, wgan"),
+    ({'input': 'prob'}, "input='prob': .*one of log_probs, logits, probs"),
+    ({'pooling': 'max'}, "pooling='max': expected one of mean, last"),
+    ({'kd': 1.5}, 'kd=1.5: expected a number'),
+    ({'g': -0.1}, 'g=-0.1: expected a number .0 or more'),
+    ({'critic_steps': 0}, 'critic_steps=0: expected a whole number .1 or more'),
+    (
+      {'warmup_steps': -1},
+      'warmup_steps=-1: expected a whole number .0 or more',
+    ),
     (
       {'reference': True, 'input': 'probs'},
       "reference=True has its own input; leave out input='probs'",
