@@ -1,14 +1,11 @@
-import io
 import json
 import os
 import subprocess
 import sys
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-from gakd_jax import UserError, generate, models, sampling
+from gakd_jax import models, sampling
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizers
 from gakd_jax.models import decoding
@@ -17,7 +14,7 @@ from gakd_jax.models import decoding
 def run(*arguments, text=''):
   return subprocess.run(
     [sys.executable, '-m', 'gakd_jax.generate', *arguments],
-    input=text.encode(),
+    input=text.encode(errors='surrogateescape'),
     capture_output=True,
     env=os.environ | {'PYTHONUTF8': '1', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'},
     check=False,
@@ -61,24 +58,20 @@ def test_user_errors_are_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('prompt', 'said'),
+  ('flags', 'typed', 'said'),
   [
-    ('caf\udce9', 'prompt 1: has what is no character of Unicode'),  # Latin-1
-    ('', 'prompt 1: a prompt without a token'),
+    (['--prompt=caf\udce9'], '', 'prompt 1: has what is no character'),
+    (['--prompt='], '', 'prompt 1: a prompt without a token'),
+    ([], 'caf\udce9\n', 'the input is no text: '),  # Latin-1
   ],
 )
-def test_a_prompt_is_text(tiny_model_dir, prompt, said):
-  with flagsaver.flagsaver():
-    flags.FLAGS(['', f'--model={tiny_model_dir()}', '--template=raw'])
-    with pytest.raises(UserError, match=said):
-      [*generate.answers([prompt])]
-
-
-def test_what_is_typed_is_text(monkeypatch):
-  typed = io.TextIOWrapper(io.BytesIO(b'Hi\ncaf\xe9\n'), 'utf-8')
-  monkeypatch.setattr('sys.stdin', typed)
-  with pytest.raises(UserError, match='the input is no text: '):
-    [*generate.typed_lines()]
+def test_a_prompt_is_text(tiny_model_dir, flags, typed, said):
+  result = run(
+    f'--model={tiny_model_dir()}', '--template=raw', *flags, text=typed
+  )
+  assert result.returncode == 2
+  assert result.stderr.decode().startswith(f'error: {said}')
+  assert result.stderr.decode().count('\n') == 1
 
 
 def test_a_data_set_is_answered(tiny_model_dir, tmp_path):

@@ -242,6 +242,10 @@ def test_a_run_is_not_begun_over_something_else(tmp_path, content):
   assert file.read_bytes() == content
 
 
+def repr_of(x):
+  return x.__module__ if callable(x) else str(x)
+
+
 KEPT = {
   'generation': (
     generation._taken,
@@ -259,7 +263,7 @@ KEPT = {
 @pytest.mark.parametrize(
   ('take', 'good', 'bad'),
   [(take, good, bad) for take, good, wrong in KEPT.values() for bad in wrong],
-  ids=str,
+  ids=repr_of,
 )
 def test_what_was_kept_of_another_kind(tmp_path, take, good, bad):
   file = tmp_path / 'a.partial'
