@@ -196,7 +196,7 @@ def _check_parts(config):
       f'config.student.quantize={student.quantize!r} is for a base that is not '
       'trained; set config.student.lora, or quantize to None'
     )
-  if train.steps is not None and train.epochs is not None:
+  if train.steps and train.epochs is not None:
     raise UserError(
       f'config.train: steps={train.steps} and epochs={train.epochs}: set one, '
       'and the other to None'

@@ -358,7 +358,10 @@ def test_a_rollout_holds_no_text_of_logits_and_one_copy_of_the_models(writer):
 @pytest.mark.parametrize(
   ('settings', 'words'),
   [
-    ({'writer': 'studnet'}, ["no writer 'studnet'", 'student, speculative']),
+    (
+      {'writer': 'studnet'},
+      ["writer='studnet': did you mean 'student'?", 'student, speculative'],
+    ),
     ({'writer': 'student', 'gamma': 3}, ["'student' has no setting 'gamma'"]),
     (
       {'writer': 'student', 'max_token': 3},
