@@ -52,7 +52,9 @@ _OPTIMIZER = {
 }
 _SHAPE = {
   name: {int: Count, float: Positive}.get(kind, kind)
-  for name, kind in settings_lib.types_of(transformer.DecoderConfig).items()
+  for name, kind in settings_lib.types_of(
+    transformer.DecoderConfig, 'rope_scaling'
+  ).items()
 } | {'family': Literal[*families.FAMILIES], 'windows': tuple[Natural, ...]}
 FIELDS = {
   'seed': Natural,
