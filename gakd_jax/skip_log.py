@@ -62,18 +62,16 @@ class SkipLog:
     )
     if in_a_row < self._most:
       return
-    taken = last - total
     causes = [x for x in self._causes if x in _ADVICE] or ['']
     advice = '; '.join(_ADVICE.get(x, _USUAL_ADVICE) for x in causes)
+    before = last - in_a_row
+    saved = 'no step was taken'
+    if total < last:
+      saved = f'the student of step {before} is saved'
     raise UserError(
-      f'steps {last - in_a_row + 1} to {last} were all skipped '
+      f'steps {before + 1} to {last} were all skipped '
       f'({_reasons(self._causes)}), which config.train.max_skipped='
-      f'{self._run.config.train.max_skipped} does not allow: {advice}; '
-      + (
-        f'the state after {taken} good steps is saved'
-        if taken
-        else 'no step was taken'
-      )
+      f'{self._run.config.train.max_skipped} does not allow: {advice}; {saved}'
     )
 
   def _look(self, now, metrics, rows_B):

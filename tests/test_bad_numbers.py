@@ -257,7 +257,7 @@ def test_the_end_of_a_run_says_why_and_what_to_look_at(causes, words):
     skipped.check(state(3, 7))
   message = str(e.value)
   assert message.startswith('steps 38 to 40 were all skipped')
-  assert message.endswith('the state after 33 good steps is saved')
+  assert message.endswith('the student of step 37 is saved')
   assert 'config.train.max_skipped=3' in message
   assert '\n' not in message
   for word in words:

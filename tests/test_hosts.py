@@ -266,6 +266,18 @@ def test_an_error_of_one_ends_all(config_file, begin, tmp_path):
 
 
 @pytest.mark.slow
+def test_skipped_steps_end_all_at_the_same_one(config_file, begin, tmp_path):
+  flags = ['critic_optimizer.learning_rate=1e30', 'train.max_skipped=3']
+  flags = of(config_file, tmp_path, *(f'--config.{x}' for x in flags))
+  said = end(begin(flags), 2, 2)
+  ends = {re.search(r'steps \d+ to \d+ were all', err)[0] for _, err in said}
+  assert len(ends) == 1
+  assert not any('Traceback' in err for _, err in said)
+  assert 'was skipped' in said[0][0]
+  assert len([*(tmp_path / 'checkpoints').iterdir()]) == 1
+
+
+@pytest.mark.slow
 def test_a_disk_that_one_cannot_write_to_ends_all(config_file, begin, tmp_path):
   flags = of(config_file, tmp_path / 'run')
   first = begin(flags, which=[0])
