@@ -52,7 +52,9 @@ _OPTIMIZER = {
 }
 _SHAPE = {
   name: {int: Count, float: Positive}.get(kind, kind)
-  for name, kind in settings_lib.types_of(transformer.DecoderConfig).items()
+  for name, kind in settings_lib.types_of(
+    transformer.DecoderConfig, 'rope_scaling'
+  ).items()
 } | {'family': Literal[*families.FAMILIES], 'windows': tuple[Natural, ...]}
 FIELDS = {
   'seed': Natural,
@@ -196,7 +198,7 @@ def _check_parts(config):
       f'config.student.quantize={student.quantize!r} is for a base that is not '
       'trained; set config.student.lora, or quantize to None'
     )
-  if train.steps is not None and train.epochs is not None:
+  if train.steps and train.epochs is not None:
     raise UserError(
       f'config.train: steps={train.steps} and epochs={train.epochs}: set one, '
       'and the other to None'

@@ -203,6 +203,7 @@ def test_the_studies_have_settings_that_exist(name, rows):
 
 def check_parts(c, stages=()):
   """What a training is made of exists, and what it takes is there before."""
+  fields.check(c)
   objective = objectives.make(**c.objective)
   writer = rollout.make(**c.rollout)
   if c.train.steps != 0:

@@ -516,7 +516,11 @@ def test_errors_of_the_user_are_one_line(tmp_path):
       'error: --config=configs/eval_instruct.py:referense: configs/eval_instruct',
     ),
     (
-      ['--config=configs/eval_math.py', '--config.evals.gsm8k.lmit=3'],
+      [
+        '--config=configs/eval_math.py',
+        '--config.evals.gsm8k.lmit=3',
+        '--model=x',
+      ],
       "error: config.evals.gsm8k: generation has no setting 'lmit'; did you",
     ),
   ):

@@ -24,6 +24,7 @@ WRONG = {
     {'wdith': 3},
     {'family': 'x'},
     {'windows': ('a',)},
+    {'rope_scaling': ('a',)},
     {3: 1},
   ],
   'student.dtype': ['bf16', 'int8', 3],

@@ -185,7 +185,7 @@ def test_numbers_are_known_by_their_text():
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path):
   (tmp_path / 'taken').mkdir()
-  with pytest.raises(OSError, match='taken'):
+  with pytest.raises(UserError, match='taken'):
     log.write_atomically(tmp_path / 'taken', 'text')
   with pytest.raises(UnicodeEncodeError):
     log.write_atomically(tmp_path / 'text', '\ud800')

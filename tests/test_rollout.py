@@ -360,7 +360,7 @@ def test_a_rollout_holds_no_text_of_logits_and_one_copy_of_the_models(writer):
   [
     (
       {'writer': 'studnet'},
-      ["writer='studnet'", "did you mean 'student'?", 'student, speculative'],
+      ["writer='studnet': did you mean 'student'?", 'student, speculative'],
     ),
     ({'writer': 'student', 'gamma': 3}, ["'student' has no setting 'gamma'"]),
     (

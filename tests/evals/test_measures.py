@@ -341,9 +341,8 @@ def test_comet_is_asked_with_source_answer_and_first_reference(
     load_from_checkpoint=lambda path: Model(),
   )
   monkeypatch.setitem(sys.modules, 'comet', package)
-  of = generation.Generation(
-    'flores', ROWS[:1], task='translation', seeds=(1, 2)
-  )
+  row = ROWS[:1]
+  of = generation.Generation('flores', row, task='translation', seeds=(1, 2))
   write_answers(tmp_path, 'flores', {1: ['a'], 2: ['b']})
   subject = types.SimpleNamespace(workdir=tmp_path)
   result = comet.Comet('comet', of).run(subject, None, 0)['metrics']['comet']
