@@ -11,12 +11,14 @@ from gakd_jax.data import tokenizer as tokenizers
 from gakd_jax.models import decoding
 
 
-def run(*arguments, text=''):
+def run(*arguments, text='', **env):
   return subprocess.run(
     [sys.executable, '-m', 'gakd_jax.generate', *arguments],
     input=text.encode(errors='surrogateescape'),
     capture_output=True,
-    env=os.environ | {'PYTHONUTF8': '1', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'},
+    env=os.environ
+    | {'PYTHONUTF8': '1', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
+    | env,
     check=False,
   )
 
@@ -58,16 +60,18 @@ def test_user_errors_are_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('flags', 'typed', 'said'),
+  ('flags', 'typed', 'said'),  # The last is Latin-1.
   [
     (['--prompt=caf\udce9'], '', 'prompt 1: has what is no character'),
     (['--prompt='], '', 'prompt 1: a prompt without a token'),
-    ([], 'caf\udce9\n', 'the input is no text: '),  # Latin-1
+    ([], 'caf\udce9\n', 'the input is no text: '),
   ],
 )
 def test_a_prompt_is_text(tiny_model_dir, flags, typed, said):
   result = run(
-    f'--model={tiny_model_dir()}', '--template=raw', *flags, text=typed
+    *(f'--model={tiny_model_dir()}', '--template=raw', *flags),
+    text=typed,
+    PYTHONIOENCODING='utf-8:strict',
   )
   assert result.returncode == 2
   assert result.stderr.decode().startswith(f'error: {said}')
