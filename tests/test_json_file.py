@@ -32,6 +32,11 @@ BROKEN = {
   'no number': b'NaN',
   'one text': b'"{}"',
 }
+# For readers of what this one reads.
+SOME = {
+  name: BROKEN[name]
+  for name in ('empty', 'half of it', 'Latin-1', 'lists in lists', 'a list')
+}
 
 
 def refusal(file):
