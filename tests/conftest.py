@@ -87,7 +87,7 @@ def free_port():
 
 
 @pytest.fixture(
-  params=[12, pytest.param(1000, marks=pytest.mark.slow)], ids='{}x'.format
+  params=[5, pytest.param(1000, marks=pytest.mark.slow)], ids='{}x'.format
 )
 def holds(request):
   """`holds(check, **strategies)`: a property, of some examples or of many."""

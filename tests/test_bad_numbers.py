@@ -94,6 +94,7 @@ def _weights(path):
   return safetensors.numpy.load_file(path / 'model.safetensors')
 
 
+@pytest.mark.slow
 def test_a_broken_teacher_ends_a_run_and_moves_nothing(
   config, broken, tmp_path, monkeypatch, capsys
 ):

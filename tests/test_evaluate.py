@@ -501,6 +501,7 @@ def test_the_binary_by_the_references_protocol(paths, data_file, tmp_path):
   assert (tmp_path / 'report.html').exists()
 
 
+@pytest.mark.slow
 def test_errors_of_the_user_are_one_line(tmp_path):
   for arguments, message in (
     (

@@ -24,6 +24,8 @@ from gakd_jax import (
 from gakd_jax.evals import answers, generation
 from tests.written import write_results
 
+pytestmark = pytest.mark.slow  # Many.
+
 ANSWER = {
   'index': 0,
   'step': 1,

@@ -189,7 +189,12 @@ def _assert_same(got, want, but=()):
 
 
 MANY = pytest.mark.parametrize(
-  ('microbatches', 'by_microbatch'), [(1, False), (4, False), (4, True)]
+  ('microbatches', 'by_microbatch'),
+  [
+    (1, False),
+    pytest.param(4, False, marks=pytest.mark.slow),
+    pytest.param(4, True, marks=pytest.mark.slow),
+  ],
 )
 
 

@@ -15,6 +15,8 @@ from gakd_jax import UserError
 from gakd_jax.data import records, sources
 from gakd_jax.data.records import BadRow
 
+pytestmark = pytest.mark.slow  # Many.
+
 ROW = {'instruction': 'a', 'output': 'b'}
 LINE = json.dumps(ROW).encode()
 TABLE = pyarrow.Table.from_pylist([ROW] * 300)

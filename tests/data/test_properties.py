@@ -21,6 +21,8 @@ from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.records import BadRow
 from gakd_jax.data.sources import Rules
 
+pytestmark = pytest.mark.slow  # Many.
+
 # Files and records.
 
 FIELDS = (

@@ -11,6 +11,8 @@ from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.records import BadRow
 from gakd_jax.data.sources import Row
 
+pytestmark = pytest.mark.slow  # Many.
+
 MADE = ('tiny', 'pieces')
 REAL = ('gpt2', 'qwen3', 'mistral', 'tinyllama')
 ENDS = ('<|im_end|>', '<|im_start|>', '<|endoftext|>', '<s>', '</s>', '<unk>')

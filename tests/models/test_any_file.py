@@ -22,6 +22,8 @@ from gakd_jax.models import (
   weight_files,
 )
 
+pytestmark = pytest.mark.slow  # Many.
+
 KINDS = sorted(families.FAMILIES)
 
 

@@ -19,6 +19,8 @@ from gakd_jax.models import peft, prompts
 from tests.refused import refusal
 from tests.test_json_file import SOME
 
+pytestmark = pytest.mark.slow  # Many.
+
 
 @pytest.fixture(scope='module')
 def good(tiny_model_dir):

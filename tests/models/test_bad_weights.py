@@ -16,6 +16,8 @@ from gakd_jax.models import weight_files
 from tests.refused import refusal
 from tests.test_json_file import SOME
 
+pytestmark = pytest.mark.slow  # Many.
+
 WHOLE, INDEX = weight_files.WHOLE, weight_files.INDEX
 NORM, DOWN = 'model.norm.weight', 'model.layers.1.mlp.down_proj.weight'
 EMBEDDING = 'model.embed_tokens.weight'
