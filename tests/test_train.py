@@ -748,6 +748,7 @@ def real_run(shared_dir, tiny_model_dir, tmp_path_factory):
     'data.max_length': 128,
     'data.max_prompt_length': 64,
     'train.steps': 10,
+    'train.epochs': None,
     'train.batch_size': 4,
     'train.microbatch_size': 4,
     'train.precision': 'float32',
