@@ -31,6 +31,8 @@ class Checkpoints:
   JSON dict: the position of the data iterator, the best score so far and
   whether it is this state's (`is_best`) ...
 
+  newest: the step that was saved or restored last; None: none was.
+
   Args:
     directory: of a file system that all processes see.
     keep: the newest so many stay. With them stays the newest that `is_best`.
@@ -43,6 +45,7 @@ class Checkpoints:
     self._keep = keep
     self._keep_every = keep_every
     self._strict = strict
+    self.newest = None
     self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
     # Hashes and renames once Orbax has written, behind the training's back.
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
@@ -68,6 +71,7 @@ class Checkpoints:
     self._orbax.save(partial / 'state', args=ocp.args.StandardSave(state))
     host = copy.deepcopy(host)  # It may be changed at once, too.
     self._saving = self._thread.submit(self._finish, step, host)
+    self.newest = step
 
   def amend(self, step, host):
     """Replaces what a checkpoint remembers of the host."""
@@ -110,6 +114,7 @@ class Checkpoints:
         f'{path}: of another state than this config has '
         f'({str(error).strip().splitlines()[0]}); use another --workdir'
       ) from error
+    self.newest = found['step']
     return state, host
 
   def wait(self):

@@ -23,7 +23,6 @@ def start(due):
   due: names of evaluators that are to measure the student as it is; None: none.
   """
   return {
-    'saved': False,  # whether it is a checkpoint's
     'rows': 0,  # lines that were logged
     'due': due,  # evaluators that have not yet measured this state, or None
     'best': None,  # the evaluation that best/ is of

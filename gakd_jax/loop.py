@@ -25,17 +25,16 @@ def run(run, state, host, train_step, texts, total, checkpoints):
   now = int(state.step)
   rollouts = rollout_log.RolloutLog(run, now, total)
   skipped = skip_log.SkipLog(run, total)
-  saved = now if host['saved'] else None
-  with stopping.listening(), _Log(run, now, total, host['rows']) as logged:
+  logged = _Log(run, now, total, host['rows'], skipped)
+  with stopping.listening(), logged:
 
     def save():
-      nonlocal saved
+      if checkpoints.newest == now:
+        return
       logged.flush()  # What is saved is not logged again.
-      skipped.flush()
       ahead, position = texts.to_save()
-      host.update(position, saved=True, rows=logged.rows)
+      host.update(position, rows=logged.rows)
       checkpoints.save(now, {'train': state, 'ahead': ahead}, host)
-      saved = now
 
     try:
       while True:
@@ -49,7 +48,7 @@ def run(run, state, host, train_step, texts, total, checkpoints):
           logged.write(now, evaluator_lib.curves(found['evaluators']))
           chosen.choose(c.checkpoint, host, found)
           host.update(due=None, rows=logged.rows)
-          if saved == now:
+          if checkpoints.newest == now:
             checkpoints.amend(now, host)
           if host['is_best']:
             chosen.export(run, params, host['best'])
@@ -61,8 +60,7 @@ def run(run, state, host, train_step, texts, total, checkpoints):
         now += 1
         size = jnp.count_nonzero(batch.student.segments_BT)
         state, metrics = train_step(state, run.models, batch)
-        logged.step(now, metrics | about_text, size)
-        skipped.step(now, metrics, batch)
+        logged.step(now, metrics | about_text, size, batch.rows_B)
         host.update(is_best=False, due=_due(c, now, total))
         if now == total or _is_due(c.checkpoint.every, now):
           save()
@@ -72,13 +70,11 @@ def run(run, state, host, train_step, texts, total, checkpoints):
           f'no better {host["no_better"]} times',
           flush=True,
         )
-      if saved != now:
-        save()
+      save()
       skipped.check(state)
       rollouts.write(state.params['student'], now)
     except stopping.Stopped:
-      if saved != now:
-        save()
+      save()
       checkpoints.wait()
       raise Interrupted(
         f'stopped and saved at step {now} of {total}; the same command '
@@ -193,7 +189,8 @@ class Texts:
 class _Log:
   """Metrics to disk and screen, each fetched while the next step runs."""
 
-  def __init__(self, run, start, total, rows):
+  def __init__(self, run, start, total, rows, skipped):
+    self._skipped = skipped
     self._metrics = None
     if jax.process_index() == 0:
       c = run.config
@@ -219,9 +216,12 @@ class _Log:
     """Lines of metrics.jsonl; the first process's, which saves them."""
     return self._metrics.rows if self._metrics else 0
 
-  def step(self, now, metrics, tokens):
-    """Takes the step that was just started, writes the one before."""
-    late, self._late = self._late, (now, metrics, tokens)
+  def step(self, now, *found):
+    """Takes the step that was just started, writes the one before.
+
+    found: its metrics, tokens and `Batch.rows_B`.
+    """
+    late, self._late = self._late, (now, *found)
     if late:
       self._write_step(*late)
 
@@ -235,7 +235,7 @@ class _Log:
     if self._metrics:
       self._metrics.write(now, results)
 
-  def _write_step(self, now, metrics, tokens):
+  def _write_step(self, now, metrics, tokens, rows_B):
     metrics, tokens = jax.device_get((metrics, tokens))
     before, self._time = self._time, time.perf_counter()
     speed = None
@@ -243,6 +243,7 @@ class _Log:
       seconds = self._time - before
       speed = tokens / seconds
       metrics |= {'seconds': seconds, 'tokens_per_second': speed}
+    self._skipped.look(now, metrics, rows_B)
     for line in self._watch.warnings(metrics):
       print(line, flush=True)
     named = {

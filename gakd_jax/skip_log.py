@@ -26,7 +26,7 @@ _USUAL_ADVICE = (
 
 
 class SkipLog:
-  """Looks at each step while the next one runs; all processes do alike.
+  """Says which steps were skipped; all processes do alike.
 
   enough: so many were skipped in a row, as far as is known, that the run is to
     end.
@@ -35,21 +35,26 @@ class SkipLog:
   def __init__(self, run, total):
     self._run = run
     self._most = min(run.config.train.max_skipped, total)
-    self._late = None
     self._causes = []
     self.enough = False
 
-  def step(self, now, metrics, batch):
-    """Takes the step that was just started, looks at the one before."""
-    late, self._late = self._late, (now, metrics, batch.rows_B)
-    if late:
-      self._look(*late)
-
-  def flush(self):
-    """Looks at the last step."""
-    if self._late:
-      self._look(*self._late)
-    self._late = None
+  def look(self, now, metrics, rows_B):
+    """Looks at a step: its metrics on the host, and `Batch.rows_B`."""
+    in_a_row = int(metrics['skipped/in_a_row'])
+    self.enough = in_a_row >= self._most
+    if not in_a_row:
+      return
+    self._causes = [
+      name.removeprefix('skipped/')
+      for name, x in metrics.items()
+      if name.startswith('skipped/') and x and name != 'skipped/in_a_row'
+    ]
+    print(
+      f'step {now} was skipped: {_reasons(self._causes)}'
+      # Later ones of a row have the same causes, and files are long.
+      + (self._rows(rows_B) if in_a_row == 1 else ''),
+      flush=True,
+    )
 
   def check(self, state):
     """Refuses to go on from a state before which enough were skipped.
@@ -72,22 +77,6 @@ class SkipLog:
       f'steps {before + 1} to {last} were all skipped '
       f'({_reasons(self._causes)}), which config.train.max_skipped='
       f'{self._run.config.train.max_skipped} does not allow: {advice}; {saved}'
-    )
-
-  def _look(self, now, metrics, rows_B):
-    found = jax.device_get(
-      {k: x for k, x in metrics.items() if k.startswith('skipped/')}
-    )
-    in_a_row = int(found.pop('skipped/in_a_row'))
-    self.enough = in_a_row >= self._most
-    if not in_a_row:
-      return
-    self._causes = [k.partition('/')[2] for k, x in found.items() if x]
-    print(
-      f'step {now} was skipped: {_reasons(self._causes)}'
-      # Later ones of a row have the same causes, and files are long.
-      + (self._rows(rows_B) if in_a_row == 1 else ''),
-      flush=True,
     )
 
   def _rows(self, rows_B):

@@ -123,6 +123,7 @@ def test_stages_are_shown_as_far_as_they_can_be_known(config, tmp_path, capsys):
   assert 'first batch' not in last
 
 
+@pytest.mark.slow
 def test_the_binary_checks_and_exits(tmp_path):
   workdir = tmp_path / 'run'
   command = [sys.executable, '-m', 'gakd_jax.main', '--check']

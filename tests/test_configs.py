@@ -451,6 +451,7 @@ def run_main(*flags):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('flags', 'expected'),
   [

@@ -59,6 +59,7 @@ def test_user_errors_are_one_line(tmp_path):
   assert result.stderr.decode().count('\n') == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('flags', 'typed', 'said'),  # The last is Latin-1.
   [
@@ -78,6 +79,7 @@ def test_a_prompt_is_text(tiny_model_dir, flags, typed, said):
   assert result.stderr.decode().count('\n') == 1
 
 
+@pytest.mark.slow
 def test_a_data_set_is_answered(tiny_model_dir, tmp_path):
   model_dir = tiny_model_dir()
   data, output = tmp_path / 'prompts.jsonl', tmp_path / 'answers.jsonl'
@@ -113,6 +115,7 @@ def test_a_data_set_is_answered(tiny_model_dir, tmp_path):
   assert 'it exists; name another file' in again.stderr.decode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [

@@ -318,6 +318,7 @@ def test_two_that_are_called_alike_are_refused(free_port):
   assert 'has come as process 1, which is there already of 3' in error
 
 
+@pytest.mark.slow
 def test_strangers_are_not_listened_to(free_port):
   with concurrent.futures.ThreadPoolExecutor() as pool:
     first = pool.submit(call, free_port, 2, 0, timeout=3)

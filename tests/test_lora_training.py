@@ -82,6 +82,7 @@ def _step(params, objective=None, microbatches=1):
   return train_step, state
 
 
+@pytest.mark.slow
 def test_a_step_moves_the_adapters_as_optax_does_and_nothing_else():
   definition, adapters, frozen = _student()
   batch = _batch()

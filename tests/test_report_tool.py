@@ -69,6 +69,7 @@ def test_comparisons_are_of_the_runs_shown(tmp_path, tool):
   assert tool.find_comparisons([tmp_path, tmp_path / 'x'], runs) == pairs[:1]
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_page_and_its_table(tmp_path):
   _run(tmp_path / 'w' / 'a')
 

@@ -160,8 +160,8 @@ def test_what_is_written_ahead_is_saved(config, tmp_path, monkeypatch):
   c.checkpoint.every = 0
 
   class Log(loop._Log):
-    def step(self, now, metrics, tokens):
-      super().step(now, metrics, tokens)
+    def step(self, now, *found):
+      super().step(now, *found)
       if now == 2:
         os.kill(os.getpid(), signal.SIGINT)
 

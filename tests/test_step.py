@@ -572,6 +572,7 @@ def test_without_a_difference_a_critic_is_at_chance_and_pushes_nobody():
   assert different['hidden_grad_generator'] > 1e-3
 
 
+@pytest.mark.slow
 def test_a_critic_tells_an_untrained_student_and_hardly_a_good_one():
   """Accuracy on new text, after 40 updates against a student that stays."""
   far, near, same = (
@@ -619,21 +620,23 @@ def whole_compiler():
 def test_what_skips_steps_changes_no_bit_of_a_good_one(
   method, monkeypatch, whole_compiler
 ):
-  traced, state, both, _ = _trace(method=method)
-  guarded, batch = traced.lower().compile(), _batches()[0]
+  _, state, both, _ = _trace(method=method)
+  batch = _batches()[0]
+
+  def take():
+    # Not what others have compiled of it, for whom less is optimised.
+    return _step_of(method)(jax.tree.map(jnp.copy, state), both, batch)
+
+  got = take()
   monkeypatch.setattr(step.skips, 'take_or_leave', _take)
-  plain = _step_of(method)
-  got, want = (
-    f(jax.tree.map(jnp.copy, state), both, batch) for f in (guarded, plain)
-  )
-  # The critic's program is fused otherwise where its result is looked at.
-  atol, rtol = (2e-6, 1e-5) if method == 'gakd' else (0, 0)
-  same = functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol)
-  jax.tree.map(same, got[0], want[0])
+  want = take()
+  jax.tree.map(np.testing.assert_array_equal, got[0], want[0])
   assert got[1].keys() - want[1].keys() == {
     k for k in got[1] if k.startswith('skipped')
   }
-  jax.tree.map(same, {k: got[1][k] for k in want[1]}, want[1])
+  jax.tree.map(
+    np.testing.assert_array_equal, {k: got[1][k] for k in want[1]}, want[1]
+  )
 
 
 @pytest.mark.slow

@@ -183,8 +183,8 @@ def test_an_interrupted_run_continues_bit_for_bit(
   workdir = tmp_path / 'run'
 
   class Log(loop._Log):
-    def step(self, now, metrics, tokens):
-      super().step(now, metrics, tokens)
+    def step(self, now, *found):
+      super().step(now, *found)
       if now == stop_at:
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -261,8 +261,8 @@ def test_a_killed_run_repeats_the_steps_after_its_checkpoint(
     pass
 
   class Log(loop._Log):
-    def step(self, now, metrics, tokens):
-      super().step(now, metrics, tokens)
+    def step(self, now, *found):
+      super().step(now, *found)
       if now == 5:
         raise Killed
 
@@ -288,6 +288,7 @@ def test_what_is_saved_has_been_logged(config, tmp_path, monkeypatch):
   logged = []
 
   def save(this, now, *_):
+    this.newest = now
     logged.append((now, max(losses(tmp_path / 'run'))))
 
   monkeypatch.setattr(checkpoint.Checkpoints, 'save', save)
@@ -439,8 +440,8 @@ def test_patience_ends_a_run_wherever_it_is_interrupted(
     raise Killed
 
   class Log(loop._Log):
-    def step(self, now, metrics, tokens):
-      super().step(now, metrics, tokens)
+    def step(self, now, *found):
+      super().step(now, *found)
       if now == 5:
         raise Killed
 
@@ -496,6 +497,7 @@ def test_answers_of_another_step_are_not_kept(tmp_path):
     assert [line['step'] for line in lines] == steps
 
 
+@pytest.mark.slow
 def test_results_and_answers_are_of_the_step_that_is_exported(
   config, tmp_path, monkeypatch
 ):
@@ -563,6 +565,7 @@ def test_a_head_of_its_own_is_trained_whatever_config_json_says(
   assert 0 < np.abs(trained - head).max() < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'fails_at', [2, pytest.param(4, marks=pytest.mark.slow)]
 )

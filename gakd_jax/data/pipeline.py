@@ -205,15 +205,6 @@ class Batches:
     self._step, self._epoch = int(state['step']), 0
 
 
-def _ascend(buckets, last):
-  """Whether buckets are lengths that ascend to the last."""
-  if not isinstance(buckets, list | tuple):
-    return False
-  if not buckets or any(type(n) is not int or n < 1 for n in buckets):
-    return False
-  return sorted({*buckets, last}) == list(buckets)
-
-
 def batches(
   texts,
   *,
@@ -244,9 +235,8 @@ def batches(
   weights: how often an epoch has each text of each set; None: once.
   Raises UserError if these do not fit together.
   """
-  if buckets is None:
-    buckets = default_buckets(max_length)
-  if not _ascend(buckets, max_length):
+  buckets = tuple(buckets or default_buckets(max_length))
+  if sorted({*buckets, max_length}) != list(buckets):
     less = f' less the {room} tokens that a model writes' if room else ''
     raise UserError(
       f'buckets are {buckets}: they must ascend to max_length{less}, '

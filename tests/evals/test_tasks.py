@@ -104,6 +104,7 @@ def answered(shared_dir):
   return rows, answers
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_packages_row_by_row(answered):
   rouge = rouge_scorer.RougeScorer(['rougeL'], use_stemmer=True)
   bleu = sacrebleu.BLEU(effective_order=True, force=True)

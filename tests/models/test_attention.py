@@ -90,6 +90,7 @@ def _assert_close(got, want, share):
 
 
 # Layers' windows, and the one that all share; where they differ, a mask says.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('windows', 'shared'),
   [((), None), ((3, 3), (2, 0)), ((T, 0), None), ((3, 0), 'mask')],

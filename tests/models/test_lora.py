@@ -101,6 +101,7 @@ def test_cached_decoding_has_the_adapters(qwen):
   np.testing.assert_allclose(decode(params), want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_differs_by_key_layer_and_projection(qwen):
   config = lora.LoRAConfig(rank=2, dropout=0.5)
   model = with_adapters(qwen, config)

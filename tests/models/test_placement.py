@@ -91,6 +91,7 @@ def _float_shapes(text):
   return [tuple(map(int, dims.split(','))) for dims in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mesh', MESHES)
 @pytest.mark.parametrize('part', ['decoder', 'critic'])
 def test_rows_stay_on_their_device(part, mesh, capfd):

@@ -261,6 +261,7 @@ def test_cached_decoding_equals_the_full_forward(tiny_model_dir):
   np.testing.assert_allclose(decode(params), want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_cast_leaves_integers_alone(tiny_model_dir):
   model = models.init(tiny_model_dir(), 0, dtype='bfloat16', quantize='nf4')
   definition, params = split(model)

@@ -39,6 +39,7 @@ def recorded(name):
   return z, objective, (*models, batch, Own(constants=constants))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name', ['gold_bayesian_b', 'gold_hybrid_bayesian_a', 'gold_observed_a']
 )

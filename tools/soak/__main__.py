@@ -22,6 +22,7 @@ happened is printed as JSON; the exit status is 1 if anything was lost.
 import argparse
 import collections
 import contextlib
+import dataclasses
 import json
 import os
 import random
@@ -139,13 +140,9 @@ class Trial:
       shutil.rmtree(
         self.workdir / f'checkpoints/{step}.damaged', ignore_errors=True
       )
-      how, path = attempt.damage(
-        self.workdir / 'checkpoints' / str(step), self.rng
-      )
+      how = attempt.damage(self.workdir / 'checkpoints' / str(step), self.rng)
       self.damaged.add(step)
       self.counts[f'damage: {how}'] += 1
-      if not path.exists() or path.stat().st_size == 0:
-        self.counts['damage: file gone or empty'] += 1
     return self._kill()
 
   def _clock(self):
@@ -250,52 +247,16 @@ def _same(a, b):
 
 
 def _config(kind, out):
+  """The flag of a kind of run; that of two tokenizers has a teacher made."""
   if kind != 'cross':
     return f'{_CONFIG}:{kind}'
-  model = out / 'teacher'
-  if not model.exists():
-    _make_teacher(model)
-  return f'{_CONFIG}:cross,{model}'
-
-
-def _make_teacher(path):
-  """One of random weights and another tokenizer than the students'."""
-  synthetic.train_tokenizer(path, 400)
-  shape = make_tiny_teacher.SHAPE
-  hf = families.FAMILIES['qwen3'].to_hf(shape) | {'vocab_size': 400}
-  (path / 'config.json').write_text(json.dumps(hf))
-  rng = np.random.default_rng(0)
-  K, N, D, F = (
-    shape.kv_heads * shape.head_dim,
-    shape.heads * shape.head_dim,
-    shape.width,
-    shape.ff_width,
-  )
-  shapes = {'model.embed_tokens.weight': (400, D), 'model.norm.weight': (D,)}
-  for i in range(shape.layers):
-    shapes |= {
-      f'model.layers.{i}.{name}.weight': size
-      for name, size in {
-        'self_attn.q_proj': (N, D),
-        'self_attn.k_proj': (K, D),
-        'self_attn.v_proj': (K, D),
-        'self_attn.o_proj': (D, N),
-        'self_attn.q_norm': (shape.head_dim,),
-        'self_attn.k_norm': (shape.head_dim,),
-        'mlp.gate_proj': (F, D),
-        'mlp.up_proj': (F, D),
-        'mlp.down_proj': (D, F),
-        'input_layernorm': (D,),
-        'post_attention_layernorm': (D,),
-      }.items()
-    }
-  weights = {
-    name: np.ones(size, np.float32)
-    if len(size) == 1
-    else (rng.standard_normal(size) / D**0.5).astype(np.float32)
-    for name, size in shapes.items()
-  }
-  safetensors.numpy.save_file(weights, path / 'model.safetensors')
+  source, made = out / 'tokenizer', out / 'teacher'
+  synthetic.train_tokenizer(source, 400)
+  shape = dataclasses.replace(make_tiny_teacher.SHAPE, vocab_size=400)
+  config = families.FAMILIES['qwen3'].to_hf(shape)
+  (source / 'config.json').write_text(json.dumps(config))
+  _undisturbed(f'{_CONFIG}:teacher,{source}', made)
+  return f'{_CONFIG}:cross,{made}/best'
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from gakd_jax import binary, main
@@ -54,8 +55,6 @@ class Attempt:
     except SystemExit as e:
       status = e.code
     except BaseException:
-      import traceback
-
       traceback.print_exc()
       status = 1
     print(f'changes {changes[0]}')
@@ -118,15 +117,14 @@ def _count_changes(workdir, kill_at):
 
 
 def damage(directory, random):
-  """Hurts one file of a directory: (what was done, the file)."""
+  """Hurts one file of a directory: what was done."""
   files = sorted(path for path in directory.rglob('*') if path.is_file())
-  # Large and small alike.
   path = random.choice(files)
   data = bytearray(path.read_bytes())
   how = random.choice(('truncate', 'flip', 'empty', 'remove', 'zero'))
   if how == 'remove':
     path.unlink()
-    return how, path
+    return how
   if how == 'flip':
     data[random.randrange(len(data))] ^= 1 << random.randrange(8)
   elif how == 'zero':  # A block that never reached the disk.
@@ -140,7 +138,7 @@ def damage(directory, random):
   else:
     data = b''
   path.write_bytes(data)
-  return how, path
+  return how
 
 
 def fill(directory, leave):

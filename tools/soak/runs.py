@@ -26,8 +26,14 @@ KINDS = {
 
 
 def get_config(argument='kd'):
-  """argument: of `KINDS`; 'cross,<directory of a teacher>'."""
-  kind, _, teacher = argument.partition(',')
+  """argument: of `KINDS`, or 'teacher'; after a comma, a model's directory.
+
+  That of a teacher; or of the 'teacher' that is made there, which has the
+  architecture and tokenizer of the directory, and random weights.
+  """
+  kind, _, path = argument.partition(',')
+  if kind == 'teacher':
+    return _teacher(path)
   if kind not in KINDS:
     raise UserError(f'{kind}: no kind of run; known are {", ".join(KINDS)}')
   c = base.get_config()
@@ -39,7 +45,7 @@ def get_config(argument='kd'):
     'kv_heads': 1,
     'ff_width': 64,
   }
-  c.teacher.path = teacher or tiny_teacher.PATH
+  c.teacher.path = path or tiny_teacher.PATH
   c.student.dtype = c.teacher.dtype = c.train.precision = 'float32'
   c.student.remat = False
   c.critic.width, c.critic.layers, c.critic.ff_width = 32, 1, 64
@@ -69,4 +75,13 @@ def get_config(argument='kd'):
   }
   for part, settings in KINDS[kind].items():
     c[part] = settings
+  return c
+
+
+def _teacher(path):
+  c = base.get_config()
+  c.student.path, c.student.shape = path, {}
+  c.student.dtype = 'float32'
+  c.train.steps = 0
+  c.evals = {}
   return c
