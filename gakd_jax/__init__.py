@@ -25,12 +25,13 @@ class UserError(Exception):
 
   The binaries print the line and exit with status 2; anything else that is
   raised is a bug and keeps its traceback. What others said of the input, with
-  whatever it holds, is made one line here.
+  whatever it holds, is made one printable line here.
   """
 
   def __init__(self, text):
+    text = re.sub(r'\s*[\x00-\x1f\x7f\x85\u2028\u2029]\s*', ' ', text)
     super().__init__(
-      re.sub(r'\s*[\x00-\x1f\x7f\x85\u2028\u2029]\s*', ' ', text)
+      ''.join(x if x.isprintable() else repr(x)[1:-1] for x in text)
     )
 
 

@@ -35,7 +35,7 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_disable_most_optimizations', True)
 # What two tests compile alike is compiled once.
 jax.config.update('jax_compilation_cache_dir', tempfile.mkdtemp())
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 # Grouped heads, and a head size that is not width / heads.
 TINY = {

@@ -47,7 +47,7 @@ ALL_FILES = [
 # Of GAKD's kinds, some are trained by default.
 LONG = re.compile(
   'quickstart|tiny_teacher|fidelity_math|skd|on_policy|pipeline|fkl_|sft_8b|'
-  'cross'
+  'cross|rkl_'
 )
 
 # Of configs with an argument, others than the default.
@@ -116,8 +116,8 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize(
   'name',
   [
-    # Those of many stages, which other configs have one by one, or that take
-    # long to compile.
+    # Those of many stages, which other configs have one by one, that take long
+    # to compile, or whose objective another has.
     pytest.param(name, marks=[pytest.mark.slow] * bool(LONG.match(name)))
     for name in EXPERIMENTS
   ]

@@ -225,9 +225,8 @@ def test_killed_twice_it_is_the_same_to_the_byte(
   assert contents(workdir) == contents(whole[0])
 
 
-@pytest.mark.parametrize(
-  'change', [pytest.param('batch_size', marks=pytest.mark.slow), 'mesh']
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('change', ['batch_size', 'mesh'])
 def test_neither_batches_nor_devices_change_answers(
   whole, config, paths, tmp_path, change
 ):

@@ -256,6 +256,7 @@ def test_answers_are_shared(config_file, tiny_model_dir, begin, tmp_path):
     assert 'it exists; name another file' in err
 
 
+@pytest.mark.slow
 def test_an_error_of_one_ends_all(config_file, begin, tmp_path):
   first = begin(of(config_file, tmp_path), which=[0])
   flags = of(config_file, tmp_path, '--config.seed=1')

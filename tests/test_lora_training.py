@@ -116,6 +116,7 @@ def test_a_step_moves_the_adapters_as_optax_does_and_nothing_else():
   )
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_anew_each_step_and_not_in_another_run():
   definition, adapters, frozen = _student(dropout=0.3)
   fn, state = _step(adapters)

@@ -321,3 +321,16 @@ def test_a_model_card_holds_no_markup(source, tmp_path):
   rows = card[card.index('|---|---|') :].splitlines()[1:]
   assert [row.count('|') for row in rows] == [3] * 3
   assert not set('<>[]`*') & {*''.join(rows)}
+
+
+@pytest.mark.parametrize(
+  ('said', 'line'),
+  [
+    ('a\r\n  b\u2028c\x1b[2J', 'a b c [2J'),
+    ('\u202eexe.txt \u200b', r'\u202eexe.txt \u200b'),
+    ('\ud800 \ud7c7', r'\ud800 \ud7c7'),
+    ('Grüße, 你好 ⏎', 'Grüße, 你好 ⏎'),
+  ],
+)
+def test_what_an_error_quotes_is_one_printable_line(said, line):
+  assert str(UserError(said)) == line

@@ -508,10 +508,8 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(
-  'gamma',
-  [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('gamma', [1, 2, 8])
 def test_a_text_does_not_depend_on_how_far_is_drafted(gamma):
   want, trace = texts(SETTINGS[5])
   assert texts(SETTINGS[gamma])[0] == want

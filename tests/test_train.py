@@ -420,6 +420,7 @@ def test_without_a_number_best_is_the_last(quick, config, tmp_path, capsys):
   assert 'loss/ce was never a number; best/ is' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_wherever_it_is_interrupted(
   quick, config, tmp_path, monkeypatch, capsys
 ):
@@ -675,6 +676,7 @@ def test_more_positions_than_were_learned_are_refused(config, tmp_path):
     train.run(config, tmp_path / 'run')
 
 
+@pytest.mark.slow
 def test_stages_build_on_each_other(config, data_file, tmp_path, capsys):
   def stage(**settings):
     c = config.copy_and_resolve_references()

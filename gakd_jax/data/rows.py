@@ -309,7 +309,7 @@ def _turn(where, message):
   if not isinstance(role, str) or not isinstance(content, str):
     raise BadRow(where, 'messages need a role and text as content')
   if role not in _ROLES:
-    raise BadRow(where, f'a turn of role {role[:40]}')
+    raise BadRow(where, f'a turn of role {role[:40]!r}')
   return {'role': _ROLES[role], 'content': content}
 
 

@@ -213,7 +213,7 @@ BAD = {
   'has history, which no template shows': (
     b'{"messages": [{"role": "user", "content": "x"}], "history": [["a", "b"]]}'
   ),
-  'a turn of role observation': (
+  "a turn of role 'observation'": (
     b'{"conversations": [{"from": "observation", "value": "x"}]}'
   ),
   'a part of a content is not text': (

@@ -148,8 +148,8 @@ CHOICES = tuple(
   ('candidates', 'normalise'),
   [
     ('text', 'tokens'),
-    ('label', 'tokens'),
-    ('text', 'bytes'),
+    pytest.param('label', 'tokens', marks=pytest.mark.slow),
+    pytest.param('text', 'bytes', marks=pytest.mark.slow),
     ('text', 'none'),
   ],
 )

@@ -155,6 +155,7 @@ def test_round_trip_keeps_every_bit_and_the_config(directory, tmp_path):
   assert families.config_from_hf(hf, '') == model.config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('directory', CASES, indirect=True)
 def test_cached_decoding_equals_the_full_forward(directory):
   """A prompt of five tokens, the rest one by one, past every window."""

@@ -38,6 +38,7 @@ print('read', read, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_each_reads_its_part_and_one_writes_all(
   tiny_model_dir, tmp_path, free_port
 ):

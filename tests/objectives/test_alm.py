@@ -10,7 +10,12 @@ from tests.objectives import cross
 
 
 @pytest.mark.parametrize(
-  'name', ['alm_a_binary_ce', 'alm_b_abs', 'alm_e_chunk_sizes_1_2']
+  'name',
+  [
+    'alm_a_binary_ce',
+    pytest.param('alm_b_abs', marks=pytest.mark.slow),
+    pytest.param('alm_e_chunk_sizes_1_2', marks=pytest.mark.slow),
+  ],
 )
 def test_recorded_values(name):
   z, meta = cross.golden(name)
