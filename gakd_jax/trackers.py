@@ -86,6 +86,8 @@ class TensorBoard:
 class Wandb:
   """A run of Weights & Biases, which WANDB_PROJECT and others of its variables
   place; offline, an attempt that goes on holds the steps before it as well.
+  It takes no step twice: online, an evaluation that is made up for, after a
+  stop, at a step that it has is in the run's own files only.
   """
 
   package = 'wandb'

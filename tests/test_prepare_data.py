@@ -92,6 +92,7 @@ def test_translations_of_two_texts(tmp_path, capsys):
       ['--target=a.jsonl', '--languages=,'],
       '--languages: name two',
     ),
+    ('a.jsonl', 'b.jsonl', ['--languages=a,b'], 'and --target; name both'),
   ],
 )
 def test_what_cannot_be_prepared_leaves_nothing(
@@ -103,7 +104,7 @@ def test_what_cannot_be_prepared_leaves_nothing(
   (tmp_path / 'bad.jsonl').write_text('{')
   (tmp_path / 'folder.jsonl').mkdir()
   before = sorted(tmp_path.rglob('*'))
-  if not any('languages' in x for x in options):
+  if any('target' in x for x in options) and 'languages' not in options[-1]:
     options = [*options, '--languages=a,b']
   assert prepare_data.main([source, file, *options]) == 2
   error = capsys.readouterr().err

@@ -72,6 +72,8 @@ def _prepare(args):
     )
   if not args.file.endswith('.jsonl') or Path(args.file).is_dir():
     raise UserError(f'{args.file}: name a file to write that ends in .jsonl')
+  if args.languages and not args.target:
+    raise UserError('--languages are of the source and of --target; name both')
   if args.target:
     languages = [x.strip() for x in args.languages.split(',')]
     if len(languages) != 2 or not all(languages):

@@ -132,6 +132,9 @@ def read_config(path, **shape) -> DecoderConfig:
 
   `shape` replaces some of its fields, such as `width` or `layers`. Of weights
   that are here no more is looked at than whether a tied head is one.
+
+  Raises:
+    UserError: for what no config.json of the family can say.
   """
   path = resolve_base(path, '*config.json')
   hf = weight_files.read_config(path)
@@ -145,13 +148,16 @@ def read_config(path, **shape) -> DecoderConfig:
   # Of other layers, windows go on in the pattern of the first.
   windows = tuple(itertools.islice(itertools.cycle(config.windows), layers))
   try:
-    return dataclasses.replace(config, **{'windows': windows} | shape)
+    config = dataclasses.replace(config, **{'windows': windows} | shape)
   except TypeError:
     known = [f.name for f in dataclasses.fields(DecoderConfig)]
     wrong = sorted(set(shape) - set(known))
     raise UserError(
       f'unknown model shape {", ".join(wrong)}; known are {", ".join(known)}'
     ) from None
+  if shape:
+    families.check(config, f'{path} with other {", ".join(sorted(shape))}')
+  return config
 
 
 def abstract(config, source='', adapters=None, quantize=None) -> Decoder:

@@ -176,7 +176,7 @@ def _gemma2(hf):
 
 def _gemma2_to_hf(c):
   gelu = 'gelu' if c.gelu_exact else 'gelu_pytorch_tanh'
-  scalar = c.attention_scale**-2
+  scalar = (c.attention_scale or c.head_dim**-0.5) ** -2
   return _write(
     c,
     'Gemma2',
@@ -279,6 +279,17 @@ def config_from_hf(hf, where):
     return family.to_config(hf_config.read(hf, family.fields))
   except UserError as e:
     raise UserError(f'{where}: {e}') from None
+
+
+def check(config, where):
+  """Refuses a `DecoderConfig` that no config.json of its family can say."""
+  written = config_from_hf(config_to_hf(config, {}), where)
+  ours, theirs = dataclasses.asdict(config), dataclasses.asdict(written)
+  lost = [f'{k}={x!r}' for k, x in ours.items() if theirs[k] != x]
+  if lost:
+    raise UserError(
+      f'{where}: no {config.family} model has {", ".join(lost)}; leave that out'
+    )
 
 
 def config_to_hf(config, source):

@@ -263,6 +263,21 @@ def test_init_takes_the_architecture_of_a_directory(source, tmp_path):
     models.init(source, seed=1, depth=3)
 
 
+@pytest.mark.parametrize(
+  ('shape', 'said'),
+  [
+    ({'heads': 3}, 'num_attention_heads=3 is not a multiple of'),
+    ({'head_dim': 15}, 'head_dim=15 must be even'),
+    ({'bias': True, 'gated': False}, 'has bias=True, gated=False; leave that'),
+    ({'windows': (4,)}, 'for each of 2 layers'),
+    ({'family': 'gpt2'}, 'no gpt2 model has'),
+  ],
+)
+def test_a_shape_is_one_of_the_family(source, shape, said):
+  with pytest.raises(UserError, match=f'with other .*{said}'):
+    models.read_config(source, **shape)
+
+
 def test_a_mesh_places_parameters_and_changes_no_number(
   tiny_model_dir, tmp_path
 ):
