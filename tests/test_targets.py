@@ -89,7 +89,7 @@ def config_of(pair, method, mesh, attention):
   c = CONFIGS[method].get_config()
   c.student.path, c.teacher.path = pair
   c.student.lora = None
-  c.train.steps = 1000
+  c.train.steps, c.train.epochs = 1000, None
   c.train.batch_size = c.train.microbatch_size = B
   c.data.max_length = T
   c.attention = attention
