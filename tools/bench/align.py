@@ -2,13 +2,16 @@
 
   python -m tools.bench.align --data=FILE.jsonl --tokenizers=DIR,DIR,... --map
 
-Every pair of the tokenizers, both ways, all rows on one core: rows a second
-and the share of the student's tokens with a partner. --map: the first two
-tokenizers' map of minimum edit distance, on all cores.
+Every pair of the tokenizers, both ways, all rows on one core: rows a second,
+and the share of the student's tokens with a partner. By default of synthetic
+rows, byte-level BPE and SentencePiece. --map: the first two tokenizers' map of
+minimum edit distance, on all cores, twice: the second reads what the first
+left.
 """
 
 import argparse
 import itertools
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -17,42 +20,54 @@ import numpy as np
 
 from gakd_jax.data import align, sources, spelling, texts, vocab_map
 from gakd_jax.data import tokenizer as tokenizer_lib
+from tools import synthetic
 
 
 def main():
-  parser = argparse.ArgumentParser()
-  parser.add_argument('--data', required=True)
-  parser.add_argument('--tokenizers', required=True)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--data')
+  parser.add_argument('--tokenizers', help='directories, with commas')
   parser.add_argument('--map', action='store_true')
   args = parser.parse_args()
-  paths = args.tokenizers.split(',')
-  tokenizers = [tokenizer_lib.load(path) for path in paths]
-  names = [Path(path).name for path in paths]
-  if args.map:
-    with tempfile.TemporaryDirectory() as root:
-      for _ in range(2):
+  with tempfile.TemporaryDirectory() as folder:
+    paths = (args.tokenizers or _tokenizers(folder)).split(',')
+    tokenizers = {Path(path).name: tokenizer_lib.load(path) for path in paths}
+    found = {}
+    if args.map:
+      student, teacher, *_ = tokenizers.values()
+      found['map, seconds'] = seconds = {}
+      for which in ('first', 'second'):
         start = time.perf_counter()
-        student_ids_U = vocab_map.nearest(*tokenizers[:2], root=root)
-        seconds = time.perf_counter() - start
-        print(
-          f'map of {names[1]} ({len(student_ids_U):,} ids) to {names[0]}: '
-          f'{seconds:.1f} s'
-        )
-  contents = sources.identity(args.data)
-  rows = {
-    name: texts.load(
-      args.data,
-      contents,
-      tokenizer,
-      template='alpaca',
-      rules=sources.Rules(),
-      thinking='refuse',
-    )[0]
-    for name, tokenizer in zip(names, tokenizers, strict=True)
-  }
-  spellings = dict(zip(names, map(spelling.of, tokenizers), strict=True))
-  for student, teacher in itertools.permutations(names, 2):
-    _measure(student, teacher, rows, spellings)
+        vocab_map.nearest(student, teacher, root=folder)
+        seconds[which] = time.perf_counter() - start
+    data = args.data or 'python:tools.synthetic:rows:train:3000'
+    contents = sources.identity(data)
+    rows = {
+      name: texts.load(
+        data,
+        contents,
+        tokenizer,
+        # Alignments are of responses, whatever stands before them.
+        template='alpaca' if args.data else 'chat',
+        rules=sources.Rules(),
+        thinking='refuse',
+      )[0]
+      for name, tokenizer in tokenizers.items()
+    }
+    spellings = {name: spelling.of(x) for name, x in tokenizers.items()}
+    found['pairs'] = {
+      f'{student} from {teacher}': _measure(student, teacher, rows, spellings)
+      for student, teacher in itertools.permutations(tokenizers, 2)
+    }
+  print(json.dumps(found))
+
+
+def _tokenizers(folder):
+  synthetic.train_tokenizer(f'{folder}/bytes')
+  synthetic.train_pieces(f'{folder}/pieces')
+  return f'{folder}/bytes,{folder}/pieces'
 
 
 def _measure(student, teacher, rows, spellings):
@@ -96,10 +111,12 @@ def _measure(student, teacher, rows, spellings):
     'spans': sum(np.sum(s >= 0) for s, _ in pieces) / tokens,
     'dtw': sum(np.sum(x >= 0) for x in single) / tokens,
   }
-  print(f'{student} <- {teacher}: {n:,} rows, {tokens / n:.0f} tokens each')
+  found = {'rows': n, 'tokens a row': tokens / n}
   for name, s in seconds.items():
-    share = f', {shares[name]:.1%} of tokens' if name in shares else ''
-    print(f'  {name}: {n / s:,.0f} rows/s{share}', flush=True)
+    found[f'{name}, rows/s'] = n / s
+    if name in shares:
+      found[f'{name}, share of tokens'] = shares[name]
+  return found
 
 
 if __name__ == '__main__':

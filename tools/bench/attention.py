@@ -1,6 +1,6 @@
 """Attention in plain JAX: all scores at once, and in blocks of queries.
 
-  python tools/bench/attention.py
+  python -m tools.bench.attention
 
 Forward and backward, 4 rows, 8 heads of 64, 2 of keys, fp32. Printed as JSON:
 seconds of both forms, taken in turns (median), and their ratio; `--decoder`
@@ -10,12 +10,9 @@ decoder (4 layers x 256, one row), without and with recomputed layers.
 
 import argparse
 import json
-import statistics
-import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+from tools.bench import side_by_side
 
 FORMS = 'xla', 'chunked'
 
@@ -50,8 +47,8 @@ def seconds(T, rounds):
       jax.block_until_ready(step(q_k_v))
       taken[form].append(time.perf_counter() - start)
   pairs = zip(*(x[1:] for x in taken.values()), strict=True)
-  return {form: statistics.median(x[1:]) for form, x in taken.items()} | {
-    'chunked_to_xla': statistics.median(b / a for a, b in pairs)
+  return {form: side_by_side.spread(x[1:]) for form, x in taken.items()} | {
+    'chunked to xla': side_by_side.spread(b / a for a, b in pairs)
   }
 
 
@@ -97,8 +94,9 @@ def main():
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--decoder', action='store_true')
   args = parser.parse_args()
+  table = {}
   for T in map(int, args.lengths.split(',')):
-    found = (
+    table[T] = (
       {
         f'{form}{", remat" if remat else ""}': megabytes(T, form, remat)
         for remat in (False, True)
@@ -107,7 +105,8 @@ def main():
       if args.decoder
       else seconds(T, args.rounds)
     )
-    print(T, json.dumps(found), flush=True)
+    print(T, table[T], flush=True)
+  print(json.dumps({'lengths': table}))
 
 
 if __name__ == '__main__':

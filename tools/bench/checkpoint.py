@@ -1,6 +1,6 @@
 """What a checkpoint costs a run: training stands still, and disk.
 
-  python tools/bench/checkpoint.py
+  python -m tools.bench.checkpoint
 
 The reverse-KL step of kd_step.py (42 M parameters and AdamW's moments, 504 MB)
 is taken in turns with and without a save behind it, while nothing else is being
@@ -13,15 +13,10 @@ that verifies all of it.
 import argparse
 import json
 import shutil
-import statistics
-import sys
 import tempfile
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from tools.bench import kd_step
+from tools.bench import kd_step, side_by_side
 
 
 def measure(directory, rounds):
@@ -65,15 +60,13 @@ def measure(directory, rounds):
   )
   timed('restore', lambda: checkpoints.restore(lambda host: shapes))
   checkpoints.close()
-  found = {f'{k}, s': statistics.median(x) for k, x in times.items()}
-  shares = [
-    save / step
-    for save, step in zip(times['save'], times['step'][::2], strict=True)
-  ]
-  return found | {
+  pairs = zip(times['save'], times['step'][::2], strict=True)
+  return {
+    'seconds': {k: side_by_side.spread(x) for k, x in times.items()},
+    'ratios': {
+      'save to step': side_by_side.spread(a / b for a, b in pairs),
+    },
     'MB': sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6,
-    'save / step': statistics.median(shares),
-    'save / step, range': [min(shares), max(shares)],
   }
 
 
@@ -83,7 +76,7 @@ def main():
   args = parser.parse_args()
   directory = tempfile.mkdtemp()
   try:
-    print(json.dumps(measure(directory, args.rounds), indent=2))
+    print(json.dumps(measure(directory, args.rounds)))
   finally:
     shutil.rmtree(directory)
 

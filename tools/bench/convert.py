@@ -1,6 +1,6 @@
 """Conversion of a checkpoint, beside reading and copying the same file.
 
-  python tools/bench/convert.py
+  python -m tools.bench.convert
 
 Qwen3-0.6B's shape with random weights in bf16 (1.2 GB). `read` has safetensors
 read the file into arrays; `load` is `models.load`: the same, stacked and
@@ -8,7 +8,7 @@ transposed. `copy` reads the file and writes it to the disk; `to_flax` converts
 it to an Orbax checkpoint, and `to_hf` that one back. Each runs in a process of
 its own, in turns; memory is the peak above the interpreter with its imports.
 
-  python tools/bench/convert.py --large --rounds=1
+  python -m tools.bench.convert --large --rounds=1
 
 converts Qwen3-8B's shape there and back (16.4 GB in four files: 50 GB of disk).
 """
@@ -24,8 +24,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tools.bench import side_by_side
 
@@ -168,7 +166,7 @@ def main():
   with tempfile.TemporaryDirectory() as source:
     source = Path(source)
     # In a process of its own: one that starts others passes its peak on.
-    command = [sys.executable, __file__, f'--make={source}']
+    command = [sys.executable, '-m', 'tools.bench.convert', f'--make={source}']
     command += ['--large'] if args.large else []
     subprocess.run(command, check=True)
     files = (source / 'hf').glob('*.safetensors')
@@ -176,19 +174,15 @@ def main():
     sys.argv.append(f'--source={source}')
     # The others are of a single file.
     sides = ('to_flax', 'to_hf') if args.large else SIDES
-    results = side_by_side.run(__file__, args, sides)
-  summary = {'checkpoint_gb': size / 1e9}
+    results = side_by_side.run(args, sides)
   pairs = [('load', 'read')]
   pairs += [(x, y) for x in ('to_flax', 'to_hf') for y in ('read', 'copy')]
-  for side, other in pairs:
-    if side in results and other in results:
-      summary[f'{side} / {other}'] = side_by_side.ratio(
-        results, 'seconds', side, other
-      )
-  for side, measured in results.items():
-    peak = max(r['peak'] for r in measured)
-    summary[f'{side}: peak / size'] = peak / size
-  print(json.dumps(summary, indent=2))
+  ratios = {f'{a} / {b}': ('seconds', a, b) for a, b in pairs}
+  for measured in results.values():
+    for x in measured:
+      x['peak / size'] = x['peak'] / size
+  keys = 'seconds', 'peak / size'
+  print(json.dumps(side_by_side.summary(results, ratios, keys=keys)))
 
 
 if __name__ == '__main__':

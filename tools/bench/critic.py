@@ -1,21 +1,16 @@
 """The critic through the re-associated head, beside full logits; and its price.
 
-  python tools/bench/critic.py
+  python -m tools.bench.critic
 
 V = 151936, 4 rows of 256 tokens, widths 256 and 512, C = 128, fp32. `critic` is
 one rgan update of the critic (loss, R1, R2, second-order gradient, AdamW) from
 hidden states, `direct` the same from logits of (B, T, V), penalties by
 differentiating with respect to these. `rgan` and `rkl` are whole train steps
-(tools/bench/kd_step.py) with and without the critic. Seconds, peak resident
-memory and ratios are printed as JSON.
+(kd_step.py) with and without the critic.
 """
 
 import argparse
 import json
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tools.bench import kd_step, side_by_side
 
@@ -123,18 +118,14 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   side_by_side.add_arguments(parser, sides)
   args = parser.parse_args()
-  if results := side_by_side.run(__file__, args, sides):
-    ratio = side_by_side.ratio
-    print(
-      json.dumps(
-        {
-          'critic_times_faster': ratio(results, 'seconds', 'direct', 'critic'),
-          'critic_memory_share': ratio(results, 'peak_gb', 'critic', 'direct'),
-          'step_times_rkl': ratio(results, 'seconds', 'rgan', 'rkl'),
-          'step_memory_times_rkl': ratio(results, 'peak_gb', 'rgan', 'rkl'),
-        }
-      )
-    )
+  if results := side_by_side.run(args, sides):
+    ratios = {
+      'times faster than from logits': ('seconds', 'direct', 'critic'),
+      'memory of that from logits': ('peak_gb', 'critic', 'direct'),
+      'rgan step to reverse-KL step': ('seconds', 'rgan', 'rkl'),
+      'its memory': ('peak_gb', 'rgan', 'rkl'),
+    }
+    print(json.dumps(side_by_side.summary(results, ratios)))
 
 
 if __name__ == '__main__':

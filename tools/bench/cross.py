@@ -1,26 +1,20 @@
 """Train steps of methods for two tokenizers, beside forward KL with one.
 
-  python tools/bench/cross.py
+  python -m tools.bench.cross
 
 Models of kd_step.py, V = 151936 against the teacher's 50257 ids, or the other
 way round with `--swap` (forward KL: 151936), rows of 512 tokens, fp32, AdamW.
 Ids, alignments and maps of vocabularies are drawn: of the smaller vocabulary
 nine in ten have a partner, of a row's tokens seven. All steps are compiled in
-one process and then taken in turns. Printed as JSON: seconds, their ratio to
-forward KL's (median over the rounds), and the compiler's count of temporary
-memory in MB; then that with twice the chunk, and with rows twice as long.
+one process and then taken in turns. MB are the compiler's count of temporary
+memory; also with twice the chunk, and with rows twice as long.
 """
 
 import argparse
 import json
-import statistics
-import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from tools.bench import kd_step
+from tools.bench import kd_step, side_by_side
 
 LARGE, SMALL, T = kd_step.V, 50257, 512
 BASELINE = 'forward_kl'
@@ -189,9 +183,9 @@ def in_turns(sides, vocabs, args):
   for side, (step, *_) in runs.items():
     pairs = zip(seconds[side][1:], seconds[BASELINE][1:], strict=True)
     found[side] = {
-      'seconds': statistics.median(seconds[side][1:]),
-      'times_forward_kl': statistics.median(a / b for a, b in pairs),
-      'mb': temporary_mb(step),
+      'seconds': side_by_side.spread(seconds[side][1:]),
+      'times forward KL': side_by_side.spread(a / b for a, b in pairs),
+      'MB': temporary_mb(step),
       'loss': losses[side],
     }
   return found
@@ -209,17 +203,16 @@ def main():
   args = parser.parse_args()
   sides = BASELINE, *args.methods.split(',')
   vocabs = (SMALL, LARGE) if args.swap else (LARGE, SMALL)
-  for side, values in in_turns(sides, vocabs, args).items():
-    print(side, json.dumps(values), flush=True)
+  table = in_turns(sides, vocabs, args)
   for side in sides:
-    more = {
+    table[side] |= {
       name: temporary_mb(compiled(side, vocabs, args.rows, *size)[0])
       for name, size in (
-        ('mb_of_twice_the_chunk', (T, 2 * args.chunk)),
-        ('mb_of_twice_the_length', (2 * T, args.chunk)),
+        ('MB, twice the chunk', (T, 2 * args.chunk)),
+        ('MB, twice the length', (2 * T, args.chunk)),
       )
     }
-    print(side, json.dumps(more), flush=True)
+  print(json.dumps({'steps': table}))
 
 
 if __name__ == '__main__':

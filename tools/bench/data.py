@@ -2,10 +2,11 @@
 
   python -m tools.bench.data --tokenizer=DIR --data=FILE.jsonl --rows=1000000
 
-Repeats the rows of a file, numbered, up to so many; reads them as a training
-run does, twice, each in a process of its own: the first tokenises, the second
-finds what the first left. Prints seconds, the process's own memory (what is
-mapped from files is shared and can be dropped) and tokens a second of batches.
+Repeats the rows of a file, numbered, up to so many (by default synthetic ones,
+with their tokenizer); reads them as a training run does, twice, each in a
+process of its own: the first start tokenises, the second finds what that left,
+and compares it with its checksums. Memory is the process's own: what is mapped
+from files is shared and can be dropped.
 """
 
 import argparse
@@ -19,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tools import synthetic
+
 
 def main():
   args = _arguments()
@@ -27,11 +30,18 @@ def main():
     return
   with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / 'rows.jsonl'
-    _write(file, args.data, args.rows)
-    print(f'{args.rows:,} rows, {file.stat().st_size / 1e6:,.0f} MB')
+    if args.data:
+      lines = Path(args.data).read_text().splitlines()
+    else:
+      lines = map(json.dumps, synthetic.rows('train', 10_000))
+    tokenizer = args.tokenizer or f'{folder}/tokenizer'
+    if not args.tokenizer:
+      synthetic.train_tokenizer(tokenizer)
+    _write(file, [*lines], args.rows)
+    table = {}
     for start in ('first', 'second'):
       command = [sys.executable, '-m', 'tools.bench.data', '--run']
-      command += [f'--tokenizer={args.tokenizer}', f'--data={file}']
+      command += [f'--tokenizer={tokenizer}', f'--data={file}']
       done = subprocess.run(
         [*command, *(['--packing'] if args.packing else [])],
         stdout=subprocess.PIPE,
@@ -39,26 +49,27 @@ def main():
         check=True,
         env=os.environ | {'GAKD_JAX_CACHE': folder},
       )
-      found = json.loads(done.stdout.splitlines()[-1])
-      print(start, '  '.join(f'{k}: {v:,.4g}' for k, v in found.items()))
+      table[start] = json.loads(done.stdout.splitlines()[-1])
+      print(start, table[start], flush=True)
+    found = {'rows': args.rows, 'MB': file.stat().st_size / 1e6}
+  print(json.dumps(found | {'starts': table}))
 
 
 def _arguments():
   parser = argparse.ArgumentParser()
-  parser.add_argument('--tokenizer', required=True)
-  parser.add_argument('--data', required=True)
+  parser.add_argument('--tokenizer', help='a directory')
+  parser.add_argument('--data', help='a file of rows, a JSON object a line')
   parser.add_argument('--rows', type=int, default=1_000_000)
   parser.add_argument('--packing', action='store_true')
   parser.add_argument('--run', action='store_true', help='one of the two')
   return parser.parse_args()
 
 
-def _write(file, source, n):
-  lines = Path(source).read_text().splitlines()
+def _write(file, lines, n):
   with file.open('w') as out:
     for i, line in zip(range(n), itertools.cycle(lines), strict=False):
       row = json.loads(line)
-      key = 'instruction' if 'instruction' in row else 'question'
+      key = next(k for k in ('instruction', 'question', 'prompt') if k in row)
       out.write(json.dumps(row | {key: f'{i}. {row[key]}'}) + '\n')
 
 

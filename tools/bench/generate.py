@@ -1,28 +1,22 @@
 """Greedy decoding, beside transformers' `generate` with the same weights.
 
   pip install -e '.[parity]'
-  python tools/bench/generate.py
+  python -m tools.bench.generate
 
 A random Qwen3 of 6 layers x 384 (6 heads of 64, 2 of keys and values, 1152 of
 feed-forward, tied head), fp32, saved once and loaded by both; 32 prompts of 64
-tokens, 128 new tokens each, no EOS; both in turns with all cores. Seconds of a
-whole batch after a first one, and as JSON, for each vocabulary: tokens/s, how
-many times those of transformers (median over rounds), and whether the tokens
-were the same. `--padding` measures nothing of time: it prints which share of
-prompt slots is padding, for prompt lengths as instruction data has them.
+tokens, 128 new tokens each, no EOS, with all cores. Seconds are of a whole
+batch; the tokens of both must be the same. `--padding` measures nothing of
+time: it prints which share of prompt slots is padding, for prompt lengths as
+instruction data has them.
 """
 
 import argparse
 import json
-import statistics
-import sys
 import tempfile
 import zlib
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tools.bench import side_by_side
 
@@ -127,22 +121,18 @@ def main():
     print(json.dumps(padding()))
     return
   if args.side:
-    side_by_side.run(__file__, args, sides)
+    side_by_side.run(args, sides)
     return
-  summary = {}
+  found = {}
   for vocab_size in args.vocab:
     with tempfile.TemporaryDirectory() as path:
       save_model(vocab_size, f'{path}/model')
-      results = side_by_side.run(__file__, args, sides, f'--model={path}/model')
-    every = [x['result'] for measured in results.values() for x in measured]
-    summary[vocab_size] = {
-      side: B * NEW / statistics.median(x['seconds'] for x in measured)
-      for side, measured in results.items()
-    } | {
-      'times_faster': side_by_side.ratio(results, 'seconds', 'torch', 'jax'),
-      'same_tokens': len(set(every)) == 1,
-    }
-  print(json.dumps(summary))
+      results = side_by_side.run(args, sides, f'--model={path}/model')
+    side_by_side.check_alike(results, rtol=0)
+    faster = {'times faster': ('seconds', 'torch', 'jax')}
+    one = side_by_side.summary(results, faster, B * NEW)
+    found |= {f'{k}, vocabulary {vocab_size}': x for k, x in one.items()}
+  print(json.dumps(found))
 
 
 if __name__ == '__main__':

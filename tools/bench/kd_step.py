@@ -1,27 +1,31 @@
-"""One reverse-KL train step, beside the same step in PyTorch.
+"""One train step, beside the same step of PyTorch and TRL.
 
-  pip install -e '.[parity]'
-  python tools/bench/kd_step.py
+  pip install -e '.[bench]'
+  python -m tools.bench.kd_step --objective=reverse_kl
 
 Student 4 layers x 256, teacher 8 x 512, V = 151936, 4 rows of 256 tokens,
-fp32, AdamW. The PyTorch side is transformers' models and the reverse KL over
-full logits, in eager mode. Their seconds, peak resident memory and ratios are
-printed as JSON. `--response` is the share of each row that is response: 1 is
-the worst case for the streamed head, which computes nothing for prompts.
+fp32, AdamW, all rows response (`--response`: the share that is; the streamed
+head computes nothing for prompts). `eager` is transformers' models with the
+loss over full logits, `compile` the same by torch.compile, `gkd` TRL's
+GKDTrainer (lmbda 0), `distillation` its DistillationTrainer, which goes through
+the vocabulary in tiles. All begin with the same weights, and their first losses
+are compared before their times.
 """
 
 import argparse
 import json
-import sys
-from pathlib import Path
+import tempfile
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from tools.bench import side_by_side
+from tools.bench import peers, side_by_side
 
 V, B, T = 151936, 4, 256
 STUDENT = {'width': 256, 'layers': 4, 'heads': 4, 'ff_width': 768}
 TEACHER = {'width': 512, 'layers': 8, 'heads': 8, 'ff_width': 1536}
+OBJECTIVES = {
+  'reverse_kl': {'name': 'kld', 'kd': 1.0},
+  'forward_kl': {'name': 'kld', 'divergence': 'forward_kl', 'kd': 1.0},
+  'sft': {'name': 'sft'},
+}
 
 
 def inputs(response):
@@ -32,6 +36,35 @@ def inputs(response):
   first = max(1, round(T * (1 - response)))
   mask_BT = np.arange(T)[None, :].repeat(B, 0) >= first
   return ids_BT, mask_BT
+
+
+def decoder(shape, seed, vocab=V):
+  """A random model, the same for a seed."""
+  from flax import nnx
+
+  from gakd_jax.models import Decoder, DecoderConfig
+
+  config = DecoderConfig(
+    vocab_size=vocab,
+    kv_heads=2,
+    head_dim=64,
+    tied_head=True,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    max_length=T,
+    **shape,
+  )
+  return Decoder(config, nnx.Rngs(seed))
+
+
+def save_models(folder):
+  """(student, teacher) of `jax_parts`, as directories."""
+  from gakd_jax import models
+
+  paths = f'{folder}/student', f'{folder}/teacher'
+  models.save(decoder(STUDENT, 0), paths[0])
+  models.save(decoder(TEACHER, 1), paths[1])
+  return paths
 
 
 def jax_parts(
@@ -52,33 +85,22 @@ def jax_parts(
   vocab, teacher_vocab: how many ids each model has; None: the student's.
   """
   import jax
-  from flax import nnx
 
   from gakd_jax import objectives, optim, step
-  from gakd_jax.models import Decoder, DecoderConfig, lora, pair
+  from gakd_jax.models import lora, pair
 
-  def model(shape, seed, vocab, adapters=None, quantize=None):
-    config = DecoderConfig(
-      vocab_size=vocab,
-      kv_heads=2,
-      head_dim=64,
-      tied_head=True,
-      rope_theta=1e6,
-      norm_eps=1e-6,
-      max_length=T,
-      **shape,
-    )
-    decoder = Decoder(config, nnx.Rngs(seed))
-    if quantize is not None:
-      for linear in lora.projections(decoder).values():
-        linear.quantize(quantize)
-    if adapters is not None:
-      lora.attach(decoder, lora.LoRAConfig(**adapters), seed)
-    return decoder
-
+  student = decoder(shape, 0, vocab)
+  if quantize is not None:
+    for linear in lora.projections(student).values():
+      linear.quantize(quantize)
+  if adapters is not None:
+    lora.attach(student, lora.LoRAConfig(**adapters), 0)
+  teacher = None
+  if objective['name'] != 'sft':
+    teacher = decoder(TEACHER, 1, teacher_vocab or vocab)
   models, params = pair.make(
-    model(shape, 0, vocab, adapters, quantize),
-    model(TEACHER, 1, teacher_vocab or vocab),
+    student,
+    teacher,
     dtype='float32',
     remat=remat,
   )
@@ -113,73 +135,49 @@ def jax_step(response, chunk, **settings):
   return take
 
 
-def torch_model(shape, seed, **settings):
-  """Random weights; settings are those of its config."""
-  import torch
-  import transformers
-
-  torch.manual_seed(seed)
-  config = transformers.Qwen3Config(
-    vocab_size=V,
-    hidden_size=shape['width'],
-    num_hidden_layers=shape['layers'],
-    num_attention_heads=shape['heads'],
-    num_key_value_heads=2,
-    head_dim=64,
-    intermediate_size=shape['ff_width'],
-    tie_word_embeddings=True,
-    max_position_embeddings=T,
-    **settings,
-  )
-  return transformers.Qwen3ForCausalLM(config)
-
-
-def torch_step(response):
-  """The same in PyTorch."""
-  import torch
-
-  student = torch_model(STUDENT, 0).train()
-  teacher = torch_model(TEACHER, 1).eval()
-  optimizer = torch.optim.AdamW(student.parameters(), 1e-4, weight_decay=0.01)
-  ids_BT, mask_BT = inputs(response)
-  ids = torch.tensor(ids_BT, dtype=torch.long)
-  mask = torch.tensor(mask_BT[:, 1:])
-
-  def take():
-    with torch.no_grad():
-      log_p = teacher(ids).logits[:, :-1].log_softmax(-1)
-    log_q = student(ids).logits[:, :-1].log_softmax(-1)
-    kl = (log_q.exp() * (log_q - log_p)).sum(-1)
-    loss = (kl * mask).sum() / mask.sum()
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-    optimizer.step()
-    return loss.item()
-
-  return take
-
-
 def main():
-  sides = {
-    'jax': lambda: jax_step(args.response, args.chunk, name='kld', kd=1.0),
-    'torch': lambda: torch_step(args.response),
-  }
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  def eager(compiled):
+    paths = f'{args.models}/student', f'{args.models}/teacher'
+    return peers.eager(*paths, *rows, args.objective, compiled)
+
+  def trainer(make, **settings):
+    made = make(f'{args.models}/student', f'{args.models}/teacher', **settings)
+    return peers.on_given_text(made, *rows)
+
+  names = ('jax', 'eager', 'compile', 'gkd', 'distillation')
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--objective', choices=OBJECTIVES, default='reverse_kl')
   parser.add_argument('--response', type=float, default=1.0)
   parser.add_argument('--chunk', type=int, default=128)
-  side_by_side.add_arguments(parser, sides)
+  parser.add_argument('--models', help=argparse.SUPPRESS)
+  side_by_side.add_arguments(parser, names)
   args = parser.parse_args()
-  if results := side_by_side.run(__file__, args, sides):
-    ratio = side_by_side.ratio
-    print(
-      json.dumps(
-        {
-          'times_faster': ratio(results, 'seconds', 'torch', 'jax'),
-          'memory_share': ratio(results, 'peak_gb', 'jax', 'torch'),
-        }
-      )
+  rows = inputs(args.response)
+  sides = {
+    'jax': lambda: jax_step(
+      args.response, args.chunk, **OBJECTIVES[args.objective]
     )
+  }
+  if side_by_side.installed('torch', 'transformers'):
+    sides['eager'] = lambda: eager(False)
+    sides['compile'] = lambda: eager(True)
+  if args.objective == 'reverse_kl' and side_by_side.installed('trl'):
+    sides['gkd'] = lambda: trainer(peers.gkd_trainer, lmbda=0.0)
+    sides['distillation'] = lambda: trainer(peers.distillation_trainer)
+  if args.side:
+    side_by_side.run(args, sides)
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    save_models(folder)
+    results = side_by_side.run(args, sides, f'--models={folder}')
+  side_by_side.check_alike(results, rtol=1e-3)
+  others = [side for side in sides if side != 'jax']
+  ratios = {f'times faster than {x}': ('seconds', x, 'jax') for x in others}
+  ratios |= {f'memory of {x}': ('peak_gb', 'jax', x) for x in others}
+  tokens = int(rows[1].sum())
+  print(json.dumps(side_by_side.summary(results, ratios, tokens)))
 
 
 if __name__ == '__main__':

@@ -1,13 +1,13 @@
 """One train step of adapters, beside the same step of all weights.
 
-  python tools/bench/lora.py
+  python -m tools.bench.lora
 
 Sizes of kd_step.py: student 4 layers x 256, teacher 8 x 512, V = 151936, 4 rows
 of 256 tokens, fp32; `--objective=sft` leaves the teacher out. Adapters of rank
 16 with dropout 0.1 on all projections. Their seconds and peak resident memory,
 and the bytes of gradients and optimizer state, as ratios in JSON.
 
-  python tools/bench/lora.py --quantize
+  python -m tools.bench.lora --quantize
 
 compares adapters of a base in int8 and in nf4 with those of one in fp32, for a
 student of 24 layers x 512 with remat.
@@ -15,10 +15,6 @@ student of 24 layers x 512 with remat.
 
 import argparse
 import json
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tools.bench import kd_step, side_by_side
 
@@ -83,27 +79,23 @@ def main():
       name: side(LORA, quantize=kind, shape=DEEP, remat=True)
       for name, kind in kinds.items()
     }
-    if results := side_by_side.run(__file__, args, sides):
-      print(
-        json.dumps(
-          {
-            f'{kind}, {key}': side_by_side.ratio(results, key, kind, 'fp32')
-            for kind in ('int8', 'nf4')
-            for key in ('seconds', 'peak_gb')
-          }
-        )
-      )
-  elif results := side_by_side.run(__file__, args, sides):
-    ratio = side_by_side.ratio
-    print(
-      json.dumps(
-        {
-          'time': ratio(results, 'seconds', 'adapters', 'all'),
-          'peak_memory': ratio(results, 'peak_gb', 'adapters', 'all'),
-          'gradients_and_optimizer': state_bytes(LORA) / state_bytes(None),
-        }
-      )
-    )
+    if results := side_by_side.run(args, sides):
+      ratios = {
+        f'{key}, {kind} to fp32': (key, kind, 'fp32')
+        for kind in ('int8', 'nf4')
+        for key in ('seconds', 'peak_gb')
+      }
+      print(json.dumps(side_by_side.summary(results, ratios)))
+  elif results := side_by_side.run(args, sides):
+    ratios = {
+      'time, adapters to all': ('seconds', 'adapters', 'all'),
+      'peak memory': ('peak_gb', 'adapters', 'all'),
+    }
+    found = side_by_side.summary(results, ratios)
+    found['ratios']['gradients and optimizer state'] = state_bytes(
+      LORA
+    ) / state_bytes(None)
+    print(json.dumps(found))
 
 
 if __name__ == '__main__':

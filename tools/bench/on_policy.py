@@ -1,28 +1,21 @@
 """One on-policy distillation step, beside that of TRL's GKDTrainer.
 
   pip install -e '.[bench]'
-  python tools/bench/on_policy.py
+  python -m tools.bench.on_policy
 
 The student writes a response to each of 4 prompts of 128 tokens, 128 tokens
 drawn at T = 1 and no EOS, and learns from them by reverse KL. Models are those
 of kd_step.py: student 4 layers x 256, teacher 8 x 512, V = 151936, fp32, AdamW.
-TRL's side is its own `training_step` (lmbda 1, beta 1, KV cache, neither
-gradient checkpointing nor bf16) and the optimizer that its trainer makes.
-Seconds of a step, those of writing and of updating, peak resident memory and
-ratios are printed as JSON.
+`gkd` is the `training_step` of TRL's GKDTrainer (lmbda 1, beta 1, KV cache,
+neither gradient checkpointing nor bf16) and the optimizer that it makes.
 """
 
 import argparse
 import json
-import statistics
-import sys
 import tempfile
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from tools.bench import kd_step, side_by_side
+from tools.bench import kd_step, peers, side_by_side
 
 V, B, T = kd_step.V, kd_step.B, kd_step.T
 NEW = 128
@@ -89,55 +82,16 @@ def jax_step():
   return take
 
 
-def trl_trainer(attention):
-  """A `GKDTrainer`; attention: as transformers name it."""
-  import datasets
-  import tokenizers
-  import transformers
-  from trl.experimental.gkd import GKDConfig, GKDTrainer
-
-  # No text is tokenized: prompts are ids.
-  tokenizer = transformers.PreTrainedTokenizerFast(
-    tokenizer_object=tokenizers.Tokenizer(
-      tokenizers.models.WordLevel({'<pad>': 0, '<eos>': 1}, '<pad>')
-    ),
-    pad_token='<pad>',
-    eos_token='<eos>',
-  )
-  student, teacher = (
-    kd_step.torch_model(shape, seed, attn_implementation=attention)
-    for seed, shape in enumerate((kd_step.STUDENT, kd_step.TEACHER))
-  )
-  trainer = GKDTrainer(
-    student,
-    teacher,
-    GKDConfig(
-      output_dir=tempfile.gettempdir(),  # to which nothing is written
-      use_cpu=True,
-      bf16=False,
-      gradient_checkpointing=False,
-      lmbda=1.0,
-      beta=1.0,
-      temperature=1.0,
-      max_new_tokens=NEW,
-      learning_rate=1e-4,
-      weight_decay=0.01,
-      report_to='none',
-    ),
-    train_dataset=datasets.Dataset.from_dict({'messages': ['unused']}),
-    processing_class=tokenizer,
-  )
-  assert trainer.generation_config.use_cache
-  trainer.generation_config.eos_token_id = None
-  return trainer
-
-
-def trl_step(attention):
+def gkd_step(student, teacher, attention):
   """The same by TRL."""
   import torch
 
-  trainer = trl_trainer(attention)
+  trainer = peers.gkd_trainer(
+    student, teacher, attention, lmbda=1.0, max_new_tokens=NEW
+  )
+  assert trainer.generation_config.use_cache
   student, optimizer = trainer.model, trainer.create_optimizer()
+  trainer.generation_config.eos_token_id = None
   ids = torch.tensor(prompts(), dtype=torch.long)
   generate = trainer.generate_on_policy_outputs
   writing = 0.0
@@ -154,7 +108,10 @@ def trl_step(attention):
 
   def take():
     start = time.perf_counter()
-    batch = {'prompts': ids, 'prompt_attention_mask': torch.ones_like(ids)}
+    batch = {
+      'prompts': ids,
+      'prompt_attention_mask': torch.ones_like(ids),
+    }
     loss = trainer.training_step(student, batch, num_items_in_batch=B * NEW)
     torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
     optimizer.step()
@@ -170,24 +127,37 @@ def trl_step(attention):
 
 
 def main():
-  sides = {'jax': jax_step, 'trl': lambda: trl_step(args.attention)}
+  names = 'jax', 'gkd'
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--attention', default='sdpa', help="TRL's")
-  side_by_side.add_arguments(parser, sides)
+  parser.add_argument('--models', help=argparse.SUPPRESS)
+  side_by_side.add_arguments(parser, names)
   args = parser.parse_args()
-  if results := side_by_side.run(__file__, args, sides):
-    summary = {
-      'times_faster': side_by_side.ratio(results, 'seconds', 'trl', 'jax'),
-      'memory_share': side_by_side.ratio(results, 'peak_gb', 'jax', 'trl'),
-    }
-    for side, measured in results.items():
-      summary[side] = {
-        part: statistics.median(x['result'][part] for x in measured)
-        for part in ('writing', 'updating')
-      }
-    print(json.dumps(summary))
+  sides = {'jax': jax_step}
+  if side_by_side.installed('torch', 'trl'):
+    paths = f'{args.models}/student', f'{args.models}/teacher'
+    sides['gkd'] = lambda: gkd_step(*paths, args.attention)
+  if args.side:
+    side_by_side.run(args, sides)
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    kd_step.save_models(folder)
+    results = side_by_side.run(args, sides, f'--models={folder}')
+  parts = 'writing', 'updating'
+  for measured in results.values():
+    for x in measured:
+      x |= {part: x['result'][part] for part in parts}
+  ratios = {
+    'times faster than gkd': ('seconds', 'gkd', 'jax'),
+    'in writing': ('writing', 'gkd', 'jax'),
+    'in updating': ('updating', 'gkd', 'jax'),
+    'memory of gkd': ('peak_gb', 'jax', 'gkd'),
+  }
+  keys = 'seconds', *parts, 'peak_gb'
+  found = side_by_side.summary(results, ratios, B * NEW, keys)
+  print(json.dumps(found))
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """What `--plan` says of a step's memory, beside what the step takes.
 
-  python tools/bench/plan.py
+  python -m tools.bench.plan
 
 V = 151936, students of 2 x 128 and 4 x 256, teachers of 4 x 256, 4 rows of 256
 tokens, fp32, AdamW. Each step runs in a process of its own, which loads it from
@@ -22,8 +22,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 V, B, T = 151936, 4, 256
 SMALL, LARGE = {'width': 128, 'layers': 2}, {'width': 256, 'layers': 4}
@@ -147,8 +145,9 @@ def main():
       'JAX_COMPILATION_CACHE_DIR': f'{folder}/compiled',
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     }
+    found = {}
     for case in CASES:
-      command = [sys.executable, __file__, f'--case={case}']
+      command = [sys.executable, '-m', 'tools.bench.plan', f'--case={case}']
       command.append(f'--folder={folder}')
       for _ in range(2):  # The first compiles.
         done = subprocess.run(
@@ -156,7 +155,9 @@ def main():
         )
         if done.returncode:
           sys.exit(f'{case}: {done.stderr}')
-      print(case, done.stdout.splitlines()[-1], flush=True)
+      found[case] = json.loads(done.stdout.splitlines()[-1])
+      print(case, found[case], file=sys.stderr, flush=True)
+  print(json.dumps({'cases': found}))
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """Speculative KD's rollouts beside those of the student alone.
 
-  python tools/bench/speculative.py
+  python -m tools.bench.speculative
 
 Student 4 layers x 256, teacher 8 x 512 (8 times the weights of its blocks),
 V = 151936, fp32, sampled at temperature 1. Every draft is accepted (rank < V),
@@ -11,10 +11,6 @@ and the rule. `--rows` prompts of `--prompt` tokens, `--new` tokens each.
 
 import argparse
 import json
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tools.bench import kd_step, on_policy, side_by_side
 
@@ -63,14 +59,10 @@ def main():
   }
   side_by_side.add_arguments(parser, sides)
   args = parser.parse_args()
-  if results := side_by_side.run(__file__, args, sides):
+  if results := side_by_side.run(args, sides):
     tokens = args.rows * args.new
-    speeds = {
-      side: [round(tokens / x['seconds']) for x in measured]
-      for side, measured in results.items()
-    }
-    share = side_by_side.ratio(results, 'seconds', 'student', 'speculative')
-    print(json.dumps({'tokens_per_second': speeds, 'share': share}))
+    share = {'share': ('seconds', 'student', 'speculative')}
+    print(json.dumps(side_by_side.summary(results, share, tokens)))
 
 
 if __name__ == '__main__':

@@ -1,0 +1,104 @@
+"""performance.md and performance.svg, of the JSON that benchmarks left."""
+
+import importlib
+import json
+
+_HEAD = """# Speed and memory, measured
+
+Written by `python -m tools.bench`. In each comparison the sides take turns
+(A B B A), each in a process of its own; figures are medians of the rounds
+(minimum to maximum), ratios are of pairs of one round. Machines differ, and a
+shared one drifts: ratios are what to read.
+"""
+
+
+def write(folder, benchmarks):
+  """benchmarks: {name: (program, arguments)}, in the order of the page."""
+  every = {
+    name: json.loads((folder / f'{name}.json').read_text())
+    for name in benchmarks
+    if (folder / f'{name}.json').exists()
+  }
+  parts = [_HEAD]
+  if _plot(folder / 'performance.svg', every):
+    parts.append('![ratios to others](performance.svg)\n')
+  for name, one in every.items():
+    program = importlib.import_module(f'tools.bench.{benchmarks[name][0]}')
+    title, *about = program.__doc__.strip().split('\n\n')
+    texts = [x for x in about if not x.startswith('  ')]
+    parts.append(
+      '\n\n'.join(
+        [
+          f'## {name}: {title}',
+          *(x.replace('\n', ' ') for x in texts),
+          *_tables(one['found']),
+          _origin(one),
+        ]
+      )
+      + '\n'
+    )
+  (folder / 'performance.md').write_text('\n'.join(parts))
+
+
+def _origin(one):
+  versions = ', '.join(f'{k} {v}' for k, v in one['versions'].items())
+  return (
+    f'`{one["command"]}`, {one["date"]}, {one["minutes"]:.0f} minutes; '
+    f'{one["hardware"]}, load {one["load before"]:.1f} before; {versions}.'
+  )
+
+
+def _tables(found):
+  for title, value in found.items():
+    if not isinstance(value, dict):
+      yield f'{title}: {_number(value)}'
+      continue
+    if not isinstance(next(iter(value.values())), dict):
+      value = {name: {'': x} for name, x in value.items()}
+    columns = list(dict.fromkeys(k for row in value.values() for k in row))
+    lines = [
+      f'| {title} | ' + ' | '.join(columns) + ' |',
+      '|---|' + '---:|' * len(columns),
+    ]
+    for name, row in value.items():
+      cells = (_number(row[k]) if k in row else '' for k in columns)
+      lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
+    yield '\n'.join(lines)
+
+
+def _number(x):
+  """Three digits; of [median, minimum, maximum] the range as well."""
+  if isinstance(x, list):
+    return f'{_number(x[0])} ({_number(x[1])} to {_number(x[2])})'
+  return f'{x:,.0f}' if abs(x) >= 100 else f'{x:.3g}'
+
+
+def _plot(file, every):
+  """Bars of how many times faster than others; whether there are any."""
+  bars = {
+    f'{name}, {label.removeprefix("times faster").strip()}': x
+    for name, one in every.items()
+    for label, x in one['found'].get('ratios', {}).items()
+    if label.startswith('times faster')
+  }
+  if not bars:
+    return False
+  import matplotlib
+
+  matplotlib.use('svg')
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(figsize=(8, 0.6 + 0.4 * len(bars)))
+  middles = [x[0] for x in bars.values()]
+  errors = [
+    [x[0] - x[1] for x in bars.values()],
+    [x[2] - x[0] for x in bars.values()],
+  ]
+  axes.barh([*bars], middles, xerr=errors, color='#4878a8', capsize=3)
+  axes.axvline(1, color='0.5', linewidth=1)
+  axes.invert_yaxis()
+  axes.set_xlabel('times faster (median, minimum to maximum)')
+  axes.spines[['top', 'right']].set_visible(False)
+  figure.savefig(file, bbox_inches='tight')
+  pyplot.close(figure)
+  return True
