@@ -11,6 +11,7 @@ import concurrent.futures
 import copy
 import hashlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -22,6 +23,14 @@ from gakd_jax import UserError, hosts, log
 
 _MANIFEST = 'manifest.json'
 _SAVING, _DAMAGED, _DELETED = '.saving', '.damaged', '.deleted'
+
+
+def _is_said_by_us(record):
+  """Of logged errors, all but those that Orbax's threads also raise in `wait`.
+
+  They would be several hundred lines before our one.
+  """
+  return not (record.exc_info and 'orbax' in record.pathname)
 
 
 class Checkpoints:
@@ -50,6 +59,7 @@ class Checkpoints:
     # Hashes and renames once Orbax has written, behind the training's back.
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self._saving = None
+    logging.getLogger('absl').addFilter(_is_said_by_us)
     hosts.only_first(self._clean)
 
   def _clean(self):
@@ -62,8 +72,7 @@ class Checkpoints:
     """Starts to save; returns when the arrays may be changed again.
 
     Raises:
-      UserError: if it does not fit on the disk. Orbax would find out in its
-        threads, which report it in several hundred lines.
+      UserError: if it does not fit on the disk, as far as is known before.
     """
     self.wait()
     partial = self._path(step, _SAVING)

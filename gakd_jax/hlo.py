@@ -166,7 +166,7 @@ class _Program:
     shape, groups = x.shape, self._groups(x.rest)
     if x.opcode.endswith('-start'):
       # Its own shape has what goes in beside what comes out.
-      operand = re.compile(rf'%?{re.escape(x.name)}\b')
+      operand = _use_of(x)
       done = f'{kind}-done'
       shape = next(
         y.shape for y in body if y.opcode == done and operand.match(y.rest)
@@ -232,12 +232,17 @@ class _Program:
     return added[0] if new.opcode == 'add' and added else 1
 
 
+def _use_of(x):
+  """Its name where it is read; x.1 is another than x."""
+  return re.compile(rf'(?<![\w.-])%?{re.escape(x.name)}(?![\w.-])')
+
+
 def _is_hidden(start, body):
   """Whether work stands between a start and its end, in a schedule."""
   if not start.opcode.endswith('-start'):
     return False
   after = body[body.index(start) + 1 :]
-  ends = re.compile(rf'%?{re.escape(start.name)}\b')
+  ends = _use_of(start)
   for i, x in enumerate(after):
     if x.opcode.endswith('-done') and ends.search(x.rest):
       return any(y.opcode in _WORK for y in after[:i])

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import shutil
 
 import jax
@@ -248,3 +249,16 @@ def test_half_deleted_is_not_damaged(tmp_path, monkeypatch, capsys):
   assert names(directory) == ['10.deleted', '20']
   assert restore(directory) == 20
   assert capsys.readouterr().out == ''
+
+
+def test_what_fails_behind_our_back_is_said_once(tmp_path, caplog):
+  """In the line that `wait` raises."""
+  checkpoint.Checkpoints(tmp_path).close()
+  absl = logging.getLogger('absl')
+  for place in ('x/orbax/future.py', 'x/other.py'):
+    error = OSError('No space left on device')
+    record = absl.makeRecord(
+      'absl', logging.ERROR, place, 1, place, (), (OSError, error, None)
+    )
+    absl.handle(record)
+  assert [record.pathname for record in caplog.records] == ['x/other.py']

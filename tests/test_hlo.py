@@ -128,6 +128,20 @@ def test_what_a_gpu_moves():
   assert hlo.transfers(GPU.replace(done, work + done))[1].hidden
 
 
+def test_names_that_begin_alike_are_others():
+  """x.1 before x: what x moves is of its own shape."""
+  first, second = (
+    f'  %all-gather-start{n} = (bf16[{k},8], bf16[{4 * k},8]) all-gather-start'
+    f'(%x.1), channel_id={k}, replica_groups=[2,4]<=[8], dimensions={{0}}\n'
+    f'  %all-gather-done{n} = bf16[{4 * k},8] all-gather-done'
+    f'(%all-gather-start{n})\n'
+    for n, k in (('.1', 1), ('', 2))
+  )
+  text = f'ENTRY %main (x.1: bf16[4,8]) -> bf16[8,8] {{\n{first}{second}}}\n'
+  shapes = [t.shapes for t in hlo.transfers(text)]
+  assert shapes == [(('bf16', (4, 8)),), (('bf16', (8, 8)),)]
+
+
 def test_what_a_tpu_moves():
   gather, scatter, known, free = summary(TPU, turns=20)
   sent = 64 * 1 / 2

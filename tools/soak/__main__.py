@@ -71,7 +71,7 @@ class Trial:
     while True:
       if self.attempts > 500:
         raise Lost(f'{self.workdir}: no end after {self.attempts} attempts')
-      fault = self.rng.choice(self.faults) if more() else 'none'
+      fault = self._draw() if more() else 'none'
       process = getattr(self, f'_{fault}')()
       self._check_begin(process)
       if fault != 'none':
@@ -79,6 +79,14 @@ class Trial:
       if process.status == 0:
         break
     self._compare()
+
+  def _draw(self):
+    """A fault; what is not there yet is not damaged."""
+    fault = self.rng.choice(self.faults)
+    steps = self._steps()
+    if fault == 'damage' and (not steps or max(steps) in self.damaged):
+      return 'kill'
+    return fault
 
   def _start(self, **settings):
     self.attempts += 1
@@ -134,15 +142,13 @@ class Trial:
     return process
 
   def _damage(self):
-    steps = self._steps()
-    if steps and max(steps) not in self.damaged:
-      step = max(steps)
-      shutil.rmtree(
-        self.workdir / f'checkpoints/{step}.damaged', ignore_errors=True
-      )
-      how = attempt.damage(self.workdir / 'checkpoints' / str(step), self.rng)
-      self.damaged.add(step)
-      self.counts[f'damage: {how}'] += 1
+    step = max(self._steps())
+    shutil.rmtree(
+      self.workdir / f'checkpoints/{step}.damaged', ignore_errors=True
+    )
+    how = attempt.damage(self.workdir / 'checkpoints' / str(step), self.rng)
+    self.damaged.add(step)
+    self.counts[f'damage: {how}'] += 1
     return self._kill()
 
   def _clock(self):
