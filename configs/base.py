@@ -38,6 +38,8 @@ def get_config():
   c.teacher.template = config_dict.placeholder(str)
   c.teacher.dtype = 'bfloat16'  # in memory; it is never trained
   c.teacher.quantize = config_dict.placeholder(str)  # None, int8, nf4
+  # Keep its hidden states on disk, in data.cache: it reads each text once.
+  c.teacher.cache = False
 
   # Who computes attention: cudnn on CUDA, splash on TPUs, chunked (plain JAX)
   # for every model and platform: none of them holds all scores. xla does; auto:

@@ -15,7 +15,6 @@ from flax import nnx
 
 from gakd_jax import (
   UserError,
-  best,
   fields,
   inputs,
   models,
@@ -23,8 +22,10 @@ from gakd_jax import (
   rereading,
   rollout,
   sharding,
+  teacher_cache,
 )
-from gakd_jax.data import aligned, templates
+from gakd_jax import readers as readers_lib
+from gakd_jax.data import aligned
 from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import evaluator as evaluator_lib
@@ -49,6 +50,7 @@ class Run:
   # teacher if its tokens are others.
   readers: tuple = ()
   force: bool = False  # what is half written goes on, see `fingerprint.check`
+  has_weights: bool = False  # else shapes in their place
   evaluators: dict = dataclasses.field(default_factory=dict)
   # None: the writer makes them.
   texts: texts_lib.Texts | aligned.Aligned | None = None
@@ -56,7 +58,7 @@ class Run:
   @property
   def reading(self):
     """Those of `readers` that read the texts which are trained on."""
-    return reading(self.readers, self.objective)
+    return readers_lib.reading(self.readers, self.objective)
 
   @functools.cached_property
   def reader(self):
@@ -101,7 +103,12 @@ def build(config, workdir, mesh, force=False, weights=True):
     choose_backend(
       config.attention, shape, config.train.precision, _platform(mesh)
     )
-  readers = _readers(config, objective, writer, tokenizers, paths)
+  readers = readers_lib.of(config, objective, writer, tokenizers, paths)
+  if config.teacher.cache and len(readers) == 2:
+    raise UserError(
+      'config.teacher.cache: the teacher has tokens or a template of its own; '
+      'set it to False'
+    )
   evaluators = evaluator_lib.make(
     config.evals,
     config.data.validation,
@@ -120,15 +127,24 @@ def build(config, workdir, mesh, force=False, weights=True):
     texts = inputs.texts(
       config,
       config.data.train,
-      reading(readers, objective),
+      readers_lib.reading(readers, objective),
       writer,
       objective.align,
     )
+
+  # Else all that is asked of it is on disk.
+  teacher_reads = (
+    _teacher_reads(config)
+    or texts is None
+    or not teacher_cache.is_whole(config, texts)
+  )
 
   def load(part, dtype):
     if not weights:
       return _shapes(part, dtype, mesh)
     settings = {'dtype': dtype, 'mesh': mesh, 'quantize': part.quantize}
+    if part is config.teacher and not teacher_reads:
+      return models.load(part.path, dtype, mesh, blocks=False)
     shape = part.get('shape')
     if shape is None:
       return models.load(part.path, **settings)
@@ -144,6 +160,7 @@ def build(config, workdir, mesh, force=False, weights=True):
     workdir=workdir,
     readers=readers,
     force=force,
+    has_weights=weights,
     evaluators=evaluators,
     texts=texts,
   )
@@ -157,37 +174,6 @@ def build(config, workdir, mesh, force=False, weights=True):
   )
 
 
-def reading(readers, objective):
-  """Those of a run's readers that read the texts which are trained on."""
-  return readers if objective.needs_teacher else readers[:1]
-
-
-def _readers(config, objective, writer, tokenizers, paths):
-  """See `Run`; refuses two tokenizers where there must be one."""
-  student = tokenizers[0], config.data.template
-  if len(paths) == 1:
-    return (student,)
-  if objective.one_tokenizer and objective.needs_teacher:
-    tokenizer_lib.check_same(*tokenizers, *paths)
-  are_same = tokenizer_lib.are_same(*tokenizers)
-  if objective.one_tokenizer and are_same:
-    _tell_ends(config.data.template, tokenizers, paths)
-    return (student,)
-  template = config.teacher.template or best.template_of(
-    config.teacher.path, default=config.data.template
-  )
-  if template == student[1] and are_same:
-    return (student,)
-  if writer.one_tokenizer:
-    raise UserError(
-      f'{paths[0]} and {paths[1]} have different tokenizers, and the writer '
-      f'{config.rollout.writer!r} needs one: the teacher corrects tokens of '
-      "the student; set config.rollout.writer to 'student', 'dataset' or "
-      "'teacher'"
-    )
-  return student, (tokenizers[1], template)
-
-
 def abstract(config, mesh):
   """`build` with shapes for parameters, to plan a run with.
 
@@ -196,23 +182,37 @@ def abstract(config, mesh):
   """
   objective, writer = _checked(config, mesh)
 
-  load = functools.partial(_shapes, mesh=mesh)
+  def load(part, dtype):
+    reads = part is not config.teacher or _teacher_reads(config)
+    return _shapes(part, dtype, mesh, reads)
+
   return _assemble(config, mesh, objective, writer, load)
 
 
-def _shapes(part, dtype, mesh):
+def _teacher_reads(config):
+  """Whether anybody asks more of a teacher than what is kept of it."""
+  return not config.teacher.cache or any(
+    evaluator_lib.kind_of(name, line).teacher_reads_student_ids
+    for name, line in config.evals.items()
+  )
+
+
+def _shapes(part, dtype, mesh, blocks=True):
   """The model of `config.student` or `config.teacher`, as placed shapes."""
-  definition, params = transformer.split(_abstract(part))
+  definition, params = transformer.split(_abstract(part, blocks))
   params = jax.eval_shape(lambda p: transformer.cast(p, dtype), params)
   return nnx.merge(definition, sharding.abstract(params, mesh))
 
 
-def _abstract(part):
+def _abstract(part, blocks=True):
   """The model of `config.student` or `config.teacher`, without weights."""
   shape, adapters = part.get('shape'), part.get('lora')
   resolve = models.resolve_base if shape is None else models.resolve
+  config = models.read_config(part.path, **(shape or {}))
+  if not blocks:
+    config = models.without_blocks(config)
   return models.abstract(
-    models.read_config(part.path, **(shape or {})),
+    config,
     resolve(part.path, '*config.json'),
     None if adapters is None else lora.make_config(adapters),
     part.quantize,
@@ -232,6 +232,7 @@ def _checked(config, mesh):
   objective.check(config)
   writer = rollout.make(**config.rollout)
   writer.check(config)
+  teacher_cache.check(config, objective, writer)
   if config.train.steps is None and config.train.epochs is None:
     raise UserError('config.train: set steps or epochs')
   microbatch = config.train.microbatch_size or config.train.batch_size
@@ -323,20 +324,6 @@ def _check_vocabulary(path, tokenizer, shape):
     raise UserError(
       f"{path}: the tokenizer's largest id is {largest} but the model has only "
       f'{rows} embedding rows; use the tokenizer that belongs to the model'
-    )
-
-
-def _tell_ends(template, tokenizers, paths):
-  """Says so if a student learns to end its turns as its teacher never does."""
-  end = templates.eos_id(template, tokenizers[0])
-  if end not in templates.stop_ids(template, tokenizers[1]):
-    end, *others = tokenizers[0].convert_ids_to_tokens(
-      [end, *templates.stop_ids(template, tokenizers[1])]
-    )
-    print(
-      f'{paths[0]} is trained to end its turns in {end!r}, and {paths[1]} ends '
-      f'them in {" or ".join(map(repr, others))}: it will not teach that end',
-      flush=True,
     )
 
 

@@ -72,6 +72,7 @@ FIELDS = {
     'template': Text | None,
     'dtype': _Dtype,
     'quantize': Literal[*quantized.KINDS] | None,
+    'cache': bool,
   },
   'attention': Literal[*attention.BACKENDS],
   'data': {

@@ -15,7 +15,17 @@ import jax
 from gakd_jax import sharding
 
 
-def of_step(objective, models, params, own, *, rows, length, microbatches=1):
+def of_step(
+  objective,
+  models,
+  params,
+  own,
+  *,
+  rows,
+  length,
+  microbatches=1,
+  cached=False,
+):
   """{part: FLOPs} of one optimizer step, over all devices.
 
   Args:
@@ -25,6 +35,7 @@ def of_step(objective, models, params, own, *, rows, length, microbatches=1):
     own: the method's `Own`.
     rows, length: B and T of the whole batch.
     microbatches: into how many it is split.
+    cached: whether the teacher's hidden states are there.
   """
   student, teacher = models.configs
   frozen = models.frozen
@@ -45,8 +56,9 @@ def of_step(objective, models, params, own, *, rows, length, microbatches=1):
       V = U = min(V, U)
     if objective.teacher_over_students:
       U = V
-    weights = block_weights(frozen['teacher'])
-    parts['teacher forward'] = n * (2 * weights + attention(teacher, length))
+    if not cached:
+      weights = block_weights(frozen['teacher'])
+      parts['teacher forward'] = n * (2 * weights + attention(teacher, length))
     parts['teacher head'] = n * 2 * U * teacher.width
   # Logits, the gradient of the hidden states, and that of the head.
   passes = 3 if models.head_name in params else 2

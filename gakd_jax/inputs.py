@@ -5,7 +5,14 @@
 
 import numpy as np
 
-from gakd_jax import UserError, answering, hosts, models, sharding
+from gakd_jax import (
+  UserError,
+  answering,
+  hosts,
+  models,
+  sharding,
+  teacher_cache,
+)
 from gakd_jax.data import aligned, pipeline, sources
 from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
@@ -131,6 +138,9 @@ def training_batches(run):
     found = texts(
       c, teacher_answers(run), run.reading, run.writer, run.objective.align
     )
+  cached = None
+  if c.teacher.cache and run.has_weights:
+    cached = teacher_cache.load(c, run.models, found, run.mesh)
   pads = [tokenizer_lib.pad_id(tokenizer) for tokenizer, _ in run.reading]
   batches = pipeline.batches(
     found,
@@ -143,6 +153,7 @@ def training_batches(run):
     seed=c.seed,
     weights=c.data.weights,
     drop_last=c.data.drop_last,
+    cached=cached,
     rows=sharding.own_rows(c.train.batch_size, run.mesh),
   )
   facts = [

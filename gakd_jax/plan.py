@@ -94,6 +94,8 @@ def _make(config, mesh, target):
   training = training_lib.make(run, 0, total)
   state, frozen = training.state, run.models.frozen
   batch = shapes_of_batch(config, mesh, run.writer)
+  if config.teacher.cache:
+    batch = _with_hidden(batch, run.models)
   options = None
   if target is not None:
     options = target.options
@@ -145,6 +147,7 @@ def _make(config, mesh, target):
       rows=rows,
       length=length,
       microbatches=microbatches,
+      cached=config.teacher.cache,
     )
     | flops.of_rollout(
       run.writer, run.models, state.params['student'], rows, length
@@ -176,7 +179,9 @@ def _reads(run, parts, trees, microbatches):
   What lies there, once; the weights of both models, in the compute dtype, in
   each microbatch and for each token that is written.
   """
-  names = ('student', 'student, frozen', 'teacher')
+  names = ['student', 'student, frozen']
+  if not run.config.teacher.cache:
+    names.append('teacher')
   numbers = sum(count(trees[name]) for name in names if name in trees)
   weights = numbers * run.models.dtype.itemsize / run.mesh.shape['tensor']
   return sum(parts.values()) + weights * (microbatches + run.writer.room)
@@ -197,6 +202,16 @@ def shapes_of_batch(config, mesh, writer):
     rows_B=shape(B),
     written_B=shape(B, dtype=bool) if writer.room else None,
   )
+
+
+def _with_hidden(batch, models):
+  ids_BT = batch.teacher.ids_BT
+  hidden_BTE = jax.ShapeDtypeStruct(
+    (*ids_BT.shape, models.teacher_config.width),
+    models.dtype,
+    sharding=ids_BT.sharding,
+  )
+  return batch.replace(cached={'teacher_hidden': hidden_BTE})
 
 
 def count(tree):
@@ -246,7 +261,8 @@ def _resident(state, frozen, batch):
     trees['critic'] = trees['critic'], state.critic_opt_state
   parts = {
     'optimizer state': (state.opt_state, state.step, state.skips),
-    'batch': batch.student,  # The teacher's are the same arrays.
+    # The teacher's tokens are the same arrays.
+    'batch': (batch.student, batch.cached),
   }
   return {k: device_bytes(tree) for k, tree in (trees | parts).items()}
 

@@ -52,6 +52,7 @@ WRONG = {
   'teacher.template': [3, ''],
   'teacher.dtype': ['half'],
   'teacher.quantize': ['fp4'],
+  'teacher.cache': ['yes', 1, 'hidden'],
   'attention': [3, 'flash'],
   'data.train': [3, '', (3,), {'a': 1}, ('a', None)],
   'data.validation': [3, ''],

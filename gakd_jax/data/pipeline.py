@@ -146,12 +146,13 @@ class Batches:
   all its positions that no text fills. empty: its rows without a text.
   """
 
-  def __init__(self, texts, plan, epochs, pad_id, rows, room):
+  def __init__(self, texts, plan, epochs, pad_id, rows, room, cached):
     self._texts = texts
     self._plan = plan  # epoch -> arrange.Plan
     self._pad_id = pad_id
     self._rows = rows  # Those of a global batch that are this process's.
     self._room = room
+    self._cached = cached
     self._epochs = epochs
     self._starts = [0]  # First step of each epoch, as far as is known.
     self.set_state({'step': 0})
@@ -183,7 +184,10 @@ class Batches:
       batch = collate_aligned(texts, length, self._pad_id, names)
       return batch.replace(rows_B=rows_B)
     tokens = collate(texts, length, self._pad_id)
-    return Batch(student=tokens, teacher=tokens, rows_B=rows_B)
+    batch = Batch(student=tokens, teacher=tokens, rows_B=rows_B)
+    if self._cached is not None:
+      return self._cached.put(batch, bins, self._texts.lengths)
+    return batch
 
   def _first_step(self, epoch):
     """Epochs differ in length where weights choose what is packed."""
@@ -219,6 +223,7 @@ def batches(
   weights=None,
   drop_last=False,
   rows=None,
+  cached=None,
 ):
   """Returns the Batches of some epochs (None: endless) as numpy arrays.
 
@@ -233,6 +238,8 @@ def batches(
     of a response as does not fit there.
   packing, seed, drop_last: see `arrange`.
   weights: how often an epoch has each text of each set; None: once.
+  cached: a `teacher_cache.Cache` of the texts, which a batch then has its part
+    of; None: the teacher reads them.
   Raises UserError if these do not fit together.
   """
   buckets = tuple(buckets or default_buckets(max_length))
@@ -274,4 +281,4 @@ def batches(
     )
   if rows is None:
     rows = range(batch_size)
-  return Batches(texts, plan, epochs, pad_id, rows, room)
+  return Batches(texts, plan, epochs, pad_id, rows, room, cached)

@@ -60,6 +60,11 @@ def load(root, key, make):
   return arrays, about['facts'] | {'digest': about['digest']}
 
 
+def has(root, key):
+  """Whether there is something for a key; `load` looks whether it is whole."""
+  return (Path(root) / fingerprint.digest(key) / 'about.json').exists()
+
+
 @functools.cache
 def code(*patterns):
   """A digest of files of this package: what they make depends on them."""

@@ -160,6 +160,11 @@ def read_config(path, **shape) -> DecoderConfig:
   return config
 
 
+def without_blocks(config):
+  """What is left of a model whose hidden states are known: see `load`."""
+  return dataclasses.replace(config, layers=0, windows=())
+
+
 def abstract(config, source='', adapters=None, quantize=None) -> Decoder:
   """The model with shapes for parameters, at no cost in memory.
 
@@ -176,7 +181,9 @@ def abstract(config, source='', adapters=None, quantize=None) -> Decoder:
   return nnx.eval_shape(make)
 
 
-def load(path, dtype=None, mesh=None, report=None, quantize=None) -> Decoder:
+def load(
+  path, dtype=None, mesh=None, report=None, quantize=None, blocks=True
+) -> Decoder:
   """Loads a Hugging Face directory (or hub id).
 
   Args:
@@ -188,6 +195,8 @@ def load(path, dtype=None, mesh=None, report=None, quantize=None) -> Decoder:
     report: called with bytes as they are read.
     quantize: 'int8' or 'nf4' for projections in that (see `quantized`), each as
       soon as it is read; None keeps them as they are.
+    blocks: False leaves them in the file: what is left has no layers, and the
+      vocabulary head and embedding of the whole model.
 
   Raises:
     UserError: if the directory is not there, its architecture or a switch in
@@ -195,13 +204,15 @@ def load(path, dtype=None, mesh=None, report=None, quantize=None) -> Decoder:
   """
   base = resolve_base(path)
   config = read_config(base)
+  if not blocks:
+    config = without_blocks(config)
   definition, _ = transformer.split(abstract(config, base, quantize=quantize))
   shapes = transformer.split(abstract(config, base))[1]
   params = convert.load_params(
     base, config, shapes, dtype, mesh, report, quantize
   )
   model = nnx.merge(definition, params)
-  if peft.is_adapter(path := resolve(path)):
+  if blocks and peft.is_adapter(path := resolve(path)):
     peft.load_into(model, path, mesh and sharding.replicated(mesh))
   return model
 

@@ -177,11 +177,16 @@ def load_params(
     if head:
       found.setdefault(family.names['embedding'], head)
   expected = {s.tensor: s.shape for parts in where.values() for s in parts}
+  if not config.layers:  # Those of the file are left there.
+    found = {name: x for name, x in found.items() if name in expected}
   weight_files.check(expected, found, family, path)
   flat = {}
   # The largest first, while there is room for it twice.
   for name in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
     shape = shapes[name]
+    if not math.prod(shape):
+      flat[name] = jnp.zeros(shape, dtype)
+      continue
     stored = {
       weight_files.DTYPES[found[part.tensor].dtype] for part in where[name]
     }

@@ -156,7 +156,7 @@ class Decoder(nnx.Module):
     self.blocks = blocks_lib.stack(config, rngs)
     # What 2 L branches add to the stream does not grow with L (GPT-2).
     for linear in (self.blocks.attention.out, self.blocks.mlp.down):
-      linear.kernel[...] *= (2 * config.layers) ** -0.5
+      linear.kernel[...] *= (2 * max(1, config.layers)) ** -0.5
     self.final_norm = layers_lib.make_norm(config)
     if not config.tied_head:
       self.head_weight = nnx.Param(init(rngs.params(), shape_VD))

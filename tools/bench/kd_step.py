@@ -74,6 +74,7 @@ def jax_parts(
   shape=STUDENT,
   remat=False,
   vocab=V,
+  teacher_shape=TEACHER,
   teacher_vocab=None,
   **objective,
 ):
@@ -97,7 +98,7 @@ def jax_parts(
     lora.attach(student, lora.LoRAConfig(**adapters), 0)
   teacher = None
   if objective['name'] != 'sft':
-    teacher = decoder(TEACHER, 1, teacher_vocab or vocab)
+    teacher = decoder(teacher_shape, 1, teacher_vocab or vocab)
   models, params = pair.make(
     student,
     teacher,
