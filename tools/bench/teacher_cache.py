@@ -2,8 +2,8 @@
 
   python -m tools.bench.teacher_cache
 
-Qwen3-8B and 0.6B at an eighth of their widths: teacher 36 layers x 512, student
-28 x 128, V = 18992; 4 rows of 256 tokens, fp32, AdamW.
+Qwen3-8B and 0.6B at a quarter of their widths: teacher 36 layers x 1024, student
+28 x 256, V = 37984; 4 rows of 256 tokens, fp32, AdamW.
 `cached` reads each batch from files, as every epoch does once they are there.
 First losses are compared before times.
 """
@@ -14,9 +14,9 @@ import tempfile
 
 from tools.bench import kd_step, side_by_side
 
-V, B, T = 18992, 4, 256
-STUDENT = {'width': 128, 'layers': 28, 'heads': 2, 'ff_width': 384}
-TEACHER = {'width': 512, 'layers': 36, 'heads': 8, 'ff_width': 1536}
+V, B, T = 37984, 4, 256
+STUDENT = {'width': 256, 'layers': 28, 'heads': 4, 'ff_width': 768}
+TEACHER = {'width': 1024, 'layers': 36, 'heads': 16, 'ff_width': 3072}
 _BATCHES = 8  # Different ones, in turns.
 
 
