@@ -2,10 +2,10 @@
 
   python -m tools.bench.teacher_cache
 
-Qwen3-8B and 0.6B at a quarter of their widths: teacher 36 layers x 1024, student
-28 x 256, V = 37984; 4 rows of 256 tokens, fp32, AdamW.
-`cached` reads each batch from files, as every epoch does once they are there.
-First losses are compared before times.
+Qwen3-8B and 0.6B at a quarter of their widths: teacher 36 layers x 1024,
+student 28 x 256, V = 37984; 4 rows of 256 tokens, fp32, AdamW. `cached` reads
+each batch from files, as every epoch does once they are there. First losses are
+compared before times.
 """
 
 import argparse
