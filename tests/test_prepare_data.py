@@ -92,7 +92,7 @@ def test_translations_of_two_texts(tmp_path, capsys):
       ['--target=a.jsonl', '--languages=,'],
       '--languages: name two',
     ),
-    ('a.jsonl', 'b.jsonl', ['--languages=a,b'], 'and --target; name both'),
+    ('a.jsonl', 'b.jsonl', ['--languages=a,b'], 'of --target; name both'),
   ],
 )
 def test_what_cannot_be_prepared_leaves_nothing(
