@@ -47,7 +47,7 @@ ALL_FILES = [
 # Of GAKD's kinds, some are trained by default.
 LONG = re.compile(
   'quickstart|tiny_teacher|fidelity_math|skd|on_policy|pipeline|fkl_|sft_8b|'
-  'cross|rkl_'
+  'cross|rkl_|sft_0p6b'
 )
 
 # Of configs with an argument, others than the default.

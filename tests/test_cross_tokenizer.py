@@ -85,6 +85,7 @@ def test_a_student_learns_from_another_tokenizer(
   assert rundir.is_finished(tmp_path / 'run')
 
 
+@pytest.mark.slow
 def test_sft_on_what_a_teacher_of_another_tokenizer_writes(
   config, models_of, tmp_path, monkeypatch
 ):

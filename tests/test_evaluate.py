@@ -479,6 +479,7 @@ def binary(*arguments):
   )
 
 
+@pytest.mark.slow
 def test_the_binary_by_the_references_protocol(paths, data_file, tmp_path):
   done = binary(
     '--config=configs/eval_instruct.py:reference',

@@ -129,6 +129,7 @@ def test_dropout_is_drawn_anew_each_step_and_not_in_another_run():
   assert abs(losses(0) - losses(1)) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_frozen_head_has_no_gradient():
   """Arrays of its size that the loop over chunks carries: itself alone."""
   definition, adapters, frozen = _student()

@@ -253,6 +253,7 @@ def test_the_rows_that_fit_are_found(monkeypatch, config, rows, memory, most):
     assert not found or peak(found) <= memory
 
 
+@pytest.mark.slow
 def test_prints_through_the_binary(pair, tmp_path, tmp_path_factory):
   flags = (
     '--plan --plan_devices=4 --plan_memory_gb=0.0001 --plan_tflops=0.5 '

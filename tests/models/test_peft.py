@@ -95,6 +95,7 @@ FIRST = 'model.layers.0.self_attn.q_proj'
 SECOND = 'model.layers.1.self_attn.q_proj'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('options', 'want'),
   [

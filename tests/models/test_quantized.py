@@ -128,6 +128,7 @@ def _logits(model):
   return jax.jit(lambda p: nnx.merge(definition, p).logits(IDS_BT))(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'case',
   [
