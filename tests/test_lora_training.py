@@ -225,6 +225,7 @@ def _adapters(workdir):
   )
 
 
+@pytest.mark.slow
 def test_a_run_writes_adapters_and_the_next_goes_on_with_them(config, tmp_path):
   config.train.steps = 3
   first = train.run(config, tmp_path / 'first')

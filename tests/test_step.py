@@ -359,7 +359,10 @@ def _distillm2_by_hand(log_p_NV, log_q_NV, ce_N, written_N):
 
 @pytest.mark.parametrize(
   ('method', 'by_hand'),
-  [('kld', _kld_by_hand), ('distillm2', _distillm2_by_hand)],
+  [
+    ('kld', _kld_by_hand),
+    pytest.param('distillm2', _distillm2_by_hand, marks=pytest.mark.slow),
+  ],
 )
 def test_who_wrote_a_row_decides_what_it_counts_for(method, by_hand):
   """Each mean is over its own tokens, in a batch of both, and of one alone.

@@ -67,6 +67,7 @@ def log_probs(model, prompt, response):
   return np.asarray(jax.nn.log_softmax(z_TV), np.float64)
 
 
+@pytest.mark.slow
 def test_loss_is_what_full_logits_give(parts):
   subject, params, student, teacher = parts
   log_p, log_q, targets = [], [], []
