@@ -104,11 +104,6 @@ def build(config, workdir, mesh, force=False, weights=True):
       config.attention, shape, config.train.precision, _platform(mesh)
     )
   readers = readers_lib.of(config, objective, writer, tokenizers, paths)
-  if config.teacher.cache and len(readers) == 2:
-    raise UserError(
-      'config.teacher.cache: the teacher has tokens or a template of its own; '
-      'set it to False'
-    )
   evaluators = evaluator_lib.make(
     config.evals,
     config.data.validation,

@@ -1,9 +1,9 @@
 """A teacher that is paid for once: its hidden states, kept on disk.
 
 In every epoch a teacher reads the same text again: of a run from 8B to 0.6B
-that is most of the work. What it has to say of a response are its last hidden
-states where that is predicted; logits are a projection of these away, so that
-nothing is lost, whatever an objective or a critic asks of them. They are kept
+that is most of the work. What methods for one tokenizer ask it about a response
+are its last hidden states where that is predicted; logits are a projection of
+these away, so that nothing is lost, for a critic neither. They are kept
 in the dtype that they were computed in: 8 KB a token of a teacher of width 4096
 in bf16.
 
@@ -69,6 +69,11 @@ def check(config, objective, writer):
     raise UserError(
       f'config.teacher.cache: the objective {config.objective.name!r} asks '
       'nothing of a teacher; set it to False'
+    )
+  if not objective.one_tokenizer:
+    raise UserError(
+      f'config.teacher.cache: the objective {config.objective.name!r}, for two '
+      'tokenizers, may ask for more than what is kept; set it to False'
     )
   if writer.room:
     raise UserError(

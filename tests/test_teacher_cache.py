@@ -83,6 +83,11 @@ def _built(config, tmp_path):
       False,
       marks=pytest.mark.slow,
     ),
+    pytest.param(
+      {'name': 'dskd_cma', 'attention': False},
+      True,
+      marks=pytest.mark.slow,
+    ),
   ],
 )
 def test_losses_are_those_of_the_live_teacher(
@@ -189,16 +194,13 @@ def test_evaluations_have_the_whole_teacher(config, tmp_path):
       {'rollout': {'writer': 'student', 'max_new_tokens': 8}},
       'reads text that is new in every step',
     ),
-    ({'teacher.template': 'alpaca'}, 'has tokens or a template of its own'),
+    ({'objective': {'name': 'mcw'}}, "'mcw', for two tokenizers, may ask"),
   ],
 )
 def test_where_it_cannot_stand_in_it_is_refused(
   config, tmp_path, settings, said
 ):
-  config.objective = {'name': 'uld'}
   config.update_from_flattened_dict(settings)
-  if 'rollout' in settings:
-    config.objective = {'name': 'kld'}
   with pytest.raises(UserError, match=said):
     _built(config, tmp_path)
 
