@@ -74,7 +74,7 @@ class Trial:
       fault = self._draw() if more() else 'none'
       process = getattr(self, f'_{fault}')()
       self._check_begin(process)
-      if fault != 'none':
+      if process.status != 0:  # Else it had ended before.
         self.counts[fault] += 1
       if process.status == 0:
         break
