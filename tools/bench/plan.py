@@ -105,7 +105,8 @@ def measure(case, folder, steps=3):
     ids_BT = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
     mask_BT = np.arange(T)[None, :].repeat(B, 0) > 0
     tokens = Tokens(ids_BT, np.ones_like(ids_BT), mask_BT)
-    batch = sharding.put_batch(Batch(tokens, tokens), mesh)
+    rows_B = np.arange(B, dtype=np.int32)
+    batch = sharding.put_batch(Batch(tokens, tokens, rows_B=rows_B), mesh)
     jax.block_until_ready((state, models, batch))
     gc.collect()
     Path('/proc/self/clear_refs').write_text('5')  # VmHWM starts again.
