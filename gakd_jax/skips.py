@@ -61,12 +61,13 @@ def are_finite(tree):
   return jnp.all(jnp.array(found, bool))
 
 
-def take_or_leave(before, taken, metrics, bad, most=None):
+def take_or_leave(before, taken, move, metrics, bad, most=None):
   """The `TrainState` after a step, and its metrics.
 
   Args:
     before: the state before the step.
-    taken: the state that the step makes of it.
+    taken: the state that the step makes of it, but for what `move` does.
+    move: the optimizer: (params, opt_state) -> (params, opt_state).
     metrics: of the step; among them 'loss', 'grad_norm' and 'tokens'.
     bad: {term or 'critic': whether it is not finite}.
     most: so many robust standard deviations above the median of the last
@@ -76,7 +77,8 @@ def take_or_leave(before, taken, metrics, bad, most=None):
     What `taken` is, or `before`, of the next number; the metrics, with
     'skipped', 'skipped/<cause>' and 'skipped/in_a_row'.
   """
-  causes = _causes(taken, metrics, bad)
+  moved, _ = move(before.params, before.opt_state)
+  causes = _causes(moved, taken, metrics, bad)
   skips, recent = before.skips, before.skips.recent
   if most is not None:
     now = {name: metrics[name] for name in recent}
@@ -93,20 +95,28 @@ def take_or_leave(before, taken, metrics, bad, most=None):
     in_a_row=jnp.where(skipped, skips.in_a_row + 1, 0),
     recent=recent,
   )
-  state = jax.tree.map(lambda x, y: jnp.where(skipped, x, y), before, taken)
+  # Computed once more, in place: otherwise there would be parameters and
+  # moments twice until it is known which to keep. (In the other order of
+  # branches XLA copies what it keeps.)
+  params, opt_state = jax.lax.cond(
+    ~skipped, move, lambda *x: x, before.params, before.opt_state
+  )
+  state = jax.tree.map(
+    lambda x, y: jnp.where(skipped, x, y), before, taken
+  ).replace(params=params, opt_state=opt_state)
   flags = {'skipped': skipped} | {f'skipped/{k}': x for k, x in causes.items()}
   metrics = metrics | {k: x.astype(jnp.float32) for k, x in flags.items()}
   metrics |= {'skipped/in_a_row': skips.in_a_row}
   return state.replace(step=before.step + 1, skips=skips), metrics
 
 
-def _causes(taken, metrics, bad):
+def _causes(moved, taken, metrics, bad):
   """{cause: whether it is one}, but for spikes."""
   bad = dict(bad)
   if 'critic' in bad:
     bad['critic'] |= ~are_finite(taken.critic)
   gradient = ~jnp.isfinite(metrics['grad_norm'])
-  update = ~are_finite((taken.params, taken.memory))
+  update = ~are_finite((moved, taken.memory))
   return bad | {
     'gradient': gradient & ~_any(bad),
     'update': update & ~gradient & ~_any(bad),

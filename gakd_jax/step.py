@@ -119,7 +119,11 @@ def make_train_step(
     bad = {'critic': metrics.pop('critic/not_finite')} if state.critic else {}
     bad |= _not_finite(terms, names)
     grads = step.parameter_gradients(d)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+
+    def move(params, opt_state):
+      updates, opt_state = optimizer.update(grads, opt_state, params)
+      return optax.apply_updates(params, updates), opt_state
+
     metrics |= _compared(terms['gram'], names) | {
       'grad_norm': optax.tree.norm(grads),
       'learning_rate': jnp.asarray(
@@ -128,13 +132,11 @@ def make_train_step(
       'tokens': jnp.sum(batch.student.mask_BT),
     }
     taken = state.replace(
-      params=optax.apply_updates(state.params, updates),
-      opt_state=opt_state,
       critic=critic_state[0],
       critic_opt_state=critic_state[1],
       memory=objective.remember(step.own, metrics),
     )
-    return skips.take_or_leave(state, taken, metrics, bad, skip_spikes)
+    return skips.take_or_leave(state, taken, move, metrics, bad, skip_spikes)
 
   return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 

@@ -30,7 +30,10 @@ class Linear(nnx.Module):
     if self.is_quantized:
       y = quantized.matmul(x, self.kernel[...], self.kernel_scale[...])
     else:
-      y = x @ self.kernel[...].astype(x.dtype)
+      # Of rows and tokens as one: their gradient is then one product, and no
+      # activation is transposed for it.
+      y = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
+      y = y.reshape(*x.shape[:-1], -1)
     if hasattr(self, 'bias'):
       y += _align(self.bias[...], x.ndim)
     if self.lora is not None:

@@ -111,12 +111,13 @@ class Head:
       preferred_element_type=jnp.float32,
     )
 
-  def capped(self, z_NV):
-    """Logits, of what `linear` gives."""
+  def capped(self, z_NV, first=0):
+    """Logits, of what `linear` gives for the ids from `first` on."""
     z_NV = layers_lib.soft_cap(z_NV, self.cap) if self.cap else z_NV
     if self.valid is None:
       return z_NV
-    return jnp.where(jnp.arange(z_NV.shape[-1]) < self.valid, z_NV, _NEVER)
+    ids_V = first + jnp.arange(z_NV.shape[-1])
+    return jnp.where(ids_V < self.valid, z_NV, _NEVER)
 
   def __call__(self, hidden_ND):
     """Logits in fp32, [N, D] -> [N, V]."""

@@ -138,6 +138,26 @@ class Objective:
       chunk=self.head_chunk,
     )
 
+  def mean_over_ids(self, id_loss, outputs, batch):
+    """As `token_mean`, of a loss that is a sum over the vocabulary.
+
+    id_loss: (log-probabilities [N, v] of each of `outputs`, of ids that follow
+      each other; a `Target` whose ids count from the first of these) -> what
+      these ids add to (loss [N], {name: metric [N]}).
+    """
+
+    def relative(log_probs, target, first):
+      return id_loss(log_probs, target._replace(id_N=target.id_N - first))
+
+    target, mask_BT = targets(batch)
+    return head.sum_over_ids(
+      relative,
+      head.shared(outputs),
+      target,
+      mask_BT / batch.totals['tokens'],
+      chunk=self.head_chunk,
+    )
+
   def loss(self, student, teacher, batch, own, key):
     """The loss of a (micro)batch.
 

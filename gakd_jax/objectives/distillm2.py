@@ -12,8 +12,6 @@ and move alpha and beta over the run; here a row has one text, and both stay.
 
 import dataclasses
 
-import jax
-
 from gakd_jax import UserError
 from gakd_jax.objectives import base, divergences
 from gakd_jax.settings import Share
@@ -33,10 +31,10 @@ class DistiLLM2(base.Objective):
 
   def loss(self, student, teacher, batch, own, key):
     del own, key
-    return self.token_mean(self._token_loss, (student, teacher), batch)
+    return self.mean_over_ids(self._id_loss, (student, teacher), batch)
 
-  def _token_loss(self, logits, target):
-    log_q_NV, log_p_NV = map(jax.nn.log_softmax, logits)
+  def _id_loss(self, log_probs, target):
+    log_q_NV, log_p_NV = log_probs
     forward_N = target.data_N * divergences.skew_forward(
       log_p_NV, log_q_NV, self.alpha
     )

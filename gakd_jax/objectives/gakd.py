@@ -140,7 +140,7 @@ class GAKD(base.Objective):
   def imitation(self, student, teacher, batch, own, key):
     """(1 - kd) CE + kd rkl_scale RKL."""
     del own, key
-    return self.token_mean(self._token_loss, (student, teacher), batch)
+    return self.mean_over_ids(self._id_loss, (student, teacher), batch)
 
   def deception(self, student, teacher, batch, own, key):
     """g L_G, from the end of the warm-up on."""
@@ -216,8 +216,8 @@ class GAKD(base.Objective):
       )
     }
 
-  def _token_loss(self, logits, target):
-    log_q_NV, log_p_NV = map(jax.nn.log_softmax, logits)
+  def _id_loss(self, log_probs, target):
+    log_q_NV, log_p_NV = log_probs
     ce_N, metrics = base.imitation(log_q_NV, target)
     if self.reference:
       q_NV, p_NV = jnp.exp(log_q_NV), jnp.exp(log_p_NV)

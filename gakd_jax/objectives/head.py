@@ -9,6 +9,8 @@ loop over chunks, and some things to do with one:
                 computed *in the forward pass*, while its logits are there.
   token_map     a few numbers of each token, kept and differentiable; logits
                 are computed once more in the backward pass.
+  sum_over_ids  the same of a loss that is a sum over the vocabulary, in less
+                time and memory.
   log_probs     log q(target) of each token.
   largest       the largest logits of each token.
   row_sums      sums over the tokens of each row.
@@ -27,7 +29,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gakd_jax.objectives import head_loop
+from gakd_jax.objectives import head_loop, head_tiles
 from gakd_jax.objectives.head_loop import ROWS, WHOLE
 
 
@@ -78,9 +80,32 @@ def weighted_sum(token_loss, outputs, targets, weights_BT, *, chunk):
     pairs = zip(outputs, logits, strict=True)
     return token_loss(tuple(o.head.capped(z) for o, z in pairs), targets)
 
+  gradient_of = head_tiles.of_logits(capped_loss)
+  return _weighted_sum(gradient_of, outputs, targets, weights_BT, chunk)
+
+
+def sum_over_ids(id_loss, outputs, targets, weights_BT, *, chunk):
+  """As `weighted_sum`, of a loss that is a sum over the vocabulary.
+
+  It takes less time and memory: see `head_tiles`.
+
+  Args:
+    id_loss: (tuple of fp32 log-probabilities [N, v] of some ids that follow
+      each other, one for each of `outputs`; targets; the first of these ids) ->
+      what these ids add to (loss [N], {name: metric [N, ...]}).
+    outputs: of the same vocabulary, see `shared`.
+  """
+  gradient_of = head_tiles.of_log_probs(
+    lambda log_probs, *args: id_loss(tuple(log_probs), *args),
+    [o.head.capped for o in outputs],
+  )
+  return _weighted_sum(gradient_of, outputs, targets, weights_BT, chunk)
+
+
+def _weighted_sum(gradient_of, outputs, targets, weights_BT, chunk):
   def run(wanted, hiddens, heads, targets, weights_BT):
     return head_loop.sums(
-      capped_loss, chunk, wanted, hiddens, heads, (), targets, weights_BT
+      gradient_of, chunk, wanted, hiddens, heads, (), targets, weights_BT
     )
 
   @jax.custom_vjp
@@ -167,7 +192,8 @@ def token_map(function, outputs, rows, whole, mask_BT, *, chunk):
     )
     weights_BT = mask_BT.astype(jnp.float32)
     args = [hidden_BTD], [head], whole, (rows, d_out), weights_BT
-    _, d = head_loop.sums(inner_product, chunk, wanted, *args)
+    gradient_of = head_tiles.of_logits(inner_product)
+    _, d = head_loop.sums(gradient_of, chunk, wanted, *args)
     d_head = d[1][0].astype(head.dtype) if d[1] else None
     return d[0].get(0), d_head, None, d[2], None
 

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from gakd_jax import sharding
 from gakd_jax.models.transformer import Head
+from gakd_jax.objectives import head_tiles
 
 ROWS, WHOLE = P(sharding.BATCH_AXES), P()
 
@@ -76,72 +77,79 @@ class Wanted(NamedTuple):
   whole: bool = False
 
 
-def sums(token_loss, chunk, wanted, hiddens, heads, whole, targets, weights_BT):
+def sums(
+  gradient_of, chunk, wanted, hiddens, heads, whole, targets, weights_BT
+):
   """((loss, metrics), gradients) of all rows; see `_sum_of_rows`."""
   head_specs = [spec(x) for x in heads]
   return by_rows(
-    functools.partial(_sum_of_rows, token_loss, chunk, wanted),
+    functools.partial(_sum_of_rows, gradient_of, chunk, wanted),
     (ROWS, head_specs, WHOLE, ROWS, ROWS),
     (WHOLE, (ROWS, {j: head_specs[j] for j in wanted.heads}, WHOLE)),
   )(hiddens, heads, whole, targets, weights_BT)
 
 
 def _sum_of_rows(
-  token_loss, chunk, wanted, total, hiddens, heads, whole, targets, weights_BT
+  gradient_of, chunk, wanted, total, hiddens, heads, whole, targets, weights_BT
 ):
   """Loss, metrics and the wanted gradients, a chunk of tokens at a time.
 
+  gradient_of: of a kind of loss, from `head_tiles`.
   Gradients are dicts by model of hidden states and of heads, and one like
   `whole`, or None; but for those of hidden states they are fp32.
   """
   given, heads = heads, [_own(head) for head in heads]
   *rows, weights_N = _flat((hiddens, targets, weights_BT))
+  V = max(map(len, heads))
 
-  def chunk_of(index_N):
+  def gradient(size, index_N):
     hiddens, targets = _take(rows, index_N)
     weight_N = weights_N.at[index_N].get(mode='fill', fill_value=0)
+    logits = [*map(_logits, hiddens, heads)]
+    return hiddens, gradient_of(weight_N, logits, targets, whole, size)
 
-    def loss(logits, whole):
-      loss_N, metrics = token_loss(logits, targets, whole)
-      return jnp.sum(weight_N * loss_N), {
-        name: jnp.sum(_align(weight_N, x) * x, axis=0)
-        for name, x in metrics.items()
-      }
-
-    return hiddens, [*map(_logits, hiddens, heads)], loss
-
-  def body(index_N, carry):
+  def body(size, index_N, carry):
     totals, (d_hiddens, d_heads, d_whole) = carry
-    hiddens, logits, loss = chunk_of(index_N)
-    # Gradients that nobody wants are dead code to the compiler.
-    value, pull, metrics = jax.vjp(
-      jax.checkpoint(loss, policy=_is_of_tokens), logits, whole, has_aux=True
-    )
-    d_logits, new_whole = pull(jnp.ones_like(value))
-    # In the compute dtype for the matrix units; their sums are fp32.
-    d_logits = [
-      d.astype(h.dtype) for d, h in zip(d_logits, hiddens, strict=True)
-    ]
-    d_hiddens = {
-      j: _put(d, index_N, _d_hidden(d_logits[j], heads[j]))
-      for j, d in d_hiddens.items()
-    }
-    d_heads = {
-      j: d + _d_head(d_logits[j], hiddens[j]) for j, d in d_heads.items()
-    }
+    hiddens, (new, d_logits, new_whole) = gradient(size, index_N)
+    d_hiddens, d_heads = dict(d_hiddens), dict(d_heads)
+    for j in sorted({*d_hiddens, *d_heads}):
+
+      def products(tile, carry, j=j):
+        d_chunk, d_head = carry
+        # In the compute dtype for the matrix units; their sums are fp32.
+        d_z = d_logits(j, tile).astype(hiddens[j].dtype)
+        if d_chunk is not None:
+          d_chunk += _d_hidden(d_z, tile.of(heads[j], 0))
+        if d_head is not None:
+          d_head = tile.add(d_head, _d_head(d_z, hiddens[j]))
+        return d_chunk, d_head
+
+      d_chunk = None
+      if j in d_hiddens:
+        d_chunk = _no_d_hidden(hiddens[j].astype(jnp.float32), heads[j])
+      d_chunk, d_head = head_tiles.over(
+        len(heads[j]), size, products, (d_chunk, d_heads.get(j))
+      )
+      if j in d_hiddens:
+        d_hiddens[j] = _put(d_hiddens[j], index_N, d_chunk)
+      if j in d_heads:
+        d_heads[j] = d_head
     if wanted.whole:
       d_whole = jax.tree.map(jnp.add, d_whole, new_whole)
-    totals = jax.tree.map(jnp.add, totals, (value, metrics))
+    totals = jax.tree.map(jnp.add, totals, new)
     return totals, (d_hiddens, d_heads, d_whole)
 
   def shape_of_totals():
-    _, logits, loss = chunk_of(jnp.arange(min(chunk, weights_N.size)))
-    return loss(logits, whole)
+    index_N = jnp.arange(min(chunk, weights_N.size))
+    return gradient(V, index_N)[1][0]
 
   totals, (d_hiddens, d_heads, d_whole) = _loop(
     weights_N != 0,
     chunk,
-    body,
+    # Devices that split the vocabulary have a tile each already.
+    functools.partial(
+      *((body, V) if _parts(heads[0]) > 1 else (head_tiles.sized, body, V))
+    ),
     (
       jax.tree.map(_zeros, jax.eval_shape(shape_of_totals)),
       (
@@ -181,7 +189,7 @@ def map_of_rows(function, chunk, total, hidden_BTD, head, rows, whole, mask_BT):
     lambda index_N, out_N: out_N.at[index_N].set(values(index_N), mode='drop'),
     out_N,
   )
-  out_N = jnp.where(_align(mask_N, out_N), out_N, 0)
+  out_N = jnp.where(head_tiles.align(mask_N, out_N), out_N, 0)
   return out_N.reshape(*mask_BT.shape, *out_N.shape[1:])
 
 
@@ -213,15 +221,6 @@ def _own(head):
   return head[0] if head.ndim == 3 else head
 
 
-def _is_of_tokens(primitive, *_, **__):
-  """What a chunk's gradient keeps of its loss: a few numbers a token.
-
-  Log-probabilities and the like are computed again from the logits, in the
-  loop that uses them: that costs less than to write and read them.
-  """
-  return primitive.name.startswith(('reduce', 'arg', 'while', 'top_k'))
-
-
 def _logits(hidden_ND, head_VD):
   return _split(Head(head_VD).linear(hidden_ND), P(None, 'tensor'))
 
@@ -245,18 +244,21 @@ def _d_hidden(d_logits_NV, head_VD):
   """
   N, parts = len(d_logits_NV), _parts(head_VD)
   if parts == 1:
-    return jnp.einsum('nv,vd->nd', d_logits_NV, head_VD)[None]
+    return jnp.einsum(
+      'nv,vd->nd', d_logits_NV, head_VD, preferred_element_type=jnp.float32
+    )[None]
   d_PND = jnp.einsum(
     'npv,pvd->pnd',
     _split(d_logits_NV.reshape(N, parts, -1), P(None, 'tensor')),
     _split(head_VD.reshape(parts, -1, head_VD.shape[1]), P('tensor')),
+    preferred_element_type=jnp.float32,
   )
   return _split(d_PND, P('tensor'))
 
 
 def _put(d_PND, index_N, new_PND):
   return jax.vmap(lambda d, new: d.at[index_N].set(new, mode='drop'))(
-    d_PND, new_PND
+    d_PND, new_PND.astype(d_PND.dtype)
   )
 
 
@@ -272,10 +274,6 @@ def _split(x, spec):
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec)
-
-
-def _align(mask_N, x_N):
-  return mask_N.reshape(-1, *(1,) * (x_N.ndim - 1))
 
 
 def _zeros(x, dtype=None):

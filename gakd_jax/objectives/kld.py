@@ -31,7 +31,8 @@ DIVERGENCES = {
   'tvd': (divergences.total_variation, ()),
   'adaptive': (divergences.adaptive_kl, ()),
 }
-
+# Those that are no sum over the vocabulary of what is known of one id.
+_WHOLE = ('entropy_gated', 'adaptive')
 
 Divergence = Literal[*DIVERGENCES]
 
@@ -53,19 +54,27 @@ class KLD(base.Objective):
 
   def loss(self, student, teacher, batch, own, key):
     del own, key
+    if self.temperature == 1 and self.divergence not in _WHOLE:
+      return self.mean_over_ids(self._id_loss, (student, teacher), batch)
     return self.token_mean(self._token_loss, (student, teacher), batch)
 
   def _token_loss(self, logits, target):
-    z_q_NV, z_p_NV = logits
-    T = self.temperature
-    _, settings = DIVERGENCES[self.divergence]
-    divergence_N = divergence_of(self.divergence)(
-      jax.nn.log_softmax(z_p_NV / T),
-      jax.nn.log_softmax(z_q_NV / T),
+    tempered = tuple(jax.nn.log_softmax(z / self.temperature) for z in logits)
+    return self._mixed(tempered, jax.nn.log_softmax(logits[0]), target)
+
+  def _id_loss(self, log_probs, target):
+    return self._mixed(log_probs, log_probs[0], target)
+
+  def _mixed(self, tempered, log_q_NV, target):
+    """(1 - kd) CE + kd D, D of the tempered log-probabilities."""
+    function, settings = DIVERGENCES[self.divergence]
+    divergence_N = function(
+      tempered[1],
+      tempered[0],
       **{name: getattr(self, name) for name in settings},
     )
     if self.scale_by_t2:
-      divergence_N *= T**2
-    ce_N, metrics = base.imitation(jax.nn.log_softmax(z_q_NV), target)
+      divergence_N *= self.temperature**2
+    ce_N, metrics = base.imitation(log_q_NV, target)
     loss_N = (1 - self.kd) * ce_N + self.kd * divergence_N
     return loss_N, metrics | {self.divergence: divergence_N}

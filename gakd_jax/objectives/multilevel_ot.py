@@ -63,7 +63,7 @@ class MultiLevelOT(base.Objective):
 
   def loss(self, student, teacher, batch, own, key):
     del own, key
-    ce, metrics = self.token_mean(_imitation, (student,), batch)
+    ce, metrics = self.mean_over_ids(_imitation, (student,), batch)
     length = max(batch.student.ids_BT.shape[1], batch.teacher.ids_BT.shape[1])
     # In one common width, zeros on ids that only one has.
     (q_BLK, is_q_BL), (p_BLK, is_p_BL) = (
@@ -163,8 +163,8 @@ class MultiLevelOT(base.Objective):
     )
 
 
-def _imitation(logits, target):
-  return base.imitation(jax.nn.log_softmax(logits[0]), target)
+def _imitation(log_probs, target):
+  return base.imitation(*log_probs, target)
 
 
 def _normed(z_NV):

@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import jax
-
 from gakd_jax import UserError
 from gakd_jax.objectives import base
 
@@ -21,8 +19,8 @@ class SFT(base.Objective):
 
   def loss(self, student, teacher, batch, own, key):
     del teacher, own, key
-    return self.token_mean(_token_loss, (student,), batch)
+    return self.mean_over_ids(_id_loss, (student,), batch)
 
 
-def _token_loss(logits, target):
-  return base.imitation(jax.nn.log_softmax(logits[0]), target)
+def _id_loss(log_probs, target):
+  return base.imitation(*log_probs, target)
