@@ -29,7 +29,9 @@ def get_config():
   c.student.lora = config_dict.placeholder(object)
   # Of a frozen base: None, 'int8' or 'nf4' (see gakd_jax/models/quantized).
   c.student.quantize = config_dict.placeholder(str)
-  c.student.remat = True  # recompute blocks: less memory, a third more time
+  # Computed again in the backward pass, for memory: 'none', 'products' (all but
+  # products with weights: hardly slower), 'blocks' (a third more time).
+  c.student.remat = 'blocks'
 
   c.teacher = ml_collections.ConfigDict()
   c.teacher.path = config_dict.placeholder(str)  # HF directory, hub id, adapter

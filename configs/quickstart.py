@@ -56,7 +56,7 @@ def _common():
   c.teacher.path = tiny_teacher.PATH
   c.teacher.dtype = 'float32'
   c.student.dtype = 'float32'
-  c.student.remat = False
+  c.student.remat = 'none'
   c.critic.width, c.critic.layers = 64, 1
   c.critic.ff_width = 128
   c.data.template = 'chat'

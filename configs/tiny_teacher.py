@@ -17,7 +17,7 @@ def get_config():
   c = base.get_config()
   c.student.path = PATH
   c.student.shape = {}  # random weights in the architecture of PATH
-  c.student.remat = False
+  c.student.remat = 'none'
   c.data.train = 'python:tools.synthetic:rows:train:50000'
   c.data.validation = 'python:tools.synthetic:rows:validation:240'
   c.data.template = 'chat'

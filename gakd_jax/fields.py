@@ -12,7 +12,14 @@ import ml_collections
 from gakd_jax import UserError, objectives, optim, rollout, trackers
 from gakd_jax import settings as settings_lib
 from gakd_jax.evals import evaluator as evaluator_lib
-from gakd_jax.models import attention, families, lora, quantized, transformer
+from gakd_jax.models import (
+  attention,
+  blocks,
+  families,
+  lora,
+  quantized,
+  transformer,
+)
 from gakd_jax.settings import (
   BelowOne,
   Count,
@@ -65,7 +72,7 @@ FIELDS = {
     'dtype': _Dtype,
     'lora': Mapping | None,
     'quantize': Literal[*quantized.KINDS] | None,
-    'remat': bool,
+    'remat': Literal[*blocks.REMAT],
   },
   'teacher': {
     'path': Text | None,

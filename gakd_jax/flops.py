@@ -47,7 +47,8 @@ def of_step(
   backward = forward + 2 * trained + attention(student, length)
   parts = {
     'student forward': n * forward * (2 if again else 1),
-    'student backward': n * (backward + (forward if models.remat else 0)),
+    'student backward': n
+    * (backward + (forward if models.remat == 'blocks' else 0)),
   }
   V = U = student.vocab_size
   if objective.needs_teacher:

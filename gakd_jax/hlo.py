@@ -27,8 +27,7 @@ _COMPUTATION = re.compile(r'^(?:ENTRY )?%?([\w.-]+) \(.*\{$')
 _SHAPE = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
 _CALLED = re.compile(r'(?:calls|to_apply)=%?([\w.-]+)')
 _BRANCHES = re.compile(
-  r'(?:branch_computations=\{|true_computation=|false_computation=)'
-  r'(%?[\w.-]+(?:, ?%?[\w.-]+)*)'
+  r'branch_computations=\{(.*?)\}|(?:true|false)_computation=%?([\w.-]+)'
 )
 # So many devices as "[2,4]", and in which order: "T(1,0)".
 _IDS = r'\[([\d,]+)\](?:T\(([\d,]+)\))?'
@@ -158,8 +157,8 @@ class _Program:
       elif x.opcode not in ('async-update', 'async-done'):
         for called in _CALLED.findall(x.rest):
           self._visit(called, times, loops, found, _is_hidden(x, body))
-        for branches in _BRANCHES.findall(x.rest):
-          for branch in re.findall(r'[\w.-]+', branches):
+        for several, one in _BRANCHES.findall(x.rest):
+          for branch in re.findall(r'[\w.-]+', several or one):
             self._visit(branch, times, loops, found)
 
   def _transfer(self, kind, x, body, computation, times, loops):

@@ -47,7 +47,7 @@ WRONG = {
     {'targets': ['a']},
   ],
   'student.quantize': ['int4', 8],
-  'student.remat': ['yes', 1],
+  'student.remat': ['all', True],
   'teacher.path': [3, ''],
   'teacher.template': [3, ''],
   'teacher.dtype': ['half'],

@@ -29,7 +29,7 @@ def read(workdir):
   [
     ('mesh.fsdp', 4),
     ('data.cache', 'there'),
-    ('student.remat', False),
+    ('student.remat', 'none'),
     ('train.microbatch_size', 2),
     ('train.head_chunk', 64),
     ('checkpoint.every', 7),

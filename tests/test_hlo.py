@@ -142,6 +142,32 @@ def test_names_that_begin_alike_are_others():
   assert shapes == [(('bf16', (4, 8)),), (('bf16', (8, 8)),)]
 
 
+@pytest.mark.parametrize(
+  'branches',
+  [
+    'true_computation=%sums, false_computation=%keeps',
+    'true_computation=sums, false_computation=keeps',
+    'branch_computations={%keeps, %sums}',
+  ],
+)
+def test_a_condition_moves_what_its_branches_do(branches):
+  text = f"""%sums (p.1: f32[8]) -> f32[8] {{
+  %p.1 = f32[8]{{0}} parameter(0)
+  ROOT %all-reduce.1 = f32[8]{{0}} all-reduce(%p.1), replica_groups={{{{0,1}}}}
+}}
+
+%keeps (p.2: f32[8]) -> f32[8] {{
+  ROOT %p.2 = f32[8]{{0}} parameter(0)
+}}
+
+ENTRY %main (x.1: f32[8]) -> f32[8] {{
+  ROOT %c.1 = f32[8]{{0}} conditional(%i, %x.1, %x.1), {branches}, metadata={{}}
+}}
+"""
+  (moved,) = hlo.transfers(text, 2)
+  assert (moved.kind, moved.shapes) == ('all-reduce', (('f32', (8,)),))
+
+
 def test_what_a_tpu_moves():
   gather, scatter, known, free = summary(TPU, turns=20)
   sent = 64 * 1 / 2

@@ -58,7 +58,7 @@ def _student(dropout=0.0):
   return definition, *lora.partition(params)
 
 
-def _models(definition, base, teacher=None, t_params=None, remat=False):
+def _models(definition, base, teacher=None, t_params=None, remat='none'):
   """Of these parts; `base` {} is of a student that is trained whole."""
   frozen = {'student': base} if base else {}
   if teacher is not None:
@@ -155,7 +155,7 @@ def _quantized(definition, params, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('remat', [False, True])
+@pytest.mark.parametrize('remat', ['none', 'blocks'])
 def test_a_quantized_base_and_teacher_train_as_their_widened_copies(remat):
   definition, adapters, frozen = _student()
   teacher, t_params = transformer.split(models.Decoder(CONFIG, nnx.Rngs(2)))

@@ -160,7 +160,7 @@ def test_operations_are_near_the_compilers_count(
   config.student.path = bare(**shape)
   config.teacher.path = bare(**shape)
   config.objective = objective
-  config.student.remat = False
+  config.student.remat = 'none'
   config.train.head_chunk = B * T
   config.critic.layers = 1
   found = planned(config)

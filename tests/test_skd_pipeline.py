@@ -16,7 +16,7 @@ TEACHER, STUDENT = skd.PAIRS['gemma']
 def shrink(c):
   """In place: the same files and methods, small models and few steps."""
   c.teacher.dtype = c.student.dtype = c.train.precision = 'float32'
-  c.student.remat = False
+  c.student.remat = 'none'
   if c.student.path == STUDENT:
     c.student.shape = {'width': 32, 'layers': 1, 'ff_width': 64}
   if c.student.path in (TEACHER, STUDENT):

@@ -113,7 +113,7 @@ def _trace(
   microbatches=1,
   mesh=None,
   dtype='float32',
-  remat=False,
+  remat='none',
   written=False,
 ):
   """The traced step of a variant, with its first state, models and mesh."""
@@ -289,7 +289,7 @@ def test_steps_count_and_learn():
 @pytest.mark.parametrize(
   ('variant', 'atol'),
   [
-    ({'microbatches': 2, 'remat': True}, 1e-6),
+    ({'microbatches': 2, 'remat': 'blocks'}, 1e-6),
     ({'microbatches': 4}, 1e-6),
     ({'mesh': (('data', 8),)}, 1e-5),
     ({'mesh': (('data', 2), ('fsdp', 2), ('tensor', 2))}, 1e-5),
@@ -428,11 +428,11 @@ def test_a_critic_reads_every_row_whoever_wrote_it():
 
 
 def test_remat_recomputes():
-  plain, remade = (
-    str(_trace(**kwargs)[0].jaxpr).count('dot_general')
-    for kwargs in ({}, {'remat': True})
+  plain, some, all_of_it = (
+    str(_trace(remat=remat)[0].jaxpr).count('dot_general')
+    for remat in ('none', 'products', 'blocks')
   )
-  assert remade > plain
+  assert plain < some < all_of_it
 
 
 def test_rows_are_dealt_out_so_that_each_device_keeps_its_own():

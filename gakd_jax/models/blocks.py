@@ -12,6 +12,10 @@ from gakd_jax import sharding
 from gakd_jax.data import segments
 from gakd_jax.models import attention, layers
 
+# Nothing; all but products with weights (norms, activations, attention); whole
+# blocks, but for what attention puts out where `tensor` splits it.
+REMAT = 'none', 'products', 'blocks'
+
 
 class Block(nnx.Module):
   """Attention, then feed-forward, each on a normed copy of the residual."""
@@ -45,6 +49,15 @@ def stack(config, rngs):
   )
 
 
+def _kept(remat):
+  """What a block keeps for its backward pass, a policy of `jax.checkpoint`."""
+  if remat == 'products':
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  # A sum over `tensor` is kept: devices would talk again to recompute it.
+  kept = ['attention'] if sharding.ways('tensor') > 1 else []
+  return jax.checkpoint_policies.save_only_these_names(*kept)
+
+
 def rope(config, positions_BT):
   if config.learned_positions:
     return None
@@ -58,7 +71,7 @@ def run(
   blocks,
   x_BTD,
   segments_BT,
-  remat=False,
+  remat='none',
   key=None,
   backend='chunked',
   packed=True,
@@ -72,8 +85,8 @@ def run(
     config, blocks: from `stack`.
     x_BTD: what the first block reads.
     segments_BT: int32, see `data.segments`.
-    remat: recomputes each block in the backward pass instead of keeping its
-      activations, but for what attention puts out where `tensor` splits it.
+    remat: one of `REMAT`, what is computed again in the backward pass instead
+      of being kept.
     key: draws the dropout of adapters; None: there is none.
     backend: of attention, from `attention.choose_backend`.
     packed: False promises that each row is one document from its start, then
@@ -105,9 +118,6 @@ def run(
     x_BTD, _ = nnx.merge(blocks_def, params)(sharding.by_rows(x_BTD), layer)
     return sharding.by_rows(x_BTD), None
 
-  if remat:
-    # A sum over `tensor` is kept: devices would talk again to recompute it.
-    kept = ['attention'] if sharding.ways('tensor') > 1 else []
-    policy = jax.checkpoint_policies.save_only_these_names(*kept)
-    body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+  if remat != 'none':
+    body = jax.checkpoint(body, prevent_cse=False, policy=_kept(remat))
   return jax.lax.scan(body, x_BTD, scanned)[0]

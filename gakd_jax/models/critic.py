@@ -89,7 +89,7 @@ class Critic(nnx.Module):
     # between teacher and student never pushes the student anywhere.
     self.score = nnx.Param(jnp.zeros(config.width))
 
-  def __call__(self, x_BTC, segments_BT, remat=False):
+  def __call__(self, x_BTC, segments_BT, remat='none'):
     """A scalar for each position, [B, T] in fp32 or better.
 
     Positions see earlier ones of their own segment; where it is 0, what comes

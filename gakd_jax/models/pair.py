@@ -46,7 +46,7 @@ class Models:
   # trained, and 'constants' of the method; never donated, never saved.
   frozen: dict
   dtype: Any  # of the computation
-  remat: bool = False  # of the student's blocks
+  remat: str = 'none'  # of the student's blocks, see `blocks.REMAT`
   # Of attention, of student and teacher.
   backends: tuple = ('chunked', 'chunked')
   packed: bool = True  # False: each row is one document, then padding

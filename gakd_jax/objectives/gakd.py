@@ -246,7 +246,7 @@ class GAKD(base.Objective):
       jax.tree.map(lambda x: x.astype(dtype), critic),
     )
     pooling = self.pooling or ('last' if self.reference else 'mean')
-    remat = bool(self.critic.get('init_from'))  # A large trunk.
+    remat = 'blocks' if self.critic.get('init_from') else 'none'  # Its size.
 
     def score(x_BTC):
       return critic_lib.sequence_score(

@@ -116,7 +116,8 @@ def test_a_token_does_not_see_the_future(hidden):
   assert np.abs(a_BTD[:, 7:] - b_BTD[:, 7:]).max(axis=-1).min() > 1e-4
 
 
-def test_remat_recomputes_and_gives_the_same_gradients(model):
+@pytest.mark.parametrize('remat', ['products', 'blocks'])
+def test_remat_recomputes_and_gives_the_same_gradients(model, remat):
   definition, params = split(model)
   ids_BT = _ids(4, 2, 8)
 
@@ -126,7 +127,7 @@ def test_remat_recomputes_and_gives_the_same_gradients(model):
 
   plain, remade = (
     jax.jit(lambda p, r=remat: jax.grad(loss)(p, r)).trace(params)
-    for remat in (False, True)
+    for remat in ('none', remat)
   )
   # The option does something: there are more products to compute.
   count_plain, count_remade = (

@@ -158,7 +158,7 @@ def test_the_gram_matrix_gives_the_penalty_of_v_dimensions(
 ):
   """Value and second-order gradient, in float64 with a trunk that has it."""
 
-  def trunk(self, x_BTC, segments_BT, remat=False):
+  def trunk(self, x_BTC, segments_BT, remat='none'):
     same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
     past_BTS = same_BTS & jnp.tril(jnp.ones((1, *same_BTS.shape[1:]), bool))
     h_BTC = jnp.tanh(past_BTS.astype(x_BTC.dtype) @ x_BTC)

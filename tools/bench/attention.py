@@ -98,8 +98,10 @@ def main():
   for T in map(int, args.lengths.split(',')):
     table[T] = (
       {
-        f'{form}{", remat" if remat else ""}': megabytes(T, form, remat)
-        for remat in (False, True)
+        f'{form}{", remat" if remat == "blocks" else ""}': megabytes(
+          T, form, remat
+        )
+        for remat in ('none', 'blocks')
         for form in FORMS
       }
       if args.decoder

@@ -72,7 +72,7 @@ def jax_parts(
   adapters=None,
   quantize=None,
   shape=STUDENT,
-  remat=False,
+  remat='none',
   vocab=V,
   teacher_shape=TEACHER,
   teacher_vocab=None,

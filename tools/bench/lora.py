@@ -76,7 +76,7 @@ def main():
   if args.quantize:
     kinds = {'fp32': None, 'int8': 'int8', 'nf4': 'nf4'}
     sides = {
-      name: side(LORA, quantize=kind, shape=DEEP, remat=True)
+      name: side(LORA, quantize=kind, shape=DEEP, remat='blocks')
       for name, kind in kinds.items()
     }
     if results := side_by_side.run(args, sides):

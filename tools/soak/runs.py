@@ -47,7 +47,7 @@ def get_config(argument='kd'):
   }
   c.teacher.path = path or tiny_teacher.PATH
   c.student.dtype = c.teacher.dtype = c.train.precision = 'float32'
-  c.student.remat = False
+  c.student.remat = 'none'
   c.critic.width, c.critic.layers, c.critic.ff_width = 32, 1, 64
   c.data.train = 'python:tools.synthetic:rows:train:60'
   c.data.validation = 'python:tools.synthetic:rows:test:8'
