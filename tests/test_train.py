@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -111,12 +112,40 @@ def weights(workdir):
   return safetensors.numpy.load_file(workdir / 'best' / 'model.safetensors')
 
 
+# Of each compilation in `whole_run`, how many steps had been logged before.
+COMPILED = []
+
+
 @pytest.fixture(scope='module')
 def whole_run(pair, data_file, tmp_path_factory):
   """A run that nothing interrupts, and its results."""
   workdir = tmp_path_factory.mktemp('runs') / 'whole'
   c = config.__wrapped__(pair, data_file)
-  return workdir, train.run(c, workdir)
+  steps = 0
+
+  class Log(loop._Log):
+    def step(self, now, *found):
+      nonlocal steps
+      super().step(now, *found)
+      steps = now
+
+  def listen(event, *_, **__):
+    if event.endswith('backend_compile_duration'):
+      COMPILED.append(steps)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop, '_Log', Log)
+    results = train.run(c, workdir)
+  jax.monitoring.unregister_event_duration_listener(listen)
+  return workdir, results
+
+
+def test_nothing_is_compiled_after_the_first_evaluation(whole_run):
+  """Of six steps with evaluations at 3 and 6, checkpoints at 2, 4 and 6."""
+  del whole_run
+  assert COMPILED.count(0) > 3  # The step itself, for one.
+  assert max(COMPILED) <= 3
 
 
 def test_a_run_learns_and_leaves_everything(whole_run):

@@ -9,7 +9,9 @@ head computes nothing for prompts). `eager` is transformers' models with the
 loss over full logits, `compile` the same by torch.compile, `gkd` TRL's
 GKDTrainer (lmbda 0), `distillation` its DistillationTrainer, which goes through
 the vocabulary in tiles. All begin with the same weights, and their first losses
-are compared before their times.
+are compared before their times. In the first round this project's step is
+compiled, later ones find it in the cache, as later starts of a run do: the
+peaks of memory differ by what the compiler took.
 """
 
 import argparse
@@ -87,8 +89,10 @@ def jax_parts(
   """
   import jax
 
-  from gakd_jax import objectives, optim, step
+  from gakd_jax import binary, objectives, optim, step
   from gakd_jax.models import lora, pair
+
+  binary.use_compilation_cache()  # as a run does
 
   student = decoder(shape, 0, vocab)
   if quantize is not None:
