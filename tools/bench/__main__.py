@@ -28,6 +28,7 @@ BENCHMARKS = {
   'rkl_step': ('kd_step', ()),
   'forward_kl_step': ('kd_step', ('--objective=forward_kl',)),
   'sft_step': ('kd_step', ('--objective=sft',)),
+  'parts': ('parts', ()),
   'teacher_cache': ('teacher_cache', ()),
   'gakd_step': ('critic', ()),
   'on_policy_step': ('on_policy', ()),
