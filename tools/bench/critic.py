@@ -6,7 +6,9 @@ V = 151936, 4 rows of 256 tokens, widths 256 and 512, C = 128, fp32. `critic` is
 one rgan update of the critic (loss, R1, R2, second-order gradient, AdamW) from
 hidden states, `direct` the same from logits of (B, T, V), penalties by
 differentiating with respect to these. `rgan` and `rkl` are whole train steps
-(kd_step.py) with and without the critic.
+(kd_step.py) with and without the critic, of `--rows` rows: what a critic adds
+is mostly products of both heads with its projection, which a step has once,
+whatever the number of its tokens.
 """
 
 import argparse
@@ -106,7 +108,13 @@ def critic_step(from_logits):
 
 
 def main():
-  whole = {'response': 1.0, 'chunk': 128}
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--rows', type=int, default=B)
+  side_by_side.add_arguments(parser, ('critic', 'direct', 'rgan', 'rkl'))
+  args = parser.parse_args()
+  whole = {'response': 1.0, 'chunk': 128, 'rows': args.rows}
   sides = {
     'critic': lambda: critic_step(from_logits=False),
     'direct': lambda: critic_step(from_logits=True),
@@ -115,9 +123,8 @@ def main():
     ),
     'rkl': lambda: kd_step.jax_step(**whole, name='kld'),
   }
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  side_by_side.add_arguments(parser, sides)
-  args = parser.parse_args()
+  if args.rows != B:  # The critic alone is of no rows but these.
+    sides = {name: sides[name] for name in ('rgan', 'rkl')}
   if results := side_by_side.run(args, sides):
     ratios = {
       'times faster than from logits': ('seconds', 'direct', 'critic'),

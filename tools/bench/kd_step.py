@@ -30,13 +30,13 @@ OBJECTIVES = {
 }
 
 
-def inputs(response):
-  """Token ids [B, T] and the response mask [B, T]."""
+def inputs(response, rows=B):
+  """Token ids [rows, T] and the response mask [rows, T]."""
   import numpy as np
 
-  ids_BT = np.random.default_rng(0).integers(0, V, (B, T)).astype(np.int32)
+  ids_BT = np.random.default_rng(0).integers(0, V, (rows, T)).astype(np.int32)
   first = max(1, round(T * (1 - response)))
-  mask_BT = np.arange(T)[None, :].repeat(B, 0) >= first
+  mask_BT = np.arange(T)[None, :].repeat(rows, 0) >= first
   return ids_BT, mask_BT
 
 
@@ -121,14 +121,14 @@ def jax_parts(
   return models, state, train_step
 
 
-def jax_step(response, chunk, **settings):
+def jax_step(response, chunk, rows=B, **settings):
   """A function that takes one step of `jax_parts` and returns its loss."""
   import jax
 
   from gakd_jax.data.pipeline import Batch, Tokens
 
   models, state, train_step = jax_parts(chunk, **settings)
-  ids_BT, mask_BT = inputs(response)
+  ids_BT, mask_BT = inputs(response, rows)
   tokens = Tokens(ids_BT, ids_BT * 0 + 1, mask_BT)
   batch = jax.device_put(Batch(tokens, tokens))
 
