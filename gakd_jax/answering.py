@@ -15,8 +15,8 @@ from gakd_jax import (
   hosts,
   log,
   partial,
-  sampling,
   settings,
+  streaming,
 )
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
@@ -143,7 +143,7 @@ def _fill(answers, kept, model, tokenizer, rows, wanted, decoding):
   """Adds the answers that are not there, a batch at a time."""
   with log.Progress(len(wanted), len(answers), 'answers') as progress:
     last = time.monotonic()
-    for batch, responses in sampling.stream(
+    for batch, responses in streaming.stream(
       model,
       [ids for ids, _, _ in wanted],
       done=frozenset(answers),

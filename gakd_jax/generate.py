@@ -26,9 +26,9 @@ from gakd_jax import (
   hosts,
   models,
   rollout,
-  sampling,
   settings,
   sharding,
+  streaming,
 )
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizers
@@ -133,7 +133,7 @@ def answers(prompts):
       ids, _ = tokenizers.encode(tokenizer, sources.Row(prompt), template)
     except sources.BadRow as error:
       raise UserError(f'prompt {i + 1}: {error.reason}') from error
-    response = sampling.generate(
+    response = streaming.generate(
       model,
       [ids],
       eos_ids=eos_ids,

@@ -1,8 +1,7 @@
 """Sampling: prompts in, responses out, through a key-value cache.
 
-`stream` is what evaluation and the command line call (`generate`: all at once);
-`decode_batch` is the same decoding as a function under `jax.jit`, for rollouts.
-How logits become a token is in `sampler`, how tokens are read in
+`decode_batch` writes a batch, under `jax.jit`; `streaming` any number of
+responses. How logits become a token is in `sampler`, how tokens are read in
 `models/decoding`.
 
 The loop carries rows (`State`) whose last token is not read yet: reading it
@@ -20,18 +19,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx, struct
-from jax.sharding import NamedSharding
+from flax import struct
 from jax.sharding import PartitionSpec as P
 
-from gakd_jax import UserError, sharding, stopping
-from gakd_jax.models import decoding, transformer
-from gakd_jax.sampler import Sampler
-
-# Prompts are padded to a power of two, at least this: less padding would cost
-# more compilations than it saves time.
-_SHORTEST_PROMPT = 64
+from gakd_jax import sharding
+from gakd_jax.models import decoding
 
 
 @struct.dataclass
@@ -171,6 +163,20 @@ def _decode_rows(
   """`decode_batch` of a device's own rows."""
   state = start(prompt_BT, length_B, max_new_tokens)
   reader = decoding.prefill(model, prompt_BT, state.ids_BS.shape[1])
+  state, _ = go_on(
+    reader,
+    state,
+    key_B,
+    sampler,
+    max_new_tokens,
+    eos_ids,
+    lambda state: any_row(~state.done_B),
+  )
+  return state.ids_BS, state.end_B
+
+
+def go_on(reader, state, key_B, sampler, max_new_tokens, eos_ids, wanted):
+  """Writes tokens to rows as long as `wanted(state)`; (state, reader)."""
 
   def write_token(carry):
     state, reader = carry
@@ -178,195 +184,6 @@ def _decode_rows(
     token_B = draw(sampler, reader.model.head(hidden_BD), state, key_B)
     return append(state, token_B, max_new_tokens, eos_ids), reader
 
-  state, _ = jax.lax.while_loop(
-    lambda carry: any_row(~carry[0].done_B), write_token, (state, reader)
+  return jax.lax.while_loop(
+    lambda carry: wanted(carry[0]), write_token, (state, reader)
   )
-  return state.ids_BS, state.end_B
-
-
-def generate(model, prompts, **settings):
-  """Responses to prompts, in their order: see `stream` for the arguments."""
-  responses = [[] for _ in prompts]
-  for rows, written in stream(model, prompts, **settings):
-    for i, response in zip(rows, written, strict=True):
-      responses[i] = response
-  return responses
-
-
-def stream(
-  model,
-  prompts,
-  *,
-  max_new_tokens,
-  temperature=1.0,
-  top_k=0,
-  top_p=1.0,
-  no_repeat_ngram=0,
-  eos_ids=(),
-  seed=0,
-  batch_size=32,
-  valid_vocab=None,
-  done=frozenset(),
-  places=None,
-  keep_end=False,
-):
-  """Yields (rows, their responses), a batch at a time.
-
-  While the caller works on one batch the next is being decoded. Prompts of
-  similar length share a batch, the longest first: what does not fit in memory
-  fails at once. Which do is a function of `prompts` and `batch_size` alone, so
-  a caller that was interrupted gets the same batches again.
-
-  Args:
-    model: a `Decoder` of `decoding.unstack`. One on a mesh decodes on the
-      whole mesh; every process then passes the same prompts and gets all the
-      responses.
-    prompts: non-empty lists of token ids.
-    max_new_tokens: of each response, the EOS included.
-    temperature, top_k, top_p, no_repeat_ngram, valid_vocab: see `Sampler`.
-    eos_ids: ids that end a response.
-    seed: the same seed gives the same responses.
-    batch_size: rows decoded together; it does not change the result.
-    done: rows that are not wanted; a batch of nothing else is left out.
-    places: a number below 2**32 for each prompt, to draw with in place of its
-      index.
-    keep_end: responses keep the EOS that they ended in.
-
-  Yields:
-    Indices into `prompts`, and for each a list of token ids, without prompt
-    and EOS. One of `max_new_tokens` tokens was cut off there; a shorter one
-    ended in an EOS.
-
-  Raises:
-    UserError: for settings that make no sense, an empty prompt, or ids that
-      the model does not have.
-  """
-  sampler = Sampler(temperature, top_k, top_p, no_repeat_ngram, valid_vocab)
-  _check(prompts, model.config, max_new_tokens, batch_size)
-  definition, params = transformer.split(model)
-  mesh, batch_size = _fit_batch(params, min(batch_size, len(prompts) or 1))
-  eos_ids = tuple(int(i) for i in eos_ids)
-  key = jax.random.key(seed)
-  places = range(len(prompts)) if places is None else places
-
-  def begin(rows):
-    batch = _pad(prompts, rows, places, batch_size)
-    if mesh:
-      place = NamedSharding(mesh, P(sharding.BATCH_AXES))
-      batch = sharding.put_whole(batch, place)
-    written = _decode(
-      definition, params, batch, key, sampler, max_new_tokens, eos_ids, mesh
-    )
-    # A process reads what it has whole.
-    return rows, jax.device_put(written, mesh and sharding.replicated(mesh))
-
-  def finish(rows, written):
-    ids_BS, end_B = stopping.fetch(written)
-    responses = []
-    for b, i in enumerate(rows):
-      response = ids_BS[b, len(prompts[i]) : end_B[b]].tolist()
-      ended = response and response[-1] in eos_ids and not keep_end
-      responses.append(response[:-1] if ended else response)
-    return rows, responses
-
-  running = None
-  for rows in batches_of(prompts, batch_size):
-    if done.issuperset(rows):
-      continue
-    started = begin(rows)
-    if running:
-      yield finish(*running)
-    running = started
-  if running:
-    yield finish(*running)
-
-
-def batches_of(prompts, batch_size):
-  """Which rows share a batch: lists of indices, the longest prompts first."""
-  order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-  return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
-def padding(prompts, batch_size):
-  """The share of prompt slots that `stream` fills with nothing."""
-  batch_size = min(batch_size, len(prompts))
-  slots = sum(
-    batch_size * _bucket(max(len(prompts[i]) for i in rows))
-    for rows in batches_of(prompts, batch_size)
-  )
-  return 1 - sum(map(len, prompts)) / slots
-
-
-@functools.partial(
-  jax.jit,
-  static_argnames=(
-    'definition',
-    'sampler',
-    'max_new_tokens',
-    'eos_ids',
-    'mesh',
-  ),
-)
-def _decode(
-  definition, params, batch, key, sampler, max_new_tokens, eos_ids, mesh=None
-):
-  """`decode_batch`; parameters are an argument: new ones do not recompile."""
-  prompt_BT, length_B, place_B = batch
-  key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, place_B)
-  model = nnx.merge(definition, params)
-  return decode_batch(
-    model, prompt_BT, length_B, key_B, sampler, max_new_tokens, eos_ids, mesh
-  )
-
-
-def _check(prompts, config, max_new_tokens, batch_size):
-  if max_new_tokens < 1 or batch_size < 1:
-    raise UserError(
-      f'generation: max_new_tokens={max_new_tokens} and '
-      f'batch_size={batch_size}; both must be at least 1'
-    )
-  for i, prompt in enumerate(prompts):
-    if not len(prompt):
-      raise UserError(f'prompt {i} (counted from 0) is empty; give it a token')
-    if max(prompt) >= config.vocab_size:
-      raise UserError(
-        f'prompt {i} (counted from 0) has token id {max(prompt)}, but the '
-        f'model has ids below {config.vocab_size}; use the tokenizer of this '
-        'model'
-      )
-    length = len(prompt) + max_new_tokens
-    if config.learned_positions and length > config.max_length:
-      raise UserError(
-        f'prompt {i} (counted from 0) and {max_new_tokens} new tokens are '
-        f'{length}, and the model has {config.max_length} positions; lower '
-        'max_new_tokens'
-      )
-
-
-def _fit_batch(params, batch_size):
-  """The parameters' mesh, if any, and a batch size that divides over it."""
-  place = jax.tree.leaves(params)[0].sharding
-  if not isinstance(place, NamedSharding):
-    return None, batch_size
-  ways = sharding.batch_ways(place.mesh)
-  return place.mesh, -(-batch_size // ways) * ways
-
-
-def _bucket(length):
-  """The next of 64, 96, 128, 192, 256 ...: few shapes, little padding."""
-  power = max(_SHORTEST_PROMPT, 1 << (length - 1).bit_length())
-  smaller = power * 3 // 4
-  return smaller if _SHORTEST_PROMPT <= length <= smaller else power
-
-
-def _pad(prompts, rows, places, batch_size):
-  """Prompts of `rows` on a grid [B, T]; missing rows have length 0."""
-  longest = max(len(prompts[i]) for i in rows)
-  T = _bucket(longest)
-  prompt_BT = np.zeros((batch_size, T), np.int32)
-  length_B = np.zeros(batch_size, np.int32)
-  place_B = np.zeros(batch_size, np.uint32)
-  for b, i in enumerate(rows):
-    prompt_BT[b, : len(prompts[i])] = prompts[i]
-    length_B[b], place_B[b] = len(prompts[i]), places[i]
-  return prompt_BT, length_B, place_B

@@ -19,6 +19,7 @@ from flax import struct
 
 from gakd_jax import keys, sampling
 from gakd_jax.models import decoding
+from gakd_jax.sampler import Sampler
 
 
 def _p_of(token_N, logits_NV):
@@ -112,8 +113,8 @@ class Trace:
 class Drafting:
   """Settings; hashable, so a static argument of a jit."""
 
-  student: sampling.Sampler
-  teacher: sampling.Sampler
+  student: Sampler
+  teacher: Sampler
   rule: Rank | Probability | Mixture
   gamma: int
   max_new_tokens: int

@@ -11,7 +11,7 @@ from gakd_jax import (
   inputs,
   models,
   rollout,
-  sampling,
+  streaming,
 )
 from gakd_jax.data import sources
 from gakd_jax.data import tokenizer as tokenizers
@@ -59,7 +59,7 @@ def write(subject, path, rows=ROWS, **settings):
 
 def kill_after(monkeypatch, batches, write, *args, **settings):
   """Calls `write`, which dies when it has written so many batches."""
-  stream = sampling.stream
+  stream = streaming.stream
 
   def dying(*args, **kwargs):
     for n, batch in enumerate(stream(*args, **kwargs)):
@@ -68,7 +68,7 @@ def kill_after(monkeypatch, batches, write, *args, **settings):
       yield batch
 
   with monkeypatch.context() as patch:
-    patch.setattr(sampling, 'stream', dying)
+    patch.setattr(streaming, 'stream', dying)
     with pytest.raises(KeyboardInterrupt):
       write(*args, **settings)
 
@@ -77,7 +77,7 @@ def fake_stream(monkeypatch, responses):
   def stream(model, prompts, **settings):
     yield list(range(len(prompts))), responses
 
-  monkeypatch.setattr(sampling, 'stream', stream)
+  monkeypatch.setattr(streaming, 'stream', stream)
 
 
 def test_killed_and_started_again_the_file_is_the_same(
@@ -87,7 +87,7 @@ def test_killed_and_started_again_the_file_is_the_same(
   partial = path.with_name('killed.jsonl.partial')
   write(subject, whole, samples=2)
   assert [p.name for p in tmp_path.iterdir()] == ['whole.jsonl']
-  for batches in (0, 1, 2):  # Of four.
+  for batches in (0, 1, 2):
     kill_after(monkeypatch, batches, write, subject, path, samples=2)
     assert not path.exists()
     if batches == 1:
@@ -96,18 +96,19 @@ def test_killed_and_started_again_the_file_is_the_same(
       partial.write_bytes(content[:-9])  # Killed while it wrote the batch.
     elif batches == 2:
       content = partial.read_bytes()
+      kept = content.count(b'\n') - 1
       partial.write_bytes(content + content.splitlines()[-1][:40])
   decoded = []
-  stream = sampling.stream
+  stream = streaming.stream
 
   def watched(*args, **kwargs):
     for rows, responses in stream(*args, **kwargs):
       decoded.extend(rows)
       yield rows, responses
 
-  monkeypatch.setattr(sampling, 'stream', watched)
+  monkeypatch.setattr(streaming, 'stream', watched)
   write(subject, path, samples=2)
-  assert len(decoded) == 2 * len(ROWS) - 6
+  assert 3 <= kept < len(decoded) + kept == 2 * len(ROWS)
   assert path.read_bytes() == whole.read_bytes()
   assert [p.name for p in path.parent.iterdir()] == ['killed.jsonl']
 
@@ -288,5 +289,5 @@ def test_training_goes_on_with_the_teachers_answers(
   assert sources.load(whole)[0]
   kill_after(monkeypatch, 2, answers, 'killed')
   assert answers('killed').read_bytes() == whole.read_bytes()
-  monkeypatch.setattr(sampling, 'stream', None)
+  monkeypatch.setattr(streaming, 'stream', None)
   assert answers('whole') == whole, 'written once'

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from gakd_jax import models, sampling
+from gakd_jax import models, streaming
 from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.sources import Row
@@ -101,7 +101,7 @@ def our_answer(path, name):
   tokenizer = tokenizer_lib.load(path)
   ids, _ = tokenizer_lib.encode(tokenizer, ROW, name)
   stops = templates.stop_ids(name, tokenizer)
-  (answer,) = sampling.generate(
+  (answer,) = streaming.generate(
     decoding.unstack(models.load(path)),
     [ids],
     eos_ids=stops,

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from gakd_jax import models, sampling
+from gakd_jax import models, streaming
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizers
 from gakd_jax.models import decoding
@@ -27,7 +27,7 @@ def expected_answers(path, questions, seed, **settings):
   model, tokenizer = decoding.unstack(models.load(path)), tokenizers.load(path)
   for i, question in enumerate(questions):
     ids, _ = tokenizers.encode(tokenizer, sources.Row(question), 'chat')
-    response = sampling.generate(
+    response = streaming.generate(
       model,
       [ids],
       seed=seed + i,

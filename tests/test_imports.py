@@ -34,7 +34,14 @@ LEVELS = (
     'teacher_cache',
     'evals',
   ),
-  ('objectives', 'speculative', 'sampling', 'sampler', 'flops'),
+  (
+    'objectives',
+    'speculative',
+    'streaming',
+    'sampling',
+    'sampler',
+    'flops',
+  ),
   ('models', 'data'),
   (
     'keys',

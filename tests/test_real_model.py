@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs import base
-from gakd_jax import models, sampling, train
+from gakd_jax import models, streaming, train
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.models import decoding
@@ -88,7 +88,7 @@ def test_it_answers_as_transformers_does(smollm2):
   tokenizer = tokenizer_lib.load(smollm2)
   rows = [sources.Row(prompt) for prompt in PROMPTS]
   encoded = tokenizer_lib.encode_batch(tokenizer, rows, 'chat')
-  ours = sampling.generate(
+  ours = streaming.generate(
     decoding.unstack(models.load(smollm2)),
     [prompt for prompt, _ in encoded],
     eos_ids=templates.stop_ids('chat', tokenizer),

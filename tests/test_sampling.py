@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gakd_jax import UserError, sampler, sampling, sharding
+from gakd_jax import UserError, sampler, sampling, sharding, streaming
 from gakd_jax.models import decoding, transformer
 
 V = 32
@@ -48,7 +48,7 @@ def model():
 
 
 def generate(model, prompts=PROMPTS, **kwargs):
-  return sampling.generate(
+  return streaming.generate(
     decoding.unstack(model),
     prompts,
     **{'max_new_tokens': 9, 'batch_size': 3} | kwargs,
@@ -120,23 +120,57 @@ def test_each_row_ends_at_its_eos(model):
   ]
 
 
-def test_batches_come_one_by_one_and_go_on_where_they_were(model):
+def test_responses_come_as_they_end_and_go_on_where_they_were(model):
   settings = {'max_new_tokens': 9, 'seed': 5, 'batch_size': 2}
   model = decoding.unstack(model)
-  batches = list(sampling.stream(model, PROMPTS, **settings))
-  assert sorted(i for rows, _ in batches for i in rows) == list(
-    range(len(PROMPTS))
-  )
-  lengths = [len(PROMPTS[i]) for rows, _ in batches for i in rows]
-  assert lengths == sorted(lengths, reverse=True)
-  first = batches[0][0]
-  rest = sampling.stream(model, PROMPTS, **settings, done={*first, 10**6})
-  assert list(rest) == batches[1:]
-  # Part of a batch does not do: its rows would move to another.
-  rest = sampling.stream(model, PROMPTS, **settings, done={first[0]})
-  assert list(rest) == batches
+  parts = list(streaming.stream(model, PROMPTS, **settings))
+  whole = {i: r for part in parts for i, r in zip(*part, strict=True)}
+  assert sorted(whole) == list(range(len(PROMPTS)))
+  assert sum(len(rows) for rows, _ in parts) == len(PROMPTS)
+  assert len(parts) > 2
+  # The longest prompts come first.
+  assert set(parts[0][0]) <= {4, 3}
+  # With any of them there, the others come, and are the same.
+  for done in ({*parts[0][0], 10**6}, {0}, {4, 1}):
+    rest = streaming.stream(model, PROMPTS, **settings, done=done)
+    found = {i: r for part in rest for i, r in zip(*part, strict=True)}
+    assert found == {i: r for i, r in whole.items() if i not in done}
   everything = set(range(len(PROMPTS)))
-  assert not list(sampling.stream(model, PROMPTS, **settings, done=everything))
+  assert not list(streaming.stream(model, PROMPTS, **settings, done=everything))
+
+
+def test_a_long_response_does_not_hold_the_others(model, monkeypatch):
+  """A row that has ended is another's: tokens are read for few that rest."""
+  prompts = [[n % V, (5 * n) % V, (3 * n + 1) % V] for n in range(24)]
+  lengths = [len(r) for r in generate(model, prompts, max_new_tokens=64)]
+  assert lengths == [64] * 24
+  eos_ids = (1, 2, 4)
+  steps = []
+  read_last = sampling.read_last
+
+  def counted(reader, state):
+    jax.debug.callback(lambda n: steps.append(int(n)), jnp.sum(~state.done_B))
+    return read_last(reader, state)
+
+  monkeypatch.setattr(sampling, 'read_last', counted)
+  responses = generate(
+    model, prompts, max_new_tokens=64, eos_ids=eos_ids, batch_size=8, seed=3
+  )
+  jax.effects_barrier()
+  lengths = sorted(map(len, responses))
+  assert lengths[0] < 10 < 30 < lengths[-1]
+  # Batches of eight that wait for their longest would take more steps.
+  written = sum(min(n + 1, 64) for n in map(len, responses))
+  assert sum(steps) == written
+  waiting = sum(
+    max(min(len(responses[i]) + 1, 64) for i in range(n, n + 8))
+    for n in range(0, 24, 8)
+  )
+  assert len(steps) < waiting
+  alone = generate(
+    model, prompts, max_new_tokens=64, eos_ids=eos_ids, batch_size=24, seed=3
+  )
+  assert responses == alone
 
 
 def test_decoding_stops_with_the_last_row(model):
@@ -201,10 +235,10 @@ def test_new_parameters_do_not_recompile(model, caplog):
   settings = {'temperature': 0.9, 'eos_ids': [3]}  # Of this test alone.
   with jax.log_compiles():
     first = generate(model, SHORT, **settings)
-    assert 'jit(_decode)' in caplog.text
+    assert 'jit(_go_on)' in caplog.text
     caplog.clear()
     assert generate(other, SHORT, seed=4, **settings) != first
-    assert 'jit(_decode)' not in caplog.text
+    assert 'jit(_go_on)' not in caplog.text
 
 
 def test_a_sharded_model_says_the_same(model):
@@ -347,9 +381,13 @@ def test_bad_input_is_one_line(model, prompts, settings, message):
 
 
 def test_padding_is_what_no_prompt_fills():
-  prompts = [[1] * n for n in (64, 60, 96, 80)]
-  # Batches of 96 and 80 in 96 slots, and of 64 and 60 in 64.
-  found = sampling.padding(prompts, 2)
-  assert found == pytest.approx(1 - 300 / (2 * 96 + 2 * 64))
-  # Of a batch that is not full, the empty rows count as well.
-  assert sampling.padding(prompts[:3], 2) == pytest.approx(1 - 220 / (2 * 160))
+  prompts = [[1] * n for n in (64, 60, 96, 80) * 3]
+  # A group is a quarter of a batch: three of 96 or 80 in 96, three of 64.
+  found = streaming.padding(prompts, 8)
+  assert found == pytest.approx(1 - 900 / (6 * 96 + 6 * 64))
+  # Of a group that is not full, the empty row counts as well.
+  assert streaming.padding(prompts[:-3] + prompts[-2:], 8) == pytest.approx(
+    1 - 840 / (6 * 96 + 6 * 64)
+  )
+  # What fits into one batch is one group.
+  assert streaming.padding(prompts[:3], 4) == pytest.approx(1 - 220 / (3 * 96))

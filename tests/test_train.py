@@ -144,7 +144,7 @@ def whole_run(pair, data_file, tmp_path_factory):
 def test_nothing_is_compiled_after_the_first_evaluation(whole_run):
   """Of six steps with evaluations at 3 and 6, checkpoints at 2, 4 and 6."""
   del whole_run
-  assert COMPILED.count(0) > 3  # The step itself, for one.
+  assert 0 in COMPILED  # The step itself, for one.
   assert max(COMPILED) <= 3
 
 

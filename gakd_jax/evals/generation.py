@@ -27,8 +27,8 @@ from gakd_jax import (
   partial,
   results,
   rundir,
-  sampling,
   settings,
+  streaming,
 )
 from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
@@ -240,7 +240,7 @@ class Generation:
 
     ends = templates.stop_ids(subject.template, subject.models.tokenizer)
     start, new_tokens = time.perf_counter(), 0
-    for indices, written in sampling.stream(
+    for indices, written in streaming.stream(
       model,
       prompts,
       max_new_tokens=self.max_new_tokens,
@@ -274,7 +274,7 @@ class Generation:
         {
           'tokens_per_second': speed,
           'seconds': time.perf_counter() - start,
-          'padding': sampling.padding(prompts, self.batch_size),
+          'padding': streaming.padding(prompts, self.batch_size),
         },
       )
     return answers

@@ -58,7 +58,7 @@ def run(tiny_model_dir, tmp_path, monkeypatch):
       ids = tokenizer.encode(WRITTEN[i][0], add_special_tokens=False)
       yield [i], [[*ids, *end] if i == 2 else ids]
 
-  monkeypatch.setattr(generation.sampling, 'stream', stream)
+  monkeypatch.setattr(generation.streaming, 'stream', stream)
   run.tokens = lambda text: len(tokenizer.encode(text))
   run.text, run.ids = tokenizer.decode, tokenizer.encode
   run.answers = lambda: [
@@ -117,13 +117,13 @@ def test_one_seed_has_an_error_and_several_pass(run, monkeypatch):
   assert 'std' not in accuracy
   assert not any(key.startswith('pass_at') for key in result)
   written = iter([WRITTEN, WRITTEN[::-1], WRITTEN[::-1]])
-  stream = generation.sampling.stream
+  stream = generation.streaming.stream
 
   def other(*args, **settings):
     monkeypatch.setattr(sys.modules[__name__], 'WRITTEN', next(written))
     yield from stream(*args, **settings)
 
-  monkeypatch.setattr(generation.sampling, 'stream', other)
+  monkeypatch.setattr(generation.streaming, 'stream', other)
   result = run(rows=rows, task='math', seeds=(1, 2, 3))
   accuracy = result['accuracy']
   assert accuracy['mean'] == pytest.approx(100 / 15)
@@ -154,13 +154,13 @@ def test_examples_of_a_task_stand_before_its_prompts(run, monkeypatch):
   short = dataclasses.replace(few_shot, examples=(('one?', 'yes'),))
   monkeypatch.setitem(tasks.TASKS, 'gsm8k_few_shot', short)
   seen = []
-  stream = generation.sampling.stream
+  stream = generation.streaming.stream
 
   def watched(model, prompts, **settings):
     seen.extend(prompts)
     return stream(model, prompts, **settings)
 
-  monkeypatch.setattr(generation.sampling, 'stream', watched)
+  monkeypatch.setattr(generation.streaming, 'stream', watched)
   run(rows=rows, task='gsm8k_few_shot')
   for ids in seen:
     text = run.text(ids)

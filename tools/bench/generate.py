@@ -55,13 +55,13 @@ def digest(tokens):
 
 
 def jax_side(path):
-  from gakd_jax import models, sampling
+  from gakd_jax import models, streaming
   from gakd_jax.models import decoding
 
   model = decoding.unstack(models.load(path))
   ids = prompts(model.config.vocab_size).tolist()
   return lambda: digest(
-    sampling.generate(
+    streaming.generate(
       model, ids, max_new_tokens=NEW, temperature=0, batch_size=B
     )
   )
@@ -92,7 +92,7 @@ def torch_side(path):
 
 def padding():
   """The share of padding, by batch size, of prompts of log-normal length."""
-  from gakd_jax import sampling
+  from gakd_jax import streaming
 
   # Medians and spreads of instruction data with a template around them: short
   # questions, and one in four with a passage to read.
@@ -101,7 +101,7 @@ def padding():
   mean = np.where(passage, np.log(250), np.log(30))
   lengths = 40 + np.exp(rng.normal(mean, 0.6)).astype(int)
   prompts = [[0] * n for n in np.minimum(lengths, 512)]
-  return {n: sampling.padding(prompts, n) for n in (8, 32, 128)}
+  return {n: streaming.padding(prompts, n) for n in (8, 32, 128)}
 
 
 def main():
