@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from gakd_jax import sharding
 from gakd_jax.data.pipeline import Tokens
 from gakd_jax.models.transformer import Head, Outputs
-from gakd_jax.objectives import head
+from gakd_jax.objectives import divergences, head
 
 B, T, D, V = 4, 12, 16, 50
 
@@ -493,7 +493,26 @@ def _collectives(text):
   return found
 
 
-def test_a_mesh_gives_the_same_and_moves_no_logits():
+def _id_loss(log_probs, targets_N, first):
+  """`_token_loss` of two models, as a sum over ids."""
+  log_q_NV, log_p_NV = log_probs
+  ce_N = divergences.cross_entropy(log_q_NV, targets_N - first)
+  kl_N = divergences.reverse_kl(log_p_NV, log_q_NV)
+  return ce_N + 2 * kl_N, {'ce': ce_N, 'kl': kl_N}
+
+
+def _summed(hiddens, heads, tokens, chunk):
+  """`_streamed` by `head.sum_over_ids`."""
+  targets_BT, mask_BT = head.next_token(tokens)
+  outputs = tuple(map(Outputs, hiddens, map(Head, heads)))
+  n = jnp.maximum(tokens.mask_BT.sum(), 1)
+  return head.sum_over_ids(
+    _id_loss, outputs, targets_BT, mask_BT / n, chunk=chunk
+  )
+
+
+@pytest.mark.parametrize('function', [_streamed, _summed])
+def test_a_mesh_gives_the_same_and_moves_no_logits(function):
   """data 2 x fsdp 2 x tensor 2.
 
   The rows of the four batch groups have 20, 17, 8 and 0 response tokens: their
@@ -509,7 +528,7 @@ def test_a_mesh_gives_the_same_and_moves_no_logits():
   table = NamedSharding(mesh, P('tensor', 'fsdp'))
   put = jax.device_put
   with jax.set_mesh(mesh):
-    f = _with_gradients(functools.partial(_streamed, chunk=chunk))
+    f = _with_gradients(functools.partial(function, chunk=chunk))
     args = put(hiddens, rows), put(heads, table), put(tokens, rows)
     compiled = f.lower(*args).compile()
   got = compiled(*args)

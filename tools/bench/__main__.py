@@ -36,6 +36,7 @@ BENCHMARKS = {
   'lora_step': ('lora', ()),
   'attention': ('attention', ()),
   'generate': ('generate', ()),
+  'generate_uneven': ('generate', ('--uneven',)),
   'speculative': ('speculative', ()),
   'data': ('data', ()),
   'align': ('align', ('--map',)),

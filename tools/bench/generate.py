@@ -6,9 +6,14 @@
 A random Qwen3 of 6 layers x 384 (6 heads of 64, 2 of keys and values, 1152 of
 feed-forward, tied head), fp32, saved once and loaded by both; 32 prompts of 64
 tokens, 128 new tokens each, no EOS, with all cores. Seconds are of a whole
-batch; the tokens of both must be the same. `--padding` measures nothing of
-time: it prints which share of prompt slots is padding, for prompt lengths as
-instruction data has them.
+batch; the tokens of both must be the same.
+
+`--uneven`: 256 such prompts whose responses have lengths as instruction data
+has them (log-normal, median 60, at most 512), by a batch of 32 that is refilled
+and by one that waits for its longest response.
+
+`--padding` measures nothing of time: it prints which share of prompt slots is
+padding, for prompt lengths as instruction data has them.
 """
 
 import argparse
@@ -21,6 +26,7 @@ import numpy as np
 from tools.bench import side_by_side
 
 B, PROMPT, NEW = 32, 64, 128
+UNEVEN, LONGEST = 256, 512
 VOCABULARIES = (1024, 151936)
 
 
@@ -40,7 +46,7 @@ def save_model(vocab_size, path):
     tied_head=True,
     rope_theta=1e6,
     norm_eps=1e-6,
-    max_length=PROMPT + NEW,
+    max_length=PROMPT + LONGEST,
   )
   models.save(models.Decoder(config, nnx.Rngs(0)), path)
 
@@ -65,6 +71,46 @@ def jax_side(path):
       model, ids, max_new_tokens=NEW, temperature=0, batch_size=B
     )
   )
+
+
+def uneven_side(path, groups):
+  """groups: into how many a batch is divided; 1: it is refilled as a whole."""
+  import dataclasses
+
+  import jax.numpy as jnp
+
+  from gakd_jax import models, sampler, streaming
+  from gakd_jax.models import decoding
+
+  model = decoding.unstack(models.load(path))
+  rng = np.random.default_rng(0)
+  ids = rng.integers(1, model.config.vocab_size, (UNEVEN, PROMPT))
+  ids[:, 0] = np.arange(UNEVEN)
+  lengths = np.exp(rng.normal(np.log(60), 1.0, UNEVEN)).clip(1, LONGEST)
+  lengths = tuple(lengths.astype(int).tolist())
+
+  @dataclasses.dataclass(frozen=True)
+  class OfLengths(sampler.Sampler):
+    """Says 0, the EOS, where the response to prompt i is to end; i its id 0."""
+
+    def filter(self, logits_BV, ids_BS, length_B):
+      wanted_B = jnp.array(lengths)[ids_BS[:, 0]]
+      ends_B1 = (length_B - PROMPT + 1 >= wanted_B)[:, None]
+      is_end_V = jnp.arange(logits_BV.shape[1]) == 0
+      return jnp.where(ends_B1 == is_end_V, logits_BV, -jnp.inf)
+
+  streaming.Sampler = OfLengths
+  streaming._GROUPS = groups
+  settings = {'max_new_tokens': LONGEST, 'eos_ids': (0,), 'batch_size': B}
+
+  def take():
+    found = streaming.generate(
+      model, ids.tolist(), temperature=0, keep_end=True, **settings
+    )
+    assert tuple(map(len, found)) == lengths
+    return digest([i for response in found for i in response])
+
+  return take
 
 
 def torch_side(path):
@@ -108,12 +154,15 @@ def main():
   sides = {
     'jax': lambda: jax_side(args.model),
     'torch': lambda: torch_side(args.model),
+    'refilled': lambda: uneven_side(args.model, groups=4),
+    'waiting': lambda: uneven_side(args.model, groups=1),
   }
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--vocab', type=int, nargs='*', default=VOCABULARIES)
   parser.add_argument('--padding', action='store_true')
+  parser.add_argument('--uneven', action='store_true')
   parser.add_argument('--model', help=argparse.SUPPRESS)
   side_by_side.add_arguments(parser, sides)
   args = parser.parse_args()
@@ -123,14 +172,18 @@ def main():
   if args.side:
     side_by_side.run(args, sides)
     return
+  first, second = ('refilled', 'waiting') if args.uneven else ('jax', 'torch')
+  sides = {name: sides[name] for name in (first, second)}
   found = {}
   for vocab_size in args.vocab:
     with tempfile.TemporaryDirectory() as path:
       save_model(vocab_size, f'{path}/model')
       results = side_by_side.run(args, sides, f'--model={path}/model')
     side_by_side.check_alike(results, rtol=0)
-    faster = {'times faster': ('seconds', 'torch', 'jax')}
-    one = side_by_side.summary(results, faster, B * NEW)
+    faster = {'times faster': ('seconds', second, first)}
+    one = side_by_side.summary(
+      results, faster, None if args.uneven else B * NEW
+    )
     found |= {f'{k}, vocabulary {vocab_size}': x for k, x in one.items()}
   print(json.dumps(found))
 
