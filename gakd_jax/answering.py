@@ -59,7 +59,7 @@ def write(
   with references, `rouge_l`. Lines are in the order of `rows`. An answer
   depends on the seed, its row's index and its sample's number alone.
 
-  Finished batches are kept in `<path>.partial`: killed and called again, this
+  Finished answers are kept in `<path>.partial`: killed and called again, this
   goes on there, and the file is the same to the byte. It appears when it is
   complete. On several processes the first one writes, and `path` is of a file
   system that all see.
@@ -140,7 +140,7 @@ def _taken(line):
 
 
 def _fill(answers, kept, model, tokenizer, rows, wanted, decoding):
-  """Adds the answers that are not there, a batch at a time."""
+  """Adds the answers that are not there, as they end."""
   with log.Progress(len(wanted), len(answers), 'answers') as progress:
     last = time.monotonic()
     for batch, responses in streaming.stream(

@@ -8,7 +8,7 @@ finished runs; `--config.teacher.path` adds the one that they should behave
 like. Each is measured by all evaluators of the config, then all are compared:
 <workdir>/<model>/results.json and answers/, comparisons.json, report.html.
 
-Run again, the same command goes on with the batch of answers where it stopped,
+Run again, the same command goes on with the answers that are missing,
 and a model that is added to it joins those that are measured.
 """
 

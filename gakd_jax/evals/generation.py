@@ -259,14 +259,12 @@ class Generation:
         i: self._answer(subject.models.tokenizer, ids, ends)
         for i, ids in zip(indices, written, strict=True)
       }
-      # Of a batch that was half written, some were counted before.
-      fresh = len(new.keys() - answers.keys())
       answers |= new
       if kept:
         kept.append([{'index': i} | x for i, x in new.items()])
         new_tokens += sum(map(len, written))
         speed = new_tokens / (time.perf_counter() - start)
-        progress.advance(fresh, tokens_per_second=speed)
+        progress.advance(len(new), tokens_per_second=speed)
     if kept and new_tokens:
       _record_speed(
         subject.workdir,
