@@ -471,7 +471,7 @@ def test_evaluators_of_a_set_score_the_same_rows(
 
   monkeypatch.setattr(loss, 'measure', measured)
   monkeypatch.setattr(multiple_choice.MultipleChoice, '_scores', scored)
-  monkeypatch.setattr(generation.sampling, 'stream', stream)
+  monkeypatch.setattr(generation.streaming, 'stream', stream)
   long = dataclasses.replace(
     CHOICES[0], input='long ' * 60, references=('b ' * 60,)
   )
