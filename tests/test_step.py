@@ -605,8 +605,10 @@ def test_a_batch_without_responses_moves_nothing(method):
   jax.tree.map(np.testing.assert_array_equal, state, before)
 
 
-def _take(before, taken, metrics, *_):
+def _take(before, taken, move, metrics, *_):
   """In the place of `skips.take_or_leave`: any step is taken."""
+  params, opt_state = move(before.params, before.opt_state)
+  taken = taken.replace(params=params, opt_state=opt_state)
   return taken.replace(step=before.step + 1), metrics
 
 
