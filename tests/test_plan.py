@@ -143,7 +143,9 @@ def test_a_quantized_base_is_counted_in_its_bits(kld, config):
   ('objective', 'within'),
   [
     ({'name': 'kld'}, 0.05),
-    pytest.param({'name': 'gakd', 'kind': 'rgan'}, 0.05, marks=SLOW),
+    # The critic's and the student's optimizer, which looks at its update before
+    # it makes it, are left out.
+    pytest.param({'name': 'gakd', 'kind': 'rgan'}, 0.06, marks=SLOW),
     # Logits are computed again in backward passes, not all of them counted.
     pytest.param(
       {'name': 'gakd', 'kind': 'rgan', 'input': 'probs'}, 0.08, marks=SLOW
