@@ -250,6 +250,18 @@ def test_a_sharded_model_says_the_same(model):
   assert generate(sharded, SHORT) == generate(model, SHORT)
 
 
+def test_devices_refill_their_own_rows(model):
+  """Eight rows on each of two, whose responses end apart; 40 prompts."""
+  definition, params = transformer.split(model)
+  mesh = sharding.make_mesh(data=2)
+  params = jax.device_put(params, sharding.shardings(params, mesh))
+  prompts = [[n % V, (5 * n) % V, (3 * n + 1) % V] for n in range(40)]
+  settings = {'max_new_tokens': 32, 'eos_ids': (1, 2, 4), 'batch_size': 16}
+  want = generate(model, prompts, **settings)
+  assert len({len(r) for r in want}) > 5
+  assert generate(nnx.merge(definition, params), prompts, **settings) == want
+
+
 def _calls(lines):
   """The computations that lines of HLO call."""
   for line in lines:

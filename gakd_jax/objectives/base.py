@@ -129,14 +129,7 @@ class Objective:
     token_loss: see `head.weighted_sum`; targets are a `Target`.
     outputs: of models that read the same ids, over those that all have.
     """
-    target, mask_BT = targets(batch)
-    return head.weighted_sum(
-      token_loss,
-      head.shared(outputs),
-      target,
-      mask_BT / batch.totals['tokens'],
-      chunk=self.head_chunk,
-    )
+    return self._mean(head.weighted_sum, token_loss, outputs, batch)
 
   def mean_over_ids(self, id_loss, outputs, batch):
     """As `token_mean`, of a loss that is a sum over the vocabulary.
@@ -149,9 +142,12 @@ class Objective:
     def relative(log_probs, target, first):
       return id_loss(log_probs, target._replace(id_N=target.id_N - first))
 
+    return self._mean(head.sum_over_ids, relative, outputs, batch)
+
+  def _mean(self, weighted, loss, outputs, batch):
     target, mask_BT = targets(batch)
-    return head.sum_over_ids(
-      relative,
+    return weighted(
+      loss,
       head.shared(outputs),
       target,
       mask_BT / batch.totals['tokens'],

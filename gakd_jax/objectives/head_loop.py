@@ -143,13 +143,14 @@ def _sum_of_rows(
     index_N = jnp.arange(min(chunk, weights_N.size))
     return gradient(V, index_N)[1][0]
 
+  if _parts(heads[0]) > 1:
+    step = functools.partial(body, V)  # Each device has its tile already.
+  else:
+    step = functools.partial(head_tiles.sized, body, V)
   totals, (d_hiddens, d_heads, d_whole) = _loop(
     weights_N != 0,
     chunk,
-    # Devices that split the vocabulary have a tile each already.
-    functools.partial(
-      *((body, V) if _parts(heads[0]) > 1 else (head_tiles.sized, body, V))
-    ),
+    step,
     (
       jax.tree.map(_zeros, jax.eval_shape(shape_of_totals)),
       (

@@ -120,14 +120,13 @@ def of_log_probs(id_loss, cappeds):
       return _weighted(weight_N, *id_loss(log_ps, targets, tile.first))
 
     def measured(tile):
-      """Value and metrics of a tile, and the gradient of the `log_sums`."""
+      """((value, metrics) of a tile, the gradient of the `log_sums`)."""
 
       def value(log_sums):
         log_ps = log_probs(tile, map(tile.of, logits), log_sums)
         return value_of(tile, log_ps)
 
-      (total, metrics), d = jax.value_and_grad(value, has_aux=True)(log_sums)
-      return (total, metrics), d
+      return jax.value_and_grad(value, has_aux=True)(log_sums)
 
     def d_logits(j, tile):
       def value(zs):
