@@ -40,8 +40,10 @@ def get_config():
   c.teacher.template = config_dict.placeholder(str)
   c.teacher.dtype = 'bfloat16'  # in memory; it is never trained
   c.teacher.quantize = config_dict.placeholder(str)  # None, int8, nf4
-  # Keep its hidden states on disk, in data.cache: it reads each text once.
-  c.teacher.cache = False
+  # What of it is kept on disk, in data.cache, so that it reads each text once:
+  # 'none', 'hidden' (states: all that there is), 'top_k' or 'sampled' (ids).
+  c.teacher.cache = 'none'
+  c.teacher.cache_size = 64  # ids a token of top_k, draws of sampled
 
   # Who computes attention: cudnn on CUDA, splash on TPUs, chunked (plain JAX)
   # for every model and platform: none of them holds all scores. xla does; auto:

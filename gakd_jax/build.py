@@ -31,6 +31,7 @@ from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import evaluator as evaluator_lib
 from gakd_jax.models import lora, pair, transformer
 from gakd_jax.models.attention import choose_backend
+from gakd_jax.objectives import few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +104,7 @@ def build(config, workdir, mesh, force=False, weights=True):
     choose_backend(
       config.attention, shape, config.train.precision, _platform(mesh)
     )
+  teacher_cache.check_size(config, tokenizers)
   readers = readers_lib.of(config, objective, writer, tokenizers, paths)
   evaluators = evaluator_lib.make(
     config.evals,
@@ -131,7 +133,7 @@ def build(config, workdir, mesh, force=False, weights=True):
   teacher_reads = (
     _teacher_reads(config)
     or texts is None
-    or not teacher_cache.is_whole(config, texts)
+    or not teacher_cache.is_whole(config, objective, texts)
   )
 
   def load(part, dtype):
@@ -139,6 +141,8 @@ def build(config, workdir, mesh, force=False, weights=True):
       return _shapes(part, dtype, mesh)
     settings = {'dtype': dtype, 'mesh': mesh, 'quantize': part.quantize}
     if part is config.teacher and not teacher_reads:
+      if part.cache in few.KINDS:
+        return None
       return models.load(part.path, dtype, mesh, blocks=False)
     shape = part.get('shape')
     if shape is None:
@@ -179,6 +183,8 @@ def abstract(config, mesh):
 
   def load(part, dtype):
     reads = part is not config.teacher or _teacher_reads(config)
+    if not reads and part.cache in few.KINDS:
+      return None
     return _shapes(part, dtype, mesh, reads)
 
   return _assemble(config, mesh, objective, writer, load)
@@ -186,7 +192,7 @@ def abstract(config, mesh):
 
 def _teacher_reads(config):
   """Whether anybody asks more of a teacher than what is kept of it."""
-  return not config.teacher.cache or any(
+  return config.teacher.cache == 'none' or any(
     evaluator_lib.kind_of(name, line).teacher_reads_student_ids
     for name, line in config.evals.items()
   )

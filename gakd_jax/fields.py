@@ -9,7 +9,14 @@ from typing import Annotated, Literal
 
 import ml_collections
 
-from gakd_jax import UserError, objectives, optim, rollout, trackers
+from gakd_jax import (
+  UserError,
+  objectives,
+  optim,
+  rollout,
+  teacher_cache,
+  trackers,
+)
 from gakd_jax import settings as settings_lib
 from gakd_jax.evals import evaluator as evaluator_lib
 from gakd_jax.models import (
@@ -79,7 +86,8 @@ FIELDS = {
     'template': Text | None,
     'dtype': _Dtype,
     'quantize': Literal[*quantized.KINDS] | None,
-    'cache': bool,
+    'cache': Literal[*teacher_cache.KINDS],
+    'cache_size': Annotated[int, Only('1 to 65535', lambda n: 0 < n < 1 << 16)],
   },
   'attention': Literal[*attention.BACKENDS],
   'data': {

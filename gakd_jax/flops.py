@@ -24,7 +24,7 @@ def of_step(
   rows,
   length,
   microbatches=1,
-  cached=False,
+  cache='none',
 ):
   """{part: FLOPs} of one optimizer step, over all devices.
 
@@ -35,7 +35,7 @@ def of_step(
     own: the method's `Own`.
     rows, length: B and T of the whole batch.
     microbatches: into how many it is split.
-    cached: whether the teacher's hidden states are there.
+    cache: what there is of the teacher, of `config.teacher.cache`.
   """
   student, teacher = models.configs
   frozen = models.frozen
@@ -51,13 +51,13 @@ def of_step(
     * (backward + (forward if models.remat == 'blocks' else 0)),
   }
   V = U = student.vocab_size
-  if objective.needs_teacher:
+  if objective.needs_teacher and cache in ('none', 'hidden'):
     U = teacher.vocab_size
     if objective.one_tokenizer:
       V = U = min(V, U)
     if objective.teacher_over_students:
       U = V
-    if not cached:
+    if cache == 'none':
       weights = block_weights(frozen['teacher'])
       parts['teacher forward'] = n * (2 * weights + attention(teacher, length))
     parts['teacher head'] = n * 2 * U * teacher.width

@@ -146,6 +146,13 @@ def only_first(do):
   of_first(lambda: do() and None)
 
 
+def all_of(is_so):
+  """Whether it is so on every process."""
+  if jax.process_count() == 1:
+    return is_so
+  return bool(multihost_utils.process_allgather(np.array(is_so)).all())
+
+
 def check_same(values):
   """Refuses {what: value} that differ between processes."""
   theirs = of_first(lambda: values)

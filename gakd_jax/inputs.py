@@ -139,8 +139,8 @@ def training_batches(run):
       c, teacher_answers(run), run.reading, run.writer, run.objective.align
     )
   cached = None
-  if c.teacher.cache and run.has_weights:
-    cached = teacher_cache.load(c, run.models, found, run.mesh)
+  if c.teacher.cache != 'none' and run.has_weights:
+    cached = teacher_cache.load(c, run.objective, run.models, found, run.mesh)
   pads = [tokenizer_lib.pad_id(tokenizer) for tokenizer, _ in run.reading]
   batches = pipeline.batches(
     found,

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from gakd_jax import UserError, build, flops, hlo, sharding
 from gakd_jax import training as training_lib
 from gakd_jax.data import pipeline
+from gakd_jax.objectives import few
 from gakd_jax.objectives.base import Own
 
 # A CPU multiplies in float32, and has no 4-bit integers. Left to itself, its
@@ -94,8 +95,7 @@ def _make(config, mesh, target):
   training = training_lib.make(run, 0, total)
   state, frozen = training.state, run.models.frozen
   batch = shapes_of_batch(config, mesh, run.writer)
-  if config.teacher.cache:
-    batch = _with_hidden(batch, run.models)
+  batch = _with_kept(batch, config.teacher, run.models)
   options = None
   if target is not None:
     options = target.options
@@ -147,7 +147,7 @@ def _make(config, mesh, target):
       rows=rows,
       length=length,
       microbatches=microbatches,
-      cached=config.teacher.cache,
+      cache=config.teacher.cache,
     )
     | flops.of_rollout(
       run.writer, run.models, state.params['student'], rows, length
@@ -180,7 +180,7 @@ def _reads(run, parts, trees, microbatches):
   each microbatch and for each token that is written.
   """
   names = ['student', 'student, frozen']
-  if not run.config.teacher.cache:
+  if run.config.teacher.cache == 'none':
     names.append('teacher')
   numbers = sum(count(trees[name]) for name in names if name in trees)
   weights = numbers * run.models.dtype.itemsize / run.mesh.shape['tensor']
@@ -204,14 +204,25 @@ def shapes_of_batch(config, mesh, writer):
   )
 
 
-def _with_hidden(batch, models):
+def _with_kept(batch, settings, models):
+  """With what is kept of a teacher, as shapes; settings: `config.teacher`."""
   ids_BT = batch.teacher.ids_BT
-  hidden_BTE = jax.ShapeDtypeStruct(
-    (*ids_BT.shape, models.teacher_config.width),
-    models.dtype,
-    sharding=ids_BT.sharding,
-  )
-  return batch.replace(cached={'teacher_hidden': hidden_BTE})
+
+  def shape(dtype, *sizes):
+    return jax.ShapeDtypeStruct(
+      (*ids_BT.shape, *sizes), dtype, sharding=ids_BT.sharding
+    )
+
+  kind, K = settings.cache, settings.cache_size
+  if kind == 'none':
+    return batch
+  if kind == 'hidden':
+    hidden_BTE = shape(models.dtype, models.teacher_config.width)
+    return batch.replace(cached={'teacher_hidden': hidden_BTE})
+  known = {'ids': shape(jnp.int32, K), 'log_probs': shape(jnp.float16, K)}
+  if kind == 'top_k':
+    return batch.replace(known=known | {'rest': shape(jnp.float16)})
+  return batch.replace(known=known | {'share': shape(jnp.float32, K)})
 
 
 def count(tree):
@@ -262,7 +273,7 @@ def _resident(state, frozen, batch):
   parts = {
     'optimizer state': (state.opt_state, state.step, state.skips),
     # The teacher's tokens are the same arrays.
-    'batch': (batch.student, batch.cached),
+    'batch': (batch.student, batch.cached, batch.known),
   }
   return {k: device_bytes(tree) for k, tree in (trees | parts).items()}
 
@@ -287,7 +298,10 @@ def _chunk_bytes(run):
   c, mesh = run.config, run.mesh
   local = c.train.batch_size // sharding.batch_ways(mesh) * c.data.max_length
   tokens = min(c.train.head_chunk, local // training_lib.microbatches(c))
-  configs = run.models.configs[: 1 + run.objective.needs_teacher]
+  logits_of_both = run.objective.needs_teacher and (
+    c.teacher.cache not in few.KINDS
+  )
+  configs = run.models.configs[: 1 + logits_of_both]
   V = min(config.vocab_size for config in configs)
   ways = mesh.shape['tensor']
   return 4 * len(configs) * tokens * (V // ways if V % ways == 0 else V)

@@ -80,7 +80,7 @@ def make_train_step(
   critic_first = objective.updates_critic_first(microbatches)
 
   def train_step(state, models, batch):
-    if not objective.needs_teacher:
+    if batch.known or not objective.needs_teacher:
       models = models.alone()
     key = jax.random.fold_in(keys.of(seed, 'step'), state.step)
     step = _Step(

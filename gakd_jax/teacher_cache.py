@@ -1,16 +1,24 @@
-"""A teacher that is paid for once: its hidden states, kept on disk.
+"""A teacher that is paid for once: what it says of the data, kept on disk.
 
 In every epoch a teacher reads the same text again: of a run from 8B to 0.6B
-that is most of the work. What methods for one tokenizer ask it about a response
-are its last hidden states where that is predicted; logits are a projection of
-these away, so that nothing is lost, for a critic neither. They are kept
-in the dtype that they were computed in: 8 KB a token of a teacher of width 4096
-in bf16.
+that is most of the work. `config.teacher.cache` names what is kept of each
+position that predicts a response's token:
+
+  hidden   its last hidden state, in the dtype that it was computed in: 8 KB for
+           a width of 4096 in bf16. All that methods for one tokenizer ask is
+           logits, a projection of it: nothing is lost, for a critic neither.
+  top_k    its `config.teacher.cache_size` most likely ids: 6 bytes each, and 2
+           for the mass of all others. See `objectives.few`.
+  sampled  as many draws: 8 bytes for each id among them. Of 64 that are some
+           10 to 20 ids. See `objectives.few`.
+
+Of the last two the run never needs the teacher's weights, not even its head.
 
 They lie in `data.store`, in shards of some texts. A shard's key is all that it
 was made of: another teacher, dtype, text or order of texts has others. A run
 makes the shards that are missing before its first step; interrupted, it goes on
-with the next.
+with the next. Of several processes each keeps its own, or all the same where
+`data.cache` is of a file system that they share.
 """
 
 import dataclasses
@@ -18,107 +26,72 @@ import functools
 import hashlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gakd_jax import UserError, log, models, sharding
-from gakd_jax.data import pipeline, store
+from gakd_jax import UserError, hosts, log, models, sharding
+from gakd_jax.data import kept, pipeline, store
 from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.models import transformer
+from gakd_jax.objectives import few
 
-_SHARD = 256  # Texts, whose hidden states are held at once.
-_VERSION = 1  # Of what is in a shard.
-
-
-@dataclasses.dataclass(frozen=True)
-class Cache:
-  """Hidden states [positions, E] of each text, from its `first` position on.
-
-  shards: of each `size` texts, [positions of all, E]; in files.
-  starts, lengths: [N], of each text, where it begins there, and its positions.
-  """
-
-  shards: list
-  starts: np.ndarray
-  lengths: np.ndarray
-  size: int
-
-  def __getitem__(self, i):
-    start = self.starts[i]
-    return self.shards[i // self.size][start : start + self.lengths[i]]
-
-  def put(self, batch, bins, lengths):
-    """The batch with 'teacher_hidden', 0 where nothing is predicted.
-
-    bins: which texts are in each row of the batch. lengths: of all texts.
-    """
-    shape = *batch.teacher.ids_BT.shape, self.shards[0].shape[1]
-    hidden_BTE = np.zeros(shape, self.shards[0].dtype)
-    for b, documents in enumerate(bins):
-      end = 0
-      for i in documents:
-        end += lengths[i]
-        hidden_BTE[b, end - self.lengths[i] : end] = self[i]
-    return batch.replace(cached={'teacher_hidden': hidden_BTE})
+KINDS = ('none', 'hidden', *few.KINDS)
+_SHARD = 256  # Texts, of which all is held at once.
+_VERSION = 2  # Of what is in a shard.
 
 
 def check(config, objective, writer):
   """Refuses a cache that could not stand in for the teacher."""
-  if not config.teacher.cache:
+  kind = config.teacher.cache
+  if kind == 'none':
     return
+  where = f'config.teacher.cache={kind!r}'
   if not objective.needs_teacher:
     raise UserError(
-      f'config.teacher.cache: the objective {config.objective.name!r} asks '
-      'nothing of a teacher; set it to False'
+      f'{where}: the objective {config.objective.name!r} asks nothing of a '
+      "teacher; set it to 'none'"
     )
   if not objective.one_tokenizer:
     raise UserError(
-      f'config.teacher.cache: the objective {config.objective.name!r}, for two '
-      'tokenizers, may ask for more than what is kept; set it to False'
+      f'{where}: the objective {config.objective.name!r}, for two tokenizers, '
+      "may ask for more than what is kept; set it to 'none'"
     )
   if writer.room:
     raise UserError(
-      f'config.teacher.cache: with the writer {config.rollout.writer!r} the '
-      'teacher reads text that is new in every step; set it to False'
+      f'{where}: with the writer {config.rollout.writer!r} the teacher reads '
+      "text that is new in every step; set it to 'none'"
     )
-  if jax.process_count() > 1:
+  if kind != 'hidden' and kind not in objective.takes:
+    can = ' or '.join(map(repr, ('hidden', *objective.takes)))
     raise UserError(
-      'config.teacher.cache: it is read and made by one process; set it to '
-      'False on several hosts'
+      f'{where}: config.objective asks more of a teacher than that; take {can}'
     )
 
 
-def _first(texts):
-  """[N], the first position of each text that predicts a response's token."""
-  return np.maximum(texts.prompts, 1) - 1
+def check_size(config, tokenizers):
+  """Refuses more ids than there are, of the student and the teacher."""
+  c = config.teacher
+  if c.cache == 'top_k' and c.cache_size >= tokenizer_lib.size(tokenizers[1]):
+    raise UserError(
+      f'config.teacher.cache_size={c.cache_size}: the teacher has only '
+      f'{tokenizer_lib.size(tokenizers[1])} ids, and one at least is not kept; '
+      'lower it'
+    )
 
 
-def _keys(config, texts):
-  """Yields the key of each shard."""
-  teacher = {
-    'version': _VERSION,
-    'teacher': models.identity(config.teacher.path),
-    'quantize': config.teacher.quantize,
-    'dtype': config.teacher.dtype,
-    'precision': config.train.precision,
-  }
-  for start in range(0, len(texts), _SHARD):
-    some = texts.take(slice(start, start + _SHARD))
-    ids = [x for text in map(some.__getitem__, range(len(some))) for x in text]
-    content = np.concatenate([some.prompts, some.lengths, *ids], dtype=np.int32)
-    yield teacher | {'texts': hashlib.sha256(content).hexdigest()}
-
-
-def is_whole(config, texts):
+def is_whole(config, objective, texts):
   """Whether there is nothing to make, and no block of a teacher is needed."""
   root = _root(config)
-  return all(store.has(root, key) for key in _keys(config, texts))
+  return hosts.all_of(
+    all(store.has(root, key) for key in _keys(config, objective, texts))
+  )
 
 
-def load(config, both, texts, mesh):
-  """The `Cache` of some texts; makes what is missing.
+def load(config, objective, both, texts, mesh):
+  """The `kept.Kept` of some texts; makes what is missing.
 
   Args:
     config: of the run, see configs/base.py.
+    objective: of the run.
     both: its `pair.Models`; of the teacher, the weights are needed.
     texts: `texts.Texts`.
     mesh: where the teacher reads them.
@@ -126,59 +99,122 @@ def load(config, both, texts, mesh):
   Raises:
     UserError: if a part is damaged and the teacher's blocks are not there.
   """
-  c = config
-  teacher = dataclasses.replace(
-    both, frozen={'teacher': both.frozen['teacher']}
-  )
-  hidden = jax.jit(lambda teacher, batch: teacher.teacher_hidden(batch))
-  lengths = texts.lengths - _first(texts)
-  starts = np.zeros(len(texts), np.int64)
-  keys = [*_keys(c, texts)]
+  c = config.teacher
+  shard_keys = [*_keys(config, objective, texts)]
+  ask = _asking(config, objective, both, mesh)
   shards = []
-  dtype = jnp.dtype(c.train.precision)
-  with log.Progress(len(keys), description='teacher') as progress:
-    for n, key in enumerate(keys):
-      these = slice(n * _SHARD, (n + 1) * _SHARD)
-      starts[these] = np.cumsum(lengths[these]) - lengths[these]
+  with log.Progress(len(shard_keys), description='teacher') as progress:
+    for n, key in enumerate(shard_keys):
+      some = range(len(texts))[n * _SHARD : (n + 1) * _SHARD]
 
-      def make(add, these=these):
-        if not both.teacher_config.layers:
+      def make(some=some):
+        if both.teacher_config is None or not both.teacher_config.layers:
           raise UserError(
             'config.teacher.cache: a part of what was kept is damaged; start '
             'again'
           )
-        read = functools.partial(hidden, teacher)
-        states = _hidden(c, read, texts.take(these), teacher.tokenizer, mesh)
-        # numpy has no name for bfloat16.
-        add(hidden=states.view(f'u{dtype.itemsize}'))
-        return {'width': states.shape[1]}
+        said = _said(config, ask, texts, some, both.tokenizer, mesh)
+        return kept.ragged(**said) if c.cache == 'sampled' else said
 
-      arrays, facts = store.load(_root(c), key, make)
-      shards.append(arrays['hidden'].view(dtype).reshape(-1, facts['width']))
+      shards.append(_load(_root(config), key, make))
       progress.advance(1)
-  return Cache(shards, starts, lengths, _SHARD)
+  draws = c.cache_size if c.cache == 'sampled' else None
+  return kept.Kept(shards, texts.lengths - _first(texts), _SHARD, draws)
+
+
+def _load(root, key, make):
+  """`kept.load`; of several processes, all take part in what one lacks."""
+  if jax.process_count() > 1 and not hosts.all_of(store.is_good(root, key)):
+    # Before one of them holds a lock that others wait for.
+    made = make()
+    return kept.load(root, key, lambda: made)
+  return kept.load(root, key, make)
 
 
 def _root(config):
   return config.data.cache or store.default_root()
 
 
-def _hidden(config, read, texts, tokenizer, mesh):
-  """[positions of all texts, E], a text after the other."""
+def _first(texts):
+  """[N], the first position of each text that predicts a response's token."""
+  return np.maximum(texts.prompts, 1) - 1
+
+
+def _keys(config, objective, texts):
+  """Yields the key of each shard."""
+  c = config.teacher
+  made_by = {
+    'version': _VERSION,
+    'kind': c.cache,
+    'teacher': models.identity(c.path),
+    'quantize': c.quantize,
+    'dtype': c.dtype,
+    'precision': config.train.precision,
+  }
+  if c.cache in few.KINDS:
+    made_by |= {'size': c.cache_size, 'temperature': objective.temperature}
+  for start in range(0, len(texts), _SHARD):
+    some = texts.take(slice(start, start + _SHARD))
+    ids = [x for text in map(some.__getitem__, range(len(some))) for x in text]
+    content = np.concatenate([some.prompts, some.lengths, *ids], dtype=np.int32)
+    yield made_by | {'texts': hashlib.sha256(content).hexdigest()}
+
+
+def _asking(config, objective, both, mesh):
+  """A jitted function of a `Batch` on the mesh: {name: [B, T, ...]}.
+
+  Of several processes each gets the whole.
+  """
+  c = config.teacher
+  teacher = dataclasses.replace(
+    both, frozen={'teacher': both.frozen.get('teacher')}
+  )
+
+  def ask(teacher, batch):
+    hidden_BTE = teacher.teacher_hidden(batch)
+    if c.cache == 'hidden':
+      return {'hidden': hidden_BTE}
+    return few.ask(
+      c.cache,
+      c.cache_size,
+      transformer.Outputs(hidden_BTE, teacher.teacher_head()),
+      batch.teacher.predicts_BT,
+      temperature=objective.temperature,
+      chunk=objective.head_chunk,
+      key_B=jax.vmap(jax.random.fold_in, (None, 0))(
+        jax.random.key(0), batch.rows_B
+      ),
+    )
+
+  place = sharding.replicated(mesh) if jax.process_count() > 1 else None
+  return functools.partial(jax.jit(ask, out_shardings=place), teacher)
+
+
+def _said(config, ask, texts, some, tokenizer, mesh):
+  """{name: [positions of some texts, ...]}, a text after the other."""
   c = config
-  order = np.argsort(texts.lengths, kind='stable')
+  some = np.array(some)
+  order = some[np.argsort(texts.lengths[some], kind='stable')]
   size = c.train.microbatch_size or c.train.batch_size
   buckets = np.array(pipeline.default_buckets(c.data.max_length))
   pad_id = tokenizer_lib.pad_id(tokenizer)
-  found = [None] * len(texts)
+  found = {}
   first = _first(texts)
   for start in range(0, len(order), size):
-    some = order[start : start + size]
-    length = buckets[np.searchsorted(buckets, texts.lengths[some].max())]
-    bins = [[texts[i]] for i in some] + [[]] * (size - len(some))
+    these = order[start : start + size]
+    length = buckets[np.searchsorted(buckets, texts.lengths[these].max())]
+    bins = [[texts[i]] for i in these] + [[]] * (size - len(these))
     tokens = pipeline.collate(bins, length, pad_id)
-    batch = sharding.put_batch(pipeline.Batch(tokens, tokens), mesh)
-    hidden_BTE = np.asarray(read(batch))
-    for i, hidden_TE in zip(some, hidden_BTE, strict=False):
-      found[i] = hidden_TE[first[i] : texts.lengths[i]]
-  return np.concatenate(found)
+    rows_B = np.zeros(size, np.int32)
+    rows_B[: len(these)] = these
+    own = sharding.own_rows(size, mesh)
+    batch = jax.tree.map(
+      lambda x, own=own: x[own], pipeline.Batch(tokens, tokens, rows_B=rows_B)
+    )
+    said = jax.tree.map(np.asarray, ask(sharding.put_batch(batch, mesh)))
+    for b, i in enumerate(these):
+      found[i] = {k: x[b, first[i] : texts.lengths[i]] for k, x in said.items()}
+  return {
+    name: np.concatenate([found[i][name] for i in some])
+    for name in found[some[0]]
+  }

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -147,6 +148,31 @@ def test_two_processes_train_as_one_does(
   np.testing.assert_allclose(
     [*found.values()], [*whole.values()], rtol=TOLERANCE
   )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('shared', [True, False])
+def test_a_teacher_is_kept_on_each_host_or_once_for_all(
+  config_file, whole, begin, tmp_path, shared
+):
+  """Also where one has lost its part."""
+  roots = ['one', 'one'] if shared else ['one', 'two']
+  flags = of(config_file, tmp_path / 'run', '--config.teacher.cache=hidden')
+  for round_ in range(2):
+    if round_:
+      (file,) = (tmp_path / roots[1]).rglob('hidden.bin')
+      file.write_bytes(b'x' + file.read_bytes()[1:])
+      shutil.rmtree(tmp_path / 'run')
+    running = [
+      begin(flags, which=[i], GAKD_JAX_CACHE=str(tmp_path / root))[0]
+      for i, root in enumerate(roots)
+    ]
+    end(running, 0, 0)
+    np.testing.assert_allclose(
+      [*losses(tmp_path / 'run').values()], [*whole.values()], rtol=TOLERANCE
+    )
+  for root in roots:
+    assert len([*(tmp_path / root).rglob('hidden.bin')]) == 1
 
 
 @pytest.mark.slow

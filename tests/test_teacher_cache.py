@@ -17,6 +17,8 @@ from gakd_jax import (
   teacher_cache,
   train,
 )
+from gakd_jax.data import kept
+from gakd_jax.data import tokenizer as tokenizer_lib
 from tools import cache_teacher
 
 ROWS = [
@@ -34,7 +36,7 @@ def config(tiny_model_dir, tmp_path, monkeypatch):
   c.student.path = str(tiny_model_dir(seed=0))
   c.teacher.path = str(tiny_model_dir(seed=1, width=48))
   c.student.dtype = c.teacher.dtype = c.train.precision = 'float32'
-  c.teacher.cache = True
+  c.teacher.cache = 'hidden'
   c.data.train = str(rows)
   c.data.template = 'chat'
   c.data.max_length, c.data.max_prompt_length = 64, 32
@@ -51,13 +53,13 @@ def config(tiny_model_dir, tmp_path, monkeypatch):
 def forwards(monkeypatch):
   """Rows that a teacher has read to be kept, a list that grows."""
   found = []
-  make = teacher_cache._hidden
+  make = teacher_cache._said
 
-  def counted(config, read, texts, *rest):
-    found.append(len(texts))
-    return make(config, read, texts, *rest)
+  def counted(config, ask, texts, some, *rest):
+    found.append(len(some))
+    return make(config, ask, texts, some, *rest)
 
-  monkeypatch.setattr(teacher_cache, '_hidden', counted)
+  monkeypatch.setattr(teacher_cache, '_said', counted)
   return found
 
 
@@ -100,9 +102,98 @@ def test_losses_are_those_of_the_live_teacher(
   assert forwards == [8, 8, 8, 6]
   # More than an epoch, and the texts are read once.
   assert len(got) == 9
-  config.teacher.cache = False
+  config.teacher.cache = 'none'
   want = _losses(config, tmp_path / 'live')
   np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('packing', 'divergence', 'temperature'),
+  [
+    (False, 'reverse_kl', 1.0),
+    (True, 'jsd', 2.0),
+    (True, 'forward_kl', 0.7),
+  ],
+)
+def test_of_all_ids_but_one_losses_are_those_of_the_live_teacher(
+  config, tmp_path, packing, divergence, temperature
+):
+  config.objective = {
+    'name': 'kld',
+    'divergence': divergence,
+    'temperature': temperature,
+  }
+  config.data.packing = packing
+  config.train.batch_size = 2 if packing else 8
+  config.teacher.cache = 'none'
+  want = _losses(config, tmp_path / 'live')
+  config.teacher.cache = 'top_k'
+  tokenizer = tokenizer_lib.load(config.teacher.path)
+  config.teacher.cache_size = tokenizer_lib.size(tokenizer) - 1
+  got = _losses(config, tmp_path / 'all')
+  # Of fp16 log-probabilities; the cross-entropy is exact.
+  np.testing.assert_allclose(got, want, rtol=2e-3)
+  config.teacher.cache_size = 2
+  few = _losses(config, tmp_path / 'few')
+  # Outcomes that are taken together are less far apart.
+  assert few[0] < want[0] - 1e-3
+
+
+@pytest.mark.slow
+def test_draws_give_the_forward_kl_about(config, tmp_path):
+  config.objective = {'name': 'kld', 'divergence': 'forward_kl', 'kd': 1.0}
+  config.teacher.cache = 'none'
+  want = _losses(config, tmp_path / 'live')
+  config.teacher.cache = 'sampled'
+  got = _losses(config, tmp_path / 'sampled')
+  # Some hundred tokens' draws a step, of models that hardly differ.
+  np.testing.assert_allclose(got, want, rtol=0.2)
+  np.testing.assert_allclose(np.mean(got), np.mean(want), rtol=0.06)
+  assert got != want
+
+
+def test_a_teacher_that_is_known_by_few_numbers_is_not_loaded(config, tmp_path):
+  config.teacher.cache, config.teacher.cache_size = 'top_k', 4
+  first = _losses(config, tmp_path / 'first')
+  run = _built(config, tmp_path)
+  assert run.models.teacher_config is None
+  assert 'teacher' not in run.models.frozen
+  assert _losses(config, tmp_path / 'second') == first
+
+
+def test_what_was_drawn_comes_back_by_position():
+  rng = np.random.default_rng(0)
+  ids = np.sort(rng.integers(0, 9, (7, 5)), axis=1).astype(np.int32)
+  log_probs = -ids.astype(np.float16)
+  shard = kept.ragged(ids, log_probs)
+  assert len(shard['ids']) == sum(len(set(row)) for row in ids)
+  found = kept.Kept([shard], np.array([3, 0, 4]), 3, draws=5)
+  for i, some in enumerate((ids[:3], ids[:0], ids[3:])):
+    assert found[i]['share'].shape == some.shape
+    for row, ids_K, p_K, share_K in zip(
+      some, *(found[i][k] for k in ('ids', 'log_probs', 'share')), strict=True
+    ):
+      there = share_K > 0
+      want, counts = np.unique(row, return_counts=True)
+      np.testing.assert_array_equal(ids_K[there], want)
+      np.testing.assert_array_equal(p_K[there], -want)
+      np.testing.assert_allclose(share_K[there], counts / 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['top_k', 'sampled'])
+def test_what_is_known_depends_on_temperature_and_size(
+  config, tmp_path, forwards, name
+):
+  config.objective = {'name': 'kld', 'divergence': 'forward_kl'}
+  config.teacher.cache = name
+  for change in ({}, {'cache_size': 8}, {'temperature': 2.0}):
+    config.teacher.cache_size = change.get('cache_size', 4)
+    config.objective.temperature = change.get('temperature', 1.0)
+    train.run(config, tmp_path / str(change))
+    assert forwards == [8, 8, 8, 6]
+    del forwards[:]
 
 
 def test_what_is_there_is_not_made_again(config, tmp_path, forwards):
@@ -142,20 +233,20 @@ def test_of_anything_else_it_is_made_anew(
 
 
 def test_interrupted_it_goes_on(config, tmp_path, monkeypatch):
-  made, make = [], teacher_cache._hidden
+  made, make = [], teacher_cache._said
 
-  def killed(config, read, texts, *rest):
+  def killed(config, ask, texts, some, *rest):
     if len(made) == 2:
       raise KeyboardInterrupt
-    made.append(len(texts))
-    return make(config, read, texts, *rest)
+    made.append(len(some))
+    return make(config, ask, texts, some, *rest)
 
-  monkeypatch.setattr(teacher_cache, '_hidden', killed)
+  monkeypatch.setattr(teacher_cache, '_said', killed)
   with pytest.raises(KeyboardInterrupt):
     train.run(config, tmp_path / 'run')
   assert made == [8, 8]
   monkeypatch.setattr(
-    teacher_cache, '_hidden', lambda *x: made.append(len(x[2])) or make(*x)
+    teacher_cache, '_said', lambda *x: made.append(len(x[3])) or make(*x)
   )
   train.run(config, tmp_path / 'run')
   assert made == [8, 8, 8, 6]
@@ -195,6 +286,18 @@ def test_evaluations_have_the_whole_teacher(config, tmp_path):
       'reads text that is new in every step',
     ),
     ({'objective': {'name': 'mcw'}}, "'mcw', for two tokenizers, may ask"),
+    (
+      {'objective': {'name': 'gakd'}, 'teacher.cache': 'top_k'},
+      "cache='top_k': config.objective asks more.*; take 'hidden'$",
+    ),
+    (
+      {'teacher.cache': 'sampled'},
+      "cache='sampled': config.objective asks more.*take 'hidden' or 'top_k'",
+    ),
+    (
+      {'teacher.cache': 'top_k', 'teacher.cache_size': 60_000},
+      'cache_size=60000: the teacher has only',
+    ),
   ],
 )
 def test_where_it_cannot_stand_in_it_is_refused(
@@ -218,10 +321,28 @@ def test_the_tool_makes_it_and_a_look_does_not(config, tmp_path, forwards):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  ('kind', 'bytes_each'), [('top_k', 4 * 6 + 2), ('sampled', 4 * 10)]
+)
+def test_a_plan_knows_a_teacher_that_is_not_there(config, kind, bytes_each):
+  config.objective = {'name': 'kld', 'divergence': 'forward_kl'}
+  mesh = sharding.make_mesh(**config.mesh)
+  config.teacher.cache = 'none'
+  live = plan.make(config, mesh)
+  config.teacher.cache, config.teacher.cache_size = kind, 4
+  known = plan.make(config, mesh)
+  gone = {'teacher forward', 'teacher head'}
+  assert live.flops.keys() - known.flops.keys() == gone
+  assert 'teacher' not in known.parameters
+  more = known.bytes['batch'] - live.bytes['batch']
+  assert more == bytes_each * 8 * 64
+
+
+@pytest.mark.slow
 def test_a_plan_knows_what_is_not_run(config):
   mesh = sharding.make_mesh(**config.mesh)
   cached = plan.make(config, mesh)
-  config.teacher.cache = False
+  config.teacher.cache = 'none'
   live = plan.make(config, mesh)
   assert live.flops.keys() - cached.flops.keys() == {'teacher forward'}
   # Both keep the vocabulary head; 4 bytes of each of its blocks' numbers.
@@ -231,7 +352,7 @@ def test_a_plan_knows_what_is_not_run(config):
   more = cached.bytes['batch'] - live.bytes['batch']
   assert more == 4 * rows * width
   # Evaluations that read it have it whole.
-  config.teacher.cache = True
+  config.teacher.cache = 'hidden'
   config.data.validation = config.data.train
   config.evals = {'loss': {}}
   assert plan.make(config, mesh).bytes['teacher'] == live.bytes['teacher']

@@ -18,10 +18,11 @@ from gakd_jax.models import transformer
 
 
 def make(config):
-  """The `teacher_cache.Cache` of the run of a config."""
+  """The `kept.Kept` of the run of a config."""
   if config.stages:
     raise UserError('--config: has stages; name that of a single run')
-  config.teacher.cache = True
+  if config.teacher.cache == 'none':
+    config.teacher.cache = 'hidden'
   mesh = sharding.make_mesh(**config.mesh)
   with jax.set_mesh(mesh):
     run = build.build(config, None, mesh, weights=False)
@@ -39,7 +40,7 @@ def make(config):
     both = dataclasses.replace(
       run.models, frozen={'teacher': transformer.split(teacher)[1]}
     )
-    return teacher_cache.load(config, both, run.texts, mesh)
+    return teacher_cache.load(config, run.objective, both, run.texts, mesh)
 
 
 def _main(flag, argv):
@@ -49,7 +50,7 @@ def _main(flag, argv):
     raise UserError('--config is missing; name that of the run')
   binary.use_compilation_cache()
   cache = make(flag.value)
-  size = sum(shard.nbytes for shard in cache.shards)
+  size = sum(x.nbytes for shard in cache.shards for x in shard.values())
   print(f'{cache.lengths.sum():,} positions, {size / 1e9:.2f} GB')
 
 

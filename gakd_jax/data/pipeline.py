@@ -52,6 +52,7 @@ class Batch:
     and `path_d` [B, cells]; -1 for none. Here positions are those of the whole
     row, as are numbers of pieces.
   cached: of a teacher that need not run, 'teacher_hidden' [B, R, E].
+  known: of one that is known by few numbers, these; see `objectives.few`.
   totals: of the whole optimizer step, see `objectives.base.Objective.count`.
   rows_B: int32, each row's (first) place in the data; -1 for none.
   written_B: bool, the rows that a model wrote in the run, and not the data;
@@ -62,6 +63,7 @@ class Batch:
   teacher: Tokens
   align: dict = flax.struct.field(default_factory=dict)
   cached: dict = flax.struct.field(default_factory=dict)
+  known: dict = flax.struct.field(default_factory=dict)
   totals: dict = flax.struct.field(default_factory=dict)
   rows_B: np.ndarray | None = None
   written_B: np.ndarray | None = None
@@ -238,8 +240,8 @@ def batches(
     of a response as does not fit there.
   packing, seed, drop_last: see `arrange`.
   weights: how often an epoch has each text of each set; None: once.
-  cached: a `teacher_cache.Cache` of the texts, which a batch then has its part
-    of; None: the teacher reads them.
+  cached: a `kept.Kept` of the texts, of which a batch then has its part; None:
+    the teacher reads them.
   Raises UserError if these do not fit together.
   """
   buckets = tuple(buckets or default_buckets(max_length))

@@ -61,8 +61,13 @@ def load(root, key, make):
 
 
 def has(root, key):
-  """Whether there is something for a key; `load` looks whether it is whole."""
+  """Whether there is something for a key; `is_good` looks if it is whole."""
   return (Path(root) / fingerprint.digest(key) / 'about.json').exists()
+
+
+def is_good(root, key):
+  """Whether `load` would find what it needs, and make nothing."""
+  return _read(Path(root) / fingerprint.digest(key)) is not None
 
 
 @functools.cache

@@ -115,16 +115,19 @@ class Models:
 
   def heads(self, params):
     """(student's, teacher's or None), gathered: once for many batches."""
-    heads = [self.student(params).head]
-    if self.teacher_definition is not None:
-      heads.append(self.teacher().head)
-    heads = [
-      head.replace(
-        weight_VD=head.weight_VD.astype(self.dtype), valid=valid
-      ).gathered()
-      for head, valid in zip(heads, self.vocabs or (None, None), strict=False)
-    ]
-    return *heads, *[None] * (2 - len(heads))
+    return self._ready(self.student(params).head, 0), self.teacher_head()
+
+  def teacher_head(self):
+    """Gathered; or None."""
+    if self.teacher_definition is None:
+      return None
+    return self._ready(self.teacher().head, 1)
+
+  def _ready(self, head, side):
+    return head.replace(
+      weight_VD=head.weight_VD.astype(self.dtype),
+      valid=self.vocabs[side] if self.vocabs else None,
+    ).gathered()
 
   def pair(self, params, heads, hiddens):
     """`Outputs` of student and teacher (None), from their parts."""

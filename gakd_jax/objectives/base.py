@@ -33,6 +33,7 @@ class Target(NamedTuple):
   id_N: jax.Array
   data_N: jax.Array | None = None
   written_N: jax.Array | None = None
+  known: Any = ()  # of a teacher that is known by `few` numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Objective:
 
   needs_teacher = True
   one_tokenizer = True  # Whether the teacher's must be the student's.
+  takes = ()  # Of `few.KINDS`: what is enough to know of a teacher.
   # What it reads of `Batch.align` where tokenizers differ, of its names the
   # part before '_'.
   align = ()
@@ -203,7 +205,7 @@ def targets(batch):
   And which positions count.
   """
   ids_BT, mask_BT = head.next_token(batch.student)
-  return Target(ids_BT, **_by_writer(batch)), mask_BT
+  return Target(ids_BT, **_by_writer(batch), known=batch.known), mask_BT
 
 
 def imitation(log_q_NV, target):

@@ -9,7 +9,9 @@ student. On text that the student writes in the run (`config.rollout`) it is GKD
 (arXiv 2306.13649: share 0.5, jsd), ImitKD (arXiv 2009.07253: share 0.5,
 forward_kl) or on-policy distillation with reverse KL, each with kd 1.
 
-Distributions are compared over the token ids that both vocabularies have.
+Distributions are compared over the token ids that both vocabularies have. Of a
+teacher that is known by few numbers a token (`few`), D is over the K + 1
+outcomes of its top k, or forward KL is estimated from ids that it drew.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ from typing import Literal
 
 import jax
 
-from gakd_jax.objectives import base, divergences
+from gakd_jax.objectives import base, divergences, few
 from gakd_jax.settings import NotNegative, Positive, Share
 
 # name: the function, and its settings.
@@ -52,27 +54,47 @@ class KLD(base.Objective):
   alpha: Share = 0.1  # of skew_forward and skew_reverse
   threshold: NotNegative = 0.8  # of entropy_gated, nats of the teacher
 
+  @property
+  def takes(self):
+    return few.KINDS if self.divergence == 'forward_kl' else ('top_k',)
+
   def loss(self, student, teacher, batch, own, key):
     del own, key
+    if batch.known:
+      return self.token_mean(self._known_loss, (student,), batch)
     if self.temperature == 1 and self.divergence not in _WHOLE:
       return self.mean_over_ids(self._id_loss, (student, teacher), batch)
     return self.token_mean(self._token_loss, (student, teacher), batch)
 
+  def _known_loss(self, logits, target):
+    """Of a teacher that is known by `few` numbers a token."""
+    tempered_NV = logits[0] / self.temperature
+    if 'share' in target.known:
+      divergence_N = few.forward_kl(tempered_NV, target.known)
+    else:
+      divergence_N = self._divergence(*few.outcomes(tempered_NV, target.known))
+    return self._mixed(divergence_N, jax.nn.log_softmax(logits[0]), target)
+
   def _token_loss(self, logits, target):
-    tempered = tuple(jax.nn.log_softmax(z / self.temperature) for z in logits)
-    return self._mixed(tempered, jax.nn.log_softmax(logits[0]), target)
+    log_q_NV, log_p_NV = (
+      jax.nn.log_softmax(z / self.temperature) for z in logits
+    )
+    divergence_N = self._divergence(log_p_NV, log_q_NV)
+    return self._mixed(divergence_N, jax.nn.log_softmax(logits[0]), target)
 
   def _id_loss(self, log_probs, target):
-    return self._mixed(log_probs, log_probs[0], target)
+    log_q_NV, log_p_NV = log_probs
+    divergence_N = self._divergence(log_p_NV, log_q_NV)
+    return self._mixed(divergence_N, log_q_NV, target)
 
-  def _mixed(self, tempered, log_q_NV, target):
-    """(1 - kd) CE + kd D, D of the tempered log-probabilities."""
+  def _divergence(self, log_p_NV, log_q_NV):
     function, settings = DIVERGENCES[self.divergence]
-    divergence_N = function(
-      tempered[1],
-      tempered[0],
-      **{name: getattr(self, name) for name in settings},
+    return function(
+      log_p_NV, log_q_NV, **{name: getattr(self, name) for name in settings}
     )
+
+  def _mixed(self, divergence_N, log_q_NV, target):
+    """(1 - kd) CE + kd D, D of the tempered distributions."""
     if self.scale_by_t2:
       divergence_N *= self.temperature**2
     ce_N, metrics = base.imitation(log_q_NV, target)
