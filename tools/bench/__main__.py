@@ -30,6 +30,8 @@ BENCHMARKS = {
   'sft_step': ('kd_step', ('--objective=sft',)),
   'parts': ('parts', ()),
   'teacher_cache': ('teacher_cache', ()),
+  'teacher_cache_forward_kl': ('teacher_cache', ('--objective=forward_kl',)),
+  'known': ('known', ()),
   'gakd_step': ('critic', ()),
   'on_policy_step': ('on_policy', ()),
   'cross_step': ('cross', ()),

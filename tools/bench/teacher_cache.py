@@ -1,35 +1,39 @@
-"""A step that reads its teacher's hidden states, beside one whose teacher runs.
+"""A step that reads what is kept of its teacher, beside one whose teacher runs.
 
   python -m tools.bench.teacher_cache
+  python -m tools.bench.teacher_cache --objective=forward_kl
 
 Qwen3-8B and 0.6B at a quarter of their widths: teacher 36 layers x 1024,
-student 28 x 256, V = 37984; 4 rows of 256 tokens, fp32, AdamW. `cached` reads
-each batch from files, as every epoch does once they are there. First losses are
-compared before times.
+student 28 x 256, V = 37984; 4 rows of 256 tokens, fp32, AdamW. The others read
+each batch from files, as every epoch does once they are there: its last hidden
+states, its 64 most likely ids, or 64 draws (forward KL). Of live and hidden,
+first losses are compared before times.
 """
 
 import argparse
+import itertools
 import json
 import tempfile
+from pathlib import Path
 
 from tools.bench import kd_step, side_by_side
 
 V, B, T = 37984, 4, 256
 STUDENT = {'width': 256, 'layers': 28, 'heads': 4, 'ff_width': 768}
 TEACHER = {'width': 1024, 'layers': 36, 'heads': 16, 'ff_width': 3072}
-_BATCHES = 8  # Different ones, in turns.
+_BATCHES, _KNOWN = 8, 64  # Different batches, in turns; ids a token.
 
 
-def step(objective, is_cached):
+def step(objective, kind):
   """A function that takes one step, on the next batch, and returns its loss."""
-  import itertools
-
   import jax
+  import jax.numpy as jnp
   import numpy as np
 
-  from gakd_jax import teacher_cache
-  from gakd_jax.data import pipeline
+  from gakd_jax.data import kept, pipeline
   from gakd_jax.data import texts as texts_lib
+  from gakd_jax.models.transformer import Outputs
+  from gakd_jax.objectives import few
 
   models, state, train_step = kd_step.jax_parts(
     128,
@@ -42,18 +46,34 @@ def step(objective, is_cached):
   texts = texts_lib.of([(row[:1], row[1:]) for row in ids.astype(np.int32)])
   settings = {'batch_size': B, 'max_length': T, 'buckets': (T,), 'pad_id': 0}
   batches = pipeline.batches(texts, **settings)
-  if is_cached:
-    read = jax.jit(lambda both, batch: both.teacher_hidden(batch))
-    folder = tempfile.mkdtemp()
+
+  @jax.jit
+  def ask(both, batch):
+    hidden_BTE = both.teacher_hidden(batch)
+    if kind == 'hidden':
+      return {'hidden': hidden_BTE}
+    key_B = jax.random.split(jax.random.key(0), B)
+    head, wanted_BT = both.teacher_head(), jnp.ones((B, T), bool)
+    return few.ask(
+      *(kind, _KNOWN, Outputs(hidden_BTE, head), wanted_BT),
+      temperature=1.0,
+      chunk=128,
+      key_B=key_B,
+    )
+
+  if kind != 'live':
+    folder = Path(tempfile.mkdtemp())
     shards = []
     for n, batch in enumerate(itertools.islice(batches, _BATCHES)):
-      hidden_BTE = np.asarray(read(models, batch))
-      np.save(f'{folder}/{n}.npy', hidden_BTE.reshape(-1, TEACHER['width']))
-      shards.append(np.load(f'{folder}/{n}.npy', mmap_mode='r'))
-    starts = np.arange(len(texts)) % B * T
-    lengths = np.full(len(texts), T)
-    cache = teacher_cache.Cache(shards, starts, lengths, B)
-    batches = pipeline.batches(texts, cached=cache, **settings)
+      said = {
+        k: np.asarray(x).reshape(-1, *x.shape[2:])
+        for k, x in ask(models, batch).items()
+      }
+      said = kept.ragged(**said) if kind == 'sampled' else said
+      shards.append(kept.load(folder, n, lambda said=said: said))
+    draws = _KNOWN if kind == 'sampled' else None
+    cached = kept.Kept(shards, np.full(len(texts), T), B, draws)
+    batches = pipeline.batches(texts, cached=cached, **settings)
 
   def take():
     nonlocal state
@@ -64,23 +84,24 @@ def step(objective, is_cached):
 
 
 def main():
-  sides = {
-    'live': lambda: step(args.objective, False),
-    'cached': lambda: step(args.objective, True),
-  }
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  kinds = [name for name in kd_step.OBJECTIVES if name != 'sft']
-  parser.add_argument('--objective', choices=kinds, default='reverse_kl')
-  side_by_side.add_arguments(parser, sides)
+  objectives = [name for name in kd_step.OBJECTIVES if name != 'sft']
+  parser.add_argument('--objective', choices=objectives, default='reverse_kl')
+  kinds = ['live', 'hidden', 'top_k', 'sampled']
+  side_by_side.add_arguments(parser, kinds)
   args = parser.parse_args()
+  if args.objective != 'forward_kl':
+    kinds.remove('sampled')
+  sides = {k: lambda k=k: step(args.objective, k) for k in kinds}
   if results := side_by_side.run(args, sides):
-    side_by_side.check_alike(results, rtol=1e-5)
+    exact = {k: results[k] for k in ('live', 'hidden')}
+    side_by_side.check_alike(exact, rtol=1e-5)
     ratios = {
-      'times faster than a live teacher': ('seconds', 'live', 'cached'),
-      'memory': ('peak_gb', 'cached', 'live'),
+      f'times faster than live, {k}': ('seconds', 'live', k) for k in kinds[1:]
     }
+    ratios |= {f'memory, {k}': ('peak_gb', k, 'live') for k in kinds[1:]}
     tokens = B * (T - 1)
     print(json.dumps(side_by_side.summary(results, ratios, tokens)))
 
