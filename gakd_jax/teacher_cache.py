@@ -5,8 +5,9 @@ that is most of the work. `config.teacher.cache` names what is kept of each
 position that predicts a response's token:
 
   hidden   its last hidden state, in the dtype that it was computed in: 8 KB for
-           a width of 4096 in bf16. All that methods for one tokenizer ask is
-           logits, a projection of it: nothing is lost, for a critic neither.
+           a width of 4096 in bf16. All that methods ask are logits, a
+           projection of it: nothing is lost, for a critic neither, nor where
+           the teacher's tokens are others.
   top_k    its `config.teacher.cache_size` most likely ids: 6 bytes each, and 2
            for the mass of all others. See `objectives.few`.
   sampled  as many draws: 8 bytes for each id among them. Of 64 that are some
@@ -29,7 +30,7 @@ import jax
 import numpy as np
 
 from gakd_jax import UserError, hosts, log, models, sharding
-from gakd_jax.data import kept, pipeline, store
+from gakd_jax.data import aligned, kept, pipeline, store
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.models import transformer
 from gakd_jax.objectives import few
@@ -50,10 +51,11 @@ def check(config, objective, writer):
       f'{where}: the objective {config.objective.name!r} asks nothing of a '
       "teacher; set it to 'none'"
     )
-  if not objective.one_tokenizer:
+  if objective.reads_prompts:
     raise UserError(
-      f'{where}: the objective {config.objective.name!r}, for two tokenizers, '
-      "may ask for more than what is kept; set it to 'none'"
+      f'{where}: the objective {config.objective.name!r} reads the prompts as '
+      'well, and only what is of responses is kept; set it to '
+      "'none'"
     )
   if writer.room:
     raise UserError(
@@ -80,10 +82,9 @@ def check_size(config, tokenizers):
 
 def is_whole(config, objective, texts):
   """Whether there is nothing to make, and no block of a teacher is needed."""
+  keys = _keys(config, objective, _read_by_teacher(texts))
   root = _root(config)
-  return hosts.all_of(
-    all(store.has(root, key) for key in _keys(config, objective, texts))
-  )
+  return hosts.all_of(all(store.has(root, key) for key in keys))
 
 
 def load(config, objective, both, texts, mesh):
@@ -93,13 +94,14 @@ def load(config, objective, both, texts, mesh):
     config: of the run, see configs/base.py.
     objective: of the run.
     both: its `pair.Models`; of the teacher, the weights are needed.
-    texts: `texts.Texts`.
+    texts: `texts.Texts`, or `aligned.Aligned`.
     mesh: where the teacher reads them.
 
   Raises:
     UserError: if a part is damaged and the teacher's blocks are not there.
   """
   c = config.teacher
+  texts = _read_by_teacher(texts)
   shard_keys = [*_keys(config, objective, texts)]
   ask = _asking(config, objective, both, mesh)
   shards = []
@@ -113,7 +115,7 @@ def load(config, objective, both, texts, mesh):
             'config.teacher.cache: a part of what was kept is damaged; start '
             'again'
           )
-        said = _said(config, ask, texts, some, both.tokenizer, mesh)
+        said = _said(config, ask, texts, some, both.tokenizers[-1], mesh)
         return kept.ragged(**said) if c.cache == 'sampled' else said
 
       shards.append(_load(_root(config), key, make))
@@ -133,6 +135,10 @@ def _load(root, key, make):
 
 def _root(config):
   return config.data.cache or store.default_root()
+
+
+def _read_by_teacher(texts):
+  return texts.teacher if isinstance(texts, aligned.Aligned) else texts
 
 
 def _first(texts):

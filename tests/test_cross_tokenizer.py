@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from configs import base, cross
@@ -83,6 +84,29 @@ def test_a_student_learns_from_another_tokenizer(
   if name in ('overlap', 'mined', 'gold', 'alm'):
     assert '% of response tokens have a partner' in said
   assert rundir.is_finished(tmp_path / 'run')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', sorted({*METHODS} - {'mcw'}))
+def test_hidden_states_on_disk_are_as_good_as_their_teacher(
+  name, config, tmp_path
+):
+  config.objective = {'name': name}
+  config.data.packing = name not in ('multilevel_ot', 'uld')
+  config.train.batch_size = 4
+  config.data.cache = str(tmp_path / 'cache')
+  config.optimizer.learning_rate = 1e-3
+  config.eval_every, config.evals = 0, {}
+  losses = {}
+  # The last has none of the teacher's blocks.
+  for kind, workdir in (('none', 'live'), ('hidden', 'a'), ('hidden', 'b')):
+    config.teacher.cache = kind
+    train.run(config, tmp_path / workdir)
+    rows = log.read_metrics(tmp_path / workdir)
+    losses[workdir] = [x['train/loss'] for x in rows if 'train/loss' in x]
+  assert len(losses['live']) == 2
+  np.testing.assert_allclose(losses['a'], losses['live'], rtol=1e-5)
+  assert losses['b'] == losses['a']
 
 
 @pytest.mark.slow

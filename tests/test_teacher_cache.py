@@ -285,7 +285,7 @@ def test_evaluations_have_the_whole_teacher(config, tmp_path):
       {'rollout': {'writer': 'student', 'max_new_tokens': 8}},
       'reads text that is new in every step',
     ),
-    ({'objective': {'name': 'mcw'}}, "'mcw', for two tokenizers, may ask"),
+    ({'objective': {'name': 'mcw'}}, "'mcw' reads the prompts as well"),
     (
       {'objective': {'name': 'gakd'}, 'teacher.cache': 'top_k'},
       "cache='top_k': config.objective asks more.*; take 'hidden'$",

@@ -36,7 +36,8 @@ class Kept:
   def put(self, batch, bins, lengths):
     """The batch with what is kept of it, 0 where nothing is predicted.
 
-    bins: which texts are in each row of the batch. lengths: of all texts.
+    bins: which texts are in each row of the batch. lengths: of all texts,
+      as the teacher reads them.
     """
     B, T = batch.teacher.ids_BT.shape
     found = {

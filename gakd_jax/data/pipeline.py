@@ -184,12 +184,14 @@ class Batches:
     if isinstance(self._texts, aligned.Aligned):
       names = sorted(self._texts.parts)
       batch = collate_aligned(texts, length, self._pad_id, names)
-      return batch.replace(rows_B=rows_B)
-    tokens = collate(texts, length, self._pad_id)
-    batch = Batch(student=tokens, teacher=tokens, rows_B=rows_B)
+      lengths = self._texts.teacher.lengths
+    else:
+      tokens = collate(texts, length, self._pad_id)
+      batch = Batch(student=tokens, teacher=tokens)
+      lengths = self._texts.lengths
     if self._cached is not None:
-      return self._cached.put(batch, bins, self._texts.lengths)
-    return batch
+      batch = self._cached.put(batch, bins, lengths)
+    return batch.replace(rows_B=rows_B)
 
   def _first_step(self, epoch):
     """Epochs differ in length where weights choose what is packed."""

@@ -48,6 +48,8 @@ class Objective:
   needs_teacher = True
   one_tokenizer = True  # Whether the teacher's must be the student's.
   takes = ()  # Of `few.KINDS`: what is enough to know of a teacher.
+  # Whether it reads the teacher's hidden states where no response is predicted.
+  reads_prompts = False
   # What it reads of `Batch.align` where tokenizers differ, of its names the
   # part before '_'.
   align = ()

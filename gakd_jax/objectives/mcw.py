@@ -78,6 +78,7 @@ class MCW(base.Objective):
   reference: bool = False  # as the authors ran it
 
   one_tokenizer = False
+  reads_prompts = True
   align = ('path',)
   more_head_passes = 5, 3  # of DSKD; the largest logits, and back
 
