@@ -110,6 +110,7 @@ def get_config():
   c.optimizer.weight_decay = 0.01
   c.optimizer.no_decay = r'(scale|bias)$'  # regex of parameter paths
   c.optimizer.clip_norm = config_dict.placeholder(float)  # global norm
+  c.optimizer.mu_dtype = 'float32'  # of Adam's first moment; or bfloat16
 
   c.critic_optimizer = c.optimizer.copy_and_resolve_references()
   c.critic_optimizer.learning_rate = 2e-4
@@ -125,6 +126,8 @@ def get_config():
   c.train.microbatch_size = config_dict.placeholder(int)  # None: all at once
   c.train.precision = 'bfloat16'  # compute dtype; master weights are fp32
   c.train.head_chunk = 512  # tokens a device whose logits exist at a time
+  # GB of these logits, of both models together, instead of head_chunk.
+  c.train.head_memory = config_dict.placeholder(float)
   # A step that is not finite is skipped (see gakd_jax/skips); so many in a row
   # end the run.
   c.train.max_skipped = 10

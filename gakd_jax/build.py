@@ -80,7 +80,7 @@ class Run:
       thinking=c.data.thinking,
       max_length=c.data.max_length,
       max_prompt_length=c.data.max_prompt_length,
-      head_chunk=c.train.head_chunk,
+      head_chunk=self.objective.head_chunk,
       mesh=self.mesh,
       workdir=workdir,
     )
@@ -226,7 +226,7 @@ def _checked(config, mesh):
   if config.student.path is None:
     raise UserError('config.student.path is not set: name a model directory')
   objective = objectives.make(
-    head_chunk=config.train.head_chunk,
+    head_chunk=_head_chunk(config, mesh),
     critic=config.critic.to_dict(),
     **config.objective,
   )
@@ -244,6 +244,19 @@ def _checked(config, mesh):
       'config.teacher.path is not set, and this config needs a teacher'
     )
   return objective, writer
+
+
+def _head_chunk(config, mesh):
+  """Tokens whose logits exist at a time, on each device."""
+  c = config.train
+  if c.head_memory is None:
+    return c.head_chunk
+  parts = [config.student, *([config.teacher] if config.teacher.path else [])]
+  shapes = [
+    models.read_config(part.path, **(part.get('shape') or {})) for part in parts
+  ]
+  ids = sum(shape.vocab_size for shape in shapes) / mesh.shape['tensor']
+  return max(1, int(c.head_memory * 1e9 / (4 * ids)))
 
 
 def _assemble(config, mesh, objective, writer, load, tokenizers=(), **rest):

@@ -63,6 +63,7 @@ _OPTIMIZER = {
   'weight_decay': NotNegative,
   'no_decay': Regex,
   'clip_norm': Positive | None,
+  'mu_dtype': _Dtype,
 }
 _SHAPE = {
   name: {int: Count, float: Positive}.get(kind, kind)
@@ -123,6 +124,7 @@ FIELDS = {
     'microbatch_size': Count | None,
     'precision': _Dtype,
     'head_chunk': Count,
+    'head_memory': Positive | None,
     'max_skipped': Count,
     'skip_spikes': Positive | None,
   },

@@ -23,7 +23,7 @@ from gakd_jax import UserError, __version__, hosts, json_file, log, rundir
 HOW = re.compile(
   r'report\..*|mesh\..*|stages|attention|eval_every|checkpoint\.(every|keep.*)|'
   r'data\.cache|student\.remat|'
-  r'train\.(microbatch_size|head_chunk|max_skipped)|'
+  r'train\.(microbatch_size|head_chunk|head_memory|max_skipped)|'
   r'evals\.[^.]+\.(every|batch_size)'
 )
 # What scores, token ids and parameters depend on.

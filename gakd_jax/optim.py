@@ -5,7 +5,7 @@ import re
 import jax
 import optax
 
-from gakd_jax import sharding
+from gakd_jax import UserError, sharding
 
 SCHEDULES = {
   'constant': lambda rate, end, steps: optax.constant_schedule(rate),
@@ -16,13 +16,21 @@ SCHEDULES = {
 }
 
 
-def _adamw(schedule, b1, b2, eps, weight_decay, mask):
+def _adamw(schedule, b1, b2, eps, weight_decay, mask, mu_dtype):
   return optax.adamw(
-    schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask
+    *(schedule, b1, b2, eps),
+    weight_decay=weight_decay,
+    mask=mask,
+    mu_dtype=mu_dtype,
   )
 
 
-def _rmsprop(schedule, b1, b2, eps, weight_decay, mask):
+def _rmsprop(schedule, b1, b2, eps, weight_decay, mask, mu_dtype):
+  if mu_dtype != 'float32':
+    raise UserError(
+      f'mu_dtype={mu_dtype!r}: rmsprop keeps its momentum in float32; leave it '
+      'at that, or take adamw'
+    )
   return optax.chain(
     optax.add_decayed_weights(weight_decay, mask),
     optax.rmsprop(schedule, b2, eps, eps_in_sqrt=False, momentum=b1),
@@ -60,14 +68,17 @@ def make(
   weight_decay=0.0,
   no_decay=r'(scale|bias)$',
   clip_norm=None,
+  mu_dtype='float32',
   extra_rate=1.0,
 ):
   """An optax chain: clip by global norm, then the optimizer.
 
   'adamw', or 'rmsprop' as in PyTorch: weight decay is added to the gradient,
   `b1` is the momentum and `b2` the decay of the squares. `no_decay` is a regex
-  of parameter paths that weight decay leaves alone. `extra_rate` multiplies the
-  learning rate of a method's own parameters, those under 'extra/'.
+  of parameter paths that weight decay leaves alone. `mu_dtype` is that of
+  Adam's first moment; the second, which moves by less than bf16 can say, is
+  fp32, as is all arithmetic. `extra_rate` multiplies the learning rate of a
+  method's own parameters, those under 'extra/'.
   """
 
   def is_extra(params):
@@ -80,7 +91,9 @@ def make(
       lambda path, _: not re.search(no_decay, sharding.path_name(path)), params
     )
 
-  optimizer = OPTIMIZERS[name](schedule, b1, b2, eps, weight_decay, decays)
+  optimizer = OPTIMIZERS[name](
+    schedule, b1, b2, eps, weight_decay, decays, mu_dtype
+  )
   if extra_rate != 1:
     own_rate = optax.masked(optax.scale(extra_rate), is_extra)
     optimizer = optax.chain(optimizer, own_rate)

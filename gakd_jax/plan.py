@@ -120,7 +120,7 @@ def _make(config, mesh, target):
   local = rows // microbatches // sharding.batch_ways(mesh)
   moved = []
   if target is not None:
-    chunks = -(-local * length // config.train.head_chunk)
+    chunks = -(-local * length // run.objective.head_chunk)
     moved = hlo.transfers(compiled.as_text(), chunks)
   if run.writer.room:
     # Before the step: what it takes more than that.
@@ -297,7 +297,7 @@ def _chunk_bytes(run):
   """fp32 logits of one chunk, of every model that takes part."""
   c, mesh = run.config, run.mesh
   local = c.train.batch_size // sharding.batch_ways(mesh) * c.data.max_length
-  tokens = min(c.train.head_chunk, local // training_lib.microbatches(c))
+  tokens = min(run.objective.head_chunk, local // training_lib.microbatches(c))
   logits_of_both = run.objective.needs_teacher and (
     c.teacher.cache not in few.KINDS
   )

@@ -94,6 +94,7 @@ WRONG = {
   'optimizer.weight_decay': [-1.0, NAN],
   'optimizer.no_decay': ['(', 3],
   'optimizer.clip_norm': [-1.0, 0.0, NAN, INF, 'x'],
+  'optimizer.mu_dtype': ['float16', 3],
   'optimizer.extra_learning_rate': [-1.0, 0.0, INF],
   'critic_optimizer.name': ['adam'],
   'critic_optimizer.learning_rate': [-1.0],
@@ -106,12 +107,14 @@ WRONG = {
   'critic_optimizer.weight_decay': [-1.0],
   'critic_optimizer.no_decay': ['['],
   'critic_optimizer.clip_norm': [-1.0],
+  'critic_optimizer.mu_dtype': ['float16'],
   'train.steps': [-1, 1.5, True, NAN, [1], 10**12],
   'train.epochs': [-1.0, 0.0, NAN, INF, 'x'],
   'train.batch_size': [0, -8, 8.0],
   'train.microbatch_size': [0, -1, 'x'],
   'train.precision': ['fp16', 'float64'],
   'train.head_chunk': [0, 'x'],
+  'train.head_memory': [0.0, -1.0, NAN, INF, 'x'],
   'train.max_skipped': [0, 1.5],
   'train.skip_spikes': [0.0, -1.0, NAN, INF],
   'evals': ['loss', ('loss',), {'loss': None}, {'loss': 3}, {0: {}}]
@@ -141,7 +144,7 @@ MAY_BE_NONE = {
   *('data.weights', 'data.cache', 'critic.init_from'),
   *('optimizer.clip_norm', 'optimizer.extra_learning_rate'),
   *('critic_optimizer.clip_norm', 'train.steps', 'train.epochs'),
-  *('train.skip_spikes', 'train.microbatch_size'),
+  *('train.skip_spikes', 'train.microbatch_size', 'train.head_memory'),
   *('checkpoint.best_metric', 'checkpoint.patience'),
 }
 # Parts that a config names: what is wrong of their own settings.

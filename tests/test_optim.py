@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from gakd_jax import optim
+from gakd_jax import UserError, optim
 
 
 def _rates(steps, *args, **kwargs):
@@ -112,6 +112,37 @@ def test_adam_with_the_given_constants():
     mu, nu = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * g**2
     w -= 0.1 * (mu / (1 - b1**i)) / ((nu / (1 - b2**i)) ** 0.5 + eps)
     np.testing.assert_allclose(params['w'], w, rtol=1e-6)
+
+
+def test_a_first_moment_in_bf16_is_half_as_large_and_moves_alike():
+  grads = jax.tree.map(
+    lambda x: jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) + 1.5,
+    PARAMS,
+  )
+  moved, moments = {}, {}
+  for mu_dtype in ('float32', 'bfloat16'):
+    optimizer = optim.make(lambda _: 0.1, mu_dtype=mu_dtype)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for _ in range(5):
+      updates, state = optimizer.update(grads, state, params)
+      params = optax.apply_updates(params, updates)
+    moved[mu_dtype] = jax.tree.map(jnp.subtract, params, PARAMS)
+    moments[mu_dtype] = optax.tree.get(state, 'mu'), optax.tree.get(state, 'nu')
+  mu, nu = moments['bfloat16']
+  assert {x.dtype for x in jax.tree.leaves(mu)} == {jnp.dtype('bfloat16')}
+  assert {x.dtype for x in jax.tree.leaves(nu)} == {jnp.dtype('float32')}
+  for got, want in zip(*map(jax.tree.leaves, moved.values()), strict=True):
+    # bf16 has 8 bits.
+    np.testing.assert_allclose(got, want, rtol=2**-7)
+  assert any(
+    np.any(got != want)
+    for got, want in zip(*map(jax.tree.leaves, moved.values()), strict=True)
+  )
+
+
+def test_rmsprop_has_no_smaller_momentum():
+  with pytest.raises(UserError, match='rmsprop keeps its momentum in float32'):
+    optim.make(lambda _: 0.1, name='rmsprop', mu_dtype='bfloat16')
 
 
 def test_rmsprop_is_that_of_pytorch():

@@ -84,6 +84,21 @@ def test_bytes_are_those_of_fp32_adamw(kld):
   assert kld.peak == sum(kld.bytes.values())
 
 
+@pytest.mark.slow
+def test_a_head_of_so_many_bytes_and_smaller_moments(kld, config):
+  with config.unlocked():
+    config.optimizer.mu_dtype = 'bfloat16'
+    config.train.head_memory = 1e-4
+  mesh = sharding.make_mesh(**config.mesh)
+  small = plan.make(config, mesh)
+  size = kld.parameters['student']
+  saved = kld.bytes['optimizer state'] - small.bytes['optimizer state']
+  assert saved == 2 * size
+  logits = small.bytes['head: logits of a chunk']
+  assert 0.9e5 < logits <= 1e5
+  assert kld.bytes['head: logits of a chunk'] != logits
+
+
 def test_fsdp_halves_what_a_device_holds_of_the_weights(kld, config):
   config.mesh.fsdp = 2
   half = planned(config)
