@@ -23,6 +23,7 @@ import numpy as np
 from gakd_jax import (
   UserError,
   fingerprint,
+  grouping,
   log,
   partial,
   results,
@@ -272,7 +273,7 @@ class Generation:
         {
           'tokens_per_second': speed,
           'seconds': time.perf_counter() - start,
-          'padding': streaming.padding(prompts, self.batch_size),
+          'padding': grouping.padding(prompts, self.batch_size),
         },
       )
     return answers
