@@ -4,6 +4,10 @@
 scale of its own: half of the memory of bf16, and the scales, 4 bytes for each
 head_dim ones. The scale of a key is that of its scores, and the scale of a
 value that of its weights, so the integers go into products as they are.
+
+It is memory that this saves. On a CPU, whose compiler converts the integers
+before each product, a token takes 5 % more time than in fp32 with 192 slots,
+and half more with 1024 (6 layers x 384, 32 rows; 8 % more than in bf16).
 """
 
 from typing import Any, NamedTuple
