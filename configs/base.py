@@ -184,6 +184,7 @@ def generation(data, **settings):
   c.top_k = 0  # 0: off
   c.top_p = 1.0  # 1: off
   c.no_repeat_ngram = 6  # 0: off
+  c.cache = config_dict.placeholder(str)  # 'int8': keys and values in int8
   c.seeds = (10, 20, 30, 40, 50)
   c.batch_size = 128  # prompts decoded together
   c.first_reference = False  # score against it alone, not the best of all

@@ -67,7 +67,7 @@ def write(
   Args:
     writer: a `rollout.Teacher`: how answers are drawn, and how many to each
       prompt.
-    model: a `Decoder` of `decoding.unstack`.
+    model: a `Decoder` of `decoding.unstack`, which has the writer's `cache`.
     tokenizer, rows, path: see above.
     source: what identifies model and data; a dict of names to JSON values.
     keep_unfinished: otherwise answers that are empty or did not end within
@@ -87,7 +87,7 @@ def write(
     'seed': seed,
     'valid_vocab': tokenizer_lib.size(tokenizer),
   }
-  samples = decoding.pop('samples')
+  samples, cache = decoding.pop('samples'), decoding.pop('cache')
   prompts, left_out = _prompts(
     tokenizer, rows, template, max_prompt_length, on_bad_row
   )
@@ -99,6 +99,7 @@ def write(
     | decoding
     | {
       'samples': samples,
+      'cache': cache,
       'rows': fingerprint.digest(
         [*zip(prompts.items(), references, strict=True)]
       ),

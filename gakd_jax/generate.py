@@ -32,7 +32,7 @@ from gakd_jax import (
 )
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizers
-from gakd_jax.models import decoding
+from gakd_jax.models import caches, decoding
 from gakd_jax.settings import Natural
 
 _MODEL = flags.DEFINE_string(
@@ -57,6 +57,9 @@ _NO_REPEAT_NGRAM = flags.DEFINE_integer(
 _SEED = flags.DEFINE_integer('seed', 0, 'Same seed, same answers.')
 _DTYPE = flags.DEFINE_enum(
   'dtype', None, ['float32', 'bfloat16'], "Default: that of the model's file."
+)
+_CACHE = flags.DEFINE_enum(
+  'cache', None, caches.KINDS, 'Keys and values of what was read in int8.'
 )
 
 _DATASET = flags.DEFINE_multi_string(
@@ -125,7 +128,9 @@ def _tokenizer():
 
 def answers(prompts):
   """Yields the answer (a string) to each prompt as it comes."""
-  model = decoding.unstack(models.load(_MODEL.value, dtype=_DTYPE.value))
+  model = decoding.unstack(
+    models.load(_MODEL.value, dtype=_DTYPE.value), cache=_CACHE.value
+  )
   tokenizer, template = _tokenizer()
   eos_ids = templates.stop_ids(template, tokenizer)
   for i, prompt in enumerate(prompts):
@@ -157,7 +162,10 @@ def write_dataset():
     lambda: Path(_OUTPUT.value).parent.mkdir(parents=True, exist_ok=True)
   )
   writer = rollout.Teacher(
-    samples=_SAMPLES.value, batch_size=_BATCH_SIZE.value, **_sampling()
+    samples=_SAMPLES.value,
+    batch_size=_BATCH_SIZE.value,
+    cache=_CACHE.value,
+    **_sampling(),
   )
   tokenizer, template = _tokenizer()
   templates.eos_id(template, tokenizer)
@@ -168,7 +176,8 @@ def write_dataset():
     writer,
     # All devices share the prompts.
     decoding.unstack(
-      models.load(_MODEL.value, _DTYPE.value, sharding.make_mesh())
+      models.load(_MODEL.value, _DTYPE.value, sharding.make_mesh()),
+      cache=_CACHE.value,
     ),
     tokenizer,
     rows,

@@ -188,7 +188,7 @@ def teacher_answers(run):
       print(f'data: {n} skipped: {reason}', flush=True)
     answering.write(
       run.writer,
-      decoding.unstack(run.models.teacher()),
+      decoding.unstack(run.models.teacher(), cache=run.writer.cache),
       run.models.tokenizers[1],
       rows,
       path,

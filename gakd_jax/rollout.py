@@ -26,7 +26,7 @@ from gakd_jax import settings as settings_lib
 from gakd_jax.answering import MOST_SAMPLES
 from gakd_jax.data import pipeline, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
-from gakd_jax.models import decoding
+from gakd_jax.models import caches, decoding
 from gakd_jax.sampler import Sampler
 from gakd_jax.settings import (
   Count,
@@ -113,6 +113,7 @@ class Teacher(Dataset):
   no_repeat_ngram: Natural = 0
   batch_size: Count = 32
   samples: _Samples = 1
+  cache: Literal[*caches.KINDS] | None = None
 
   def __post_init__(self):
     if self.samples > 1 and self.temperature == 0:
@@ -140,6 +141,7 @@ class Student(Dataset):
   temperature: NotNegative = 1.0  # 0 is greedy
   top_k: Natural = 0  # 0: off
   top_p: Mass = 1.0  # 1: off
+  cache: Literal[*caches.KINDS] | None = None  # keys and values in int8
   ends: Ends | None = None  # by `for_tokenizer`
 
   def __post_init__(self):
@@ -227,7 +229,7 @@ class Student(Dataset):
   def decode(self, models, params, prompt_BT, length_B, key_B, mesh):
     """ids_BS and end_B, which tokens are the teacher's, and metrics."""
     ids_BS, end_B = sampling.decode_batch(
-      decoding.unstack(models.student(params), models.dtype),
+      decoding.unstack(models.student(params), models.dtype, self.cache),
       prompt_BT,
       length_B,
       key_B,
@@ -276,7 +278,7 @@ class Speculative(Student):
   def decode(self, models, params, prompt_BT, length_B, key_B, mesh):
     both = [models.student(params), models.teacher()]
     ids_BS, end_B, trace = speculative.decode_batch(
-      [decoding.unstack(model, models.dtype) for model in both],
+      [decoding.unstack(model, models.dtype, self.cache) for model in both],
       prompt_BT,
       length_B,
       key_B,

@@ -3,7 +3,8 @@
 `stream` is what evaluation, data sets and the command line call (`generate`:
 all at once). A row whose response has ended gets the next prompt, so that a
 long one does not hold the others: as soon as a quarter of the rows have ended,
-a group of as many prompts takes their places.
+a group of as many prompts takes their places. A prompt that is there several
+times, to be answered differently, stands together, and is read once a group.
 
 What a response is depends on the seed and on its place alone, as `sampling`
 says; who stands in the other rows is not seen. Groups and the shapes of all
@@ -16,19 +17,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx, struct
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gakd_jax import UserError, sampling, sharding, stopping
+from gakd_jax import UserError, grouping, sampling, sharding, stopping
 from gakd_jax.models import decoding, transformer
 from gakd_jax.sampler import Sampler
-
-# Prompts are padded to a power of two, at least this: less padding would cost
-# more compilations than it saves time.
-_SHORTEST_PROMPT = 64
-_GROUPS = 4  # in a batch
 
 
 @struct.dataclass
@@ -99,22 +94,22 @@ def stream(
   _check(prompts, model.config, max_new_tokens, batch_size)
   definition, params = transformer.split(model)
   mesh, ways = _mesh_of(params)
-  B, G = _sizes(len(prompts), batch_size, ways)
   eos_ids = tuple(int(i) for i in eos_ids)
   places = range(len(prompts)) if places is None else places
-  groups = [g for g in _groups(prompts, G) if not done.issuperset(g)]
+  plan = grouping.make(prompts, batch_size, ways)
+  groups = [group for group in plan.groups if not done.issuperset(group)]
   if not groups:
     return
-  longest = max(map(len, prompts))
+  B, G = plan.rows, plan.size
   settings = definition, mesh, sampler, max_new_tokens, eos_ids
   key = jax.random.key(seed)
-  rows = _empty(params, B, _bucket(longest) + max_new_tokens, settings)
+  rows = _empty(params, B, plan.longest + max_new_tokens, settings)
   owners = [None] * B  # which prompt each row is of
   finished = [], []
   while True:
-    while groups and (slots := _take(owners, groups[0], done, G, ways)):
+    while groups and (slots := plan.take(groups[0], owners, done)):
       group = groups.pop(0)
-      batch = _batch(prompts, group, slots, places, G, B // ways)
+      batch = plan.batch(group, slots, places)
       if mesh:
         place = NamedSharding(mesh, P(sharding.BATCH_AXES))
         batch = sharding.put_whole(batch, place)
@@ -138,16 +133,6 @@ def stream(
         ended = response and response[-1] in eos_ids and not keep_end
         finished[0].append(i)
         finished[1].append(response[:-1] if ended else response)
-
-
-def padding(prompts, batch_size):
-  """The share of prompt slots that `stream` fills with nothing."""
-  _, G = _sizes(len(prompts), batch_size, ways=1)
-  slots = sum(
-    G * _bucket(max(len(prompts[i]) for i in group))
-    for group in _groups(prompts, G)
-  )
-  return 1 - sum(map(len, prompts)) / slots
 
 
 @functools.partial(jax.jit, static_argnames=('B', 'S', 'settings'))
@@ -175,15 +160,16 @@ def _refill(params, rows, batch, settings):
   """`Rows` with other prompts in some places."""
   definition, mesh, *_ = settings
 
-  def refill(model, rows, prompt_GT, length_G, place_G, slot_G, any_row):
+  def refill(model, rows, prompt_UT, of_G, length_G, place_G, slot_G, any_row):
     del any_row
     S = rows.state.ids_BS.shape[1]
-    state = sampling.start(prompt_GT, length_G, S - prompt_GT.shape[1])
-    reader = decoding.prefill(model, prompt_GT, S)
+    state = sampling.start(prompt_UT[of_G], length_G, S - prompt_UT.shape[1])
+    reader = decoding.prefill(model, prompt_UT, S)
+    cache = jax.tree.map(lambda x: x[of_G], reader.cache)
     return jax.tree.map(
       lambda x, new: x.at[slot_G].set(new, mode='drop'),
       rows,
-      Rows(state, reader.cache, place_G),
+      Rows(state, cache, place_G),
     )
 
   model = nnx.merge(definition, params)
@@ -249,65 +235,3 @@ def _mesh_of(params):
   if not isinstance(place, NamedSharding):
     return None, 1
   return place.mesh, sharding.batch_ways(place.mesh)
-
-
-def _sizes(prompts, batch_size, ways):
-  """Rows of a batch and of a group, which divide over `ways` devices."""
-  own = -(-min(batch_size, prompts or 1) // ways)
-  if prompts <= own * ways:
-    return own * ways, own * ways
-  most = max(own // _GROUPS, 1)
-  group = max(n for n in range(1, most + 1) if own % n == 0)
-  return own * ways, group * ways
-
-
-def _groups(prompts, size):
-  """Which prompts are read together: lists of indices, the longest first."""
-  order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-  return [order[i : i + size] for i in range(0, len(order), size)]
-
-
-def _bucket(length):
-  """The next of 64, 96, 128, 192, 256 ...: few shapes, little padding."""
-  power = max(_SHORTEST_PROMPT, 1 << (length - 1).bit_length())
-  smaller = power * 3 // 4
-  return smaller if _SHORTEST_PROMPT <= length <= smaller else power
-
-
-def _take(owners, group, done, size, ways):
-  """A row for each prompt of a group, None for one that is done.
-
-  Or None where a device has too few free rows for its part of a group.
-  """
-  own = len(owners) // ways
-  free = [
-    [b for b in range(w * own, (w + 1) * own) if owners[b] is None]
-    for w in range(ways)
-  ]
-  if min(map(len, free)) < size // ways:
-    return None
-  slots = []
-  for g, i in enumerate(group):
-    slots.append(None if i in done else free[g * ways // size].pop(0))
-    if i not in done:
-      owners[slots[-1]] = i
-  return slots
-
-
-def _batch(prompts, group, slots, places, size, rows):
-  """What `_refill` puts into a device's `rows`: prompts [G, T] and the like.
-
-  slots: of each prompt of the group, its row, of all; None: none.
-  """
-  prompt_GT = np.zeros(
-    (size, _bucket(max(len(prompts[i]) for i in group))), 'i4'
-  )
-  length_G = np.zeros(size, np.int32)
-  place_G = np.zeros(size, np.uint32)
-  slot_G = np.full(size, rows, np.int32)  # There is no such row.
-  for g, (i, slot) in enumerate(zip(group, slots, strict=True)):
-    prompt_GT[g, : len(prompts[i])] = prompts[i]
-    length_G[g], place_G[g] = len(prompts[i]), places[i]
-    if slot is not None:
-      slot_G[g] = slot % rows
-  return prompt_GT, length_G, place_G, slot_G

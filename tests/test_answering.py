@@ -267,6 +267,7 @@ def test_training_goes_on_with_the_teachers_answers(
     'batch_size': 2,
     'samples': 2,
     'max_new_tokens': 100,
+    'cache': 'int8',
   }
 
   def answers(name):
@@ -285,7 +286,16 @@ def test_training_goes_on_with_the_teachers_answers(
       )
     )
 
+  kinds = []
+  stream = streaming.stream
+
+  def watched(model, *args, **settings):
+    kinds.append(model.cache_kind)
+    return stream(model, *args, **settings)
+
+  monkeypatch.setattr(streaming, 'stream', watched)
   whole = answers('whole')
+  assert kinds == ['int8']
   assert sources.load(whole)[0]
   kill_after(monkeypatch, 2, answers, 'killed')
   assert answers('killed').read_bytes() == whole.read_bytes()

@@ -153,12 +153,12 @@ PARTS = [
     {'max_new_tokens': 0}, {'max_new_tokens': 2**25}, {'temperature': -1},
     {'temperature': NAN}, {'temperature': INF}, {'top_p': 0}, {'top_p': 1.5},
     {'top_k': -1}, {'no_repeat_ngram': -1}, {'batch_size': 0}, {'samples': 0},
-    {'samples': 257},
+    {'samples': 257}, {'cache': 'int4'},
   )],
   *[('rollout', {'writer': 'student'} | x) for x in (
     {'share': 1.5}, {'share': NAN}, {'begin': 1.0, 'end': 0.5}, {'every': 0},
     {'prefix': 0}, {'temperature': -1.0}, {'top_p': 0.0}, {'ends': 3},
-    {'max_new_tokens': None},
+    {'max_new_tokens': None}, {'cache': 8},
   )],
   *[('rollout', {'writer': 'speculative'} | x) for x in (
     {'gamma': 0}, {'accept': 'x'}, {'accept': 3}, {'k': 0}, {'alpha': 2.0},
@@ -197,7 +197,7 @@ PARTS = [
     {'top_p': 0.0}, {'top_p': 1.1}, {'top_k': -1}, {'no_repeat_ngram': -1},
     {'max_new_tokens': 0}, {'batch_size': 0}, {'task': 'x'}, {'task': None},
     {'stop': ('',)}, {'stop': 3}, {'first_reference': 1}, {'about': {}},
-    {'limit': 0}, {'every': -1}, {'data': 3}, {'data': ''},
+    {'limit': 0}, {'every': -1}, {'data': 3}, {'data': ''}, {'cache': 'fp8'},
   )],
   *[('evals', x) for x in (
     {'loss': {'batch_size': 0}}, {'loss': {'every': 1.5}},

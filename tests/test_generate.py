@@ -52,6 +52,24 @@ def test_each_line_and_a_single_prompt_are_answered(tiny_model_dir):
   assert single.stdout.decode() == f'{again}\n'
 
 
+_WATCHED = """
+import sys
+from absl import flags
+from gakd_jax import generate, streaming
+streaming.generate = lambda model, *_, **__: [print(model.cache_kind) or [1]]
+flags.FLAGS(sys.argv)
+list(generate.answers(['Say hi.']))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', [None, 'int8'])
+def test_keys_and_values_are_in_int8_if_asked(tiny_model_dir, kind):
+  command = [sys.executable, '-c', _WATCHED, f'--model={tiny_model_dir()}']
+  command += [f'--cache={kind}'] * bool(kind)
+  assert subprocess.check_output(command, text=True) == f'{kind}\n'
+
+
 def test_user_errors_are_one_line(tmp_path):
   result = run(f'--model={tmp_path / "nowhere"}', '--prompt=Hi')
   assert result.returncode == 2
@@ -126,6 +144,7 @@ def test_a_data_set_is_answered(tiny_model_dir, tmp_path):
       'would all be the same',
     ),
     (['--prompt=Hi', '--samples=2'], '--samples is of --dataset'),
+    (['--prompt=Hi', '--cache=int4'], 'should be one of <int8>'),
     (['--prompt=Hi', '--top_p=0'], '--top_p=0.0: expected a number (more'),
   ],
 )

@@ -45,6 +45,7 @@ LEVELS = (
   ('models', 'data'),
   (
     'keys',
+    'grouping',
     'optim',
     'sharding',
     'hlo',

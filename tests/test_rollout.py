@@ -446,3 +446,16 @@ def test_what_does_not_fit_together_is_refused(changes, words):
   assert '\n' not in str(error.value)
   for word in words:
     assert word in str(error.value)
+
+
+@pytest.mark.parametrize('writer', ['student', 'speculative'])
+def test_keys_and_values_are_in_int8_if_asked(writer):
+  models, params = models_of()
+  batch = batch_of(ROWS)
+
+  def layers(**settings):
+    lowered = make(writer, **settings).lower(models, params, batch)
+    return len(set(re.findall(r'tensor<8x2x8x\d+xi8>', lowered.as_text())))
+
+  assert not layers()
+  assert layers(cache='int8')

@@ -259,7 +259,34 @@ def test_devices_refill_their_own_rows(model):
   settings = {'max_new_tokens': 32, 'eos_ids': (1, 2, 4), 'batch_size': 16}
   want = generate(model, prompts, **settings)
   assert len({len(r) for r in want}) > 5
-  assert generate(nnx.merge(definition, params), prompts, **settings) == want
+  sharded = nnx.merge(definition, params)
+  assert generate(sharded, prompts, **settings) == want
+  # Groups of two prompts on each device, in which the same ones stand together.
+  prompts = [prompts[n % 9] for n in range(40)]
+  want = generate(model, prompts, **settings)
+  assert generate(sharded, prompts, **settings) == want
+
+
+def test_a_prompt_is_read_once_for_all_its_samples(model, monkeypatch):
+  """And each sample is what it is alone, wherever the others stand."""
+  samples = [PROMPTS[n % 4] for n in range(16)]
+  settings = {'max_new_tokens': 8, 'seed': 2, 'eos_ids': (1, 2, 4)}
+  want = generate(model, samples, **settings, batch_size=1)
+  assert len({len(r) for r in want}) > 3
+  rows = []
+  prefill = decoding.prefill
+
+  def counted(model, prompt_BT, slots):
+    jax.debug.callback(lambda: rows.append(len(prompt_BT)))
+    return prefill(model, prompt_BT, slots)
+
+  monkeypatch.setattr(decoding, 'prefill', counted)
+  # All at once, and by groups of two: half of the samples of a prompt each.
+  for batch_size, read in ((16, [4]), (8, [1] * 8)):
+    rows.clear()
+    assert generate(model, samples, **settings, batch_size=batch_size) == want
+    jax.effects_barrier()
+    assert rows == read
 
 
 def _calls(lines):
@@ -390,16 +417,3 @@ def test_bad_input_is_one_line(model, prompts, settings, message):
   with pytest.raises(UserError, match=message) as error:
     generate(model, prompts, **settings)
   assert '\n' not in str(error.value)
-
-
-def test_padding_is_what_no_prompt_fills():
-  prompts = [[1] * n for n in (64, 60, 96, 80) * 3]
-  # A group is a quarter of a batch: three of 96 or 80 in 96, three of 64.
-  found = streaming.padding(prompts, 8)
-  assert found == pytest.approx(1 - 900 / (6 * 96 + 6 * 64))
-  # Of a group that is not full, the empty row counts as well.
-  assert streaming.padding(prompts[:-3] + prompts[-2:], 8) == pytest.approx(
-    1 - 840 / (6 * 96 + 6 * 64)
-  )
-  # What fits into one batch is one group.
-  assert streaming.padding(prompts[:3], 4) == pytest.approx(1 - 220 / (3 * 96))

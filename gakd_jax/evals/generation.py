@@ -23,6 +23,7 @@ import numpy as np
 from gakd_jax import (
   UserError,
   fingerprint,
+  grouping,
   log,
   partial,
   results,
@@ -35,7 +36,7 @@ from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers as answers_lib
 from gakd_jax.evals import encoded, scores, tasks
 from gakd_jax.evals import statistics as statistics_lib
-from gakd_jax.models import decoding
+from gakd_jax.models import caches, decoding
 from gakd_jax.settings import (
   Count,
   Length,
@@ -61,6 +62,7 @@ class Generation:
   top_k: Natural = 0
   top_p: Mass = 1.0
   no_repeat_ngram: Natural = 6
+  cache: Literal[*caches.KINDS] | None = None  # keys and values in int8
   seeds: Seeds = (10, 20, 30, 40, 50)
   batch_size: Count = 32
   first_reference: bool = False  # scored against it alone, not the best of all
@@ -92,7 +94,7 @@ class Generation:
     """
     texts = self.texts(subject)
     model = decoding.unstack(
-      subject.models.student(params), subject.models.dtype
+      subject.models.student(params), subject.models.dtype, self.cache
     )
     n = len(self.rows) * len(self.seeds)
     progress = contextlib.nullcontext()
@@ -272,7 +274,7 @@ class Generation:
         {
           'tokens_per_second': speed,
           'seconds': time.perf_counter() - start,
-          'padding': streaming.padding(prompts, self.batch_size),
+          'padding': grouping.padding(prompts, self.batch_size),
         },
       )
     return answers

@@ -183,13 +183,12 @@ class Attention(nnx.Module):
     if cache is None:
       y_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, context, scale, cap)
     else:
-      k_BKHS, v_BKSH = cache
-      rows_B1, slots_BT = jnp.arange(B)[:, None], context.slots_BT
-      cache = (
-        k_BKHS.at[rows_B1, :, :, slots_BT].set(k_BTKH, mode='drop'),
-        v_BKSH.at[rows_B1, :, slots_BT].set(v_BTKH, mode='drop'),
-      )
+      slots_BT = context.slots_BT
+      cache = cache.write(slots_BT, k_BTKH, v_BTKH)
+      k_BKHS, v_BKSH, *scales = cache
       slot_S = jnp.arange(v_BKSH.shape[2])
       mask_BTS = scores.sees(slots_BT, slot_S, context.window)
-      y_BTNH = scores.attend(q_BTNH, *cache, mask_BTS, scale, cap)
+      y_BTNH = scores.attend(
+        q_BTNH, k_BKHS, v_BKSH, mask_BTS, scale, cap, scales
+      )
     return self.out(y_BTNH.reshape(B, T, -1), context.key), cache

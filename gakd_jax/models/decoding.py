@@ -14,7 +14,7 @@ from flax import nnx, struct
 from gakd_jax.models import layers, lora, transformer
 
 
-def unstack(model, dtype=None):
+def unstack(model, dtype=None, cache=None):
   """The model with single layers instead of stacked ones.
 
   A slice of a stack is a copy: made here, it is not made by each call of a
@@ -24,7 +24,8 @@ def unstack(model, dtype=None):
 
   Layers are copied one after another: beside the two models there is one
   merged layer at a time. `dtype`: of the result, to which what is merged is
-  rounded once; None keeps what `model` has.
+  rounded once; None keeps what `model` has. `cache`: one of `caches.KINDS`;
+  None keeps keys and values as they are computed.
   """
   definition, params = transformer.split(model)
   blocks_def, params_L = nnx.split(model.blocks)
@@ -35,6 +36,7 @@ def unstack(model, dtype=None):
   unstacked.blocks = nnx.List(
     [_layer(blocks_def, params_L, l, dtype) for l in range(model.config.layers)]
   )
+  unstacked.cache_kind = cache
   return unstacked
 
 
@@ -77,11 +79,4 @@ def prefill(model, prompt_BT, slots):
   position_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
   # Attend over the T slots in use, and make room for the response only then.
   _, reader = Reader(model, model.init_cache(B, T)).read(prompt_BT, position_BT)
-  cache = [
-    (
-      jnp.pad(k_BKHS, ((0, 0), (0, 0), (0, 0), (0, slots - T))),
-      jnp.pad(v_BKSH, ((0, 0), (0, 0), (0, slots - T), (0, 0))),
-    )
-    for k_BKHS, v_BKSH in reader.cache
-  ]
-  return reader.replace(cache=cache)
+  return reader.replace(cache=[layer.padded(slots) for layer in reader.cache])

@@ -42,10 +42,13 @@ def sees(at_BT, at_S, window=None, segments=None):
   return mask_BTS
 
 
-def attend(q_BTNH, k_BKHS, v_BKSH, mask_BTS, scale, cap=None):
+def attend(
+  q_BTNH, k_BKHS, v_BKSH, mask_BTS, scale, cap=None, scales=(None, None)
+):
   """Softmax attention over keys and values whose heads lie together.
 
-  Scores are fp32, times `scale`, then `layers.soft_cap`ped.
+  Scores are fp32, times `scale`, then `layers.soft_cap`ped. scales: of integer
+  keys and values, [B, K, S] each, see `caches`.
   """
   B, T, N, H = q_BTNH.shape
   K, S = v_BKSH.shape[1:3]
@@ -53,14 +56,22 @@ def attend(q_BTNH, k_BKHS, v_BKSH, mask_BTS, scale, cap=None):
   # Products of matrices as they lie: of an einsum in another order, XLA makes
   # one that takes several times as long on a CPU.
   score_BKMS = scale * layers.einsum32(
-    'bkmh,bkhs->bkms', q_BKGTH.reshape(B, K, -1, H), k_BKHS
+    'bkmh,bkhs->bkms',
+    q_BKGTH.reshape(B, K, -1, H),
+    k_BKHS.astype(q_BTNH.dtype),
   )
+  k_scale_BKS, v_scale_BKS = scales
+  if k_scale_BKS is not None:
+    score_BKMS *= k_scale_BKS[:, :, None]
   score_BKGTS = score_BKMS.reshape(B, K, -1, T, S)
   if cap:
     score_BKGTS = layers.soft_cap(score_BKGTS, cap)
   score_BKGTS = jnp.where(mask_BTS[:, None, None], score_BKGTS, -jnp.inf)
-  weight_BKGTS = jax.nn.softmax(score_BKGTS).astype(v_BKSH.dtype)
-  y_BKMH = jnp.matmul(weight_BKGTS.reshape(B, K, -1, S), v_BKSH)
+  weight_BKMS = jax.nn.softmax(score_BKGTS).reshape(B, K, -1, S)
+  if v_scale_BKS is not None:
+    weight_BKMS *= v_scale_BKS[:, :, None]
+  dtype = q_BTNH.dtype
+  y_BKMH = jnp.matmul(weight_BKMS.astype(dtype), v_BKSH.astype(dtype))
   y_BTKGH = y_BKMH.reshape(B, K, -1, T, H).transpose(0, 3, 1, 2, 4)
   return y_BTKGH.reshape(B, T, N, H)
 

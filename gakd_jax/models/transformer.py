@@ -19,6 +19,7 @@ from gakd_jax import sharding
 from gakd_jax.data import segments
 from gakd_jax.models import attention as attention_lib
 from gakd_jax.models import blocks as blocks_lib
+from gakd_jax.models import caches
 from gakd_jax.models import layers as layers_lib
 
 
@@ -142,6 +143,8 @@ class Decoder(nnx.Module):
   loaded from, whose tokenizer travels with it.
   """
 
+  cache_kind = None  # of `caches.KINDS`, by `decoding.unstack`; None: exact
+
   def __init__(self, config, rngs, source=''):
     self.config = config
     self.source = source
@@ -203,13 +206,12 @@ class Decoder(nnx.Module):
     return Outputs(self.final_norm(x_BTD), self.head)
 
   def init_cache(self, batch, slots):
-    """An empty key-value cache: keys [B, K, H, S] and values [B, K, S, H].
-
-    One pair a layer; each as the product that reads it takes it.
-    """
+    """An empty key-value cache: a `caches.Cache` for each layer."""
     c = self.config
-    keys = jnp.zeros((batch, c.kv_heads, c.head_dim, slots), self.dtype)
-    return [(keys, keys.swapaxes(2, 3)) for _ in range(c.layers)]
+    sizes = batch, c.kv_heads, c.head_dim, slots
+    return [
+      caches.empty(*sizes, self.dtype, self.cache_kind) for _ in range(c.layers)
+    ]
 
   def decode(self, ids_BT, positions_BT, cache):
     """Hidden states of tokens that extend a cache; of `decoding.unstack`.
@@ -225,7 +227,7 @@ class Decoder(nnx.Module):
     Returns:
       `Outputs` for the T tokens, and the cache that holds them.
     """
-    slot_S = jnp.arange(cache[0][1].shape[2])
+    slot_S = jnp.arange(cache[0].v_BKSH.shape[2])
     # Tables of all slots, to take positions from: else XLA computes cosines
     # again in every layer, for every head.
     rope = blocks_lib.rope(self.config, slot_S[None])

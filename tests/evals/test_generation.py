@@ -189,3 +189,17 @@ def test_stop_is_a_tuple_of_texts(stop):
     UserError, match=r'set\.stop=.*: expected a tuple, each a'
   ):
     evaluator.check({'set': {'kind': 'generation', 'stop': stop}})
+
+
+def test_keys_and_values_are_in_int8_if_asked(run, monkeypatch):
+  kinds = []
+  stream = generation.streaming.stream
+
+  def watched(model, *args, **settings):
+    kinds.append(model.cache_kind)
+    return stream(model, *args, **settings)
+
+  monkeypatch.setattr(generation.streaming, 'stream', watched)
+  run()
+  run(cache='int8')
+  assert kinds == [None, 'int8']

@@ -85,7 +85,7 @@ def test_a_prompt_is_read_and_has_room_for_a_response(model):
     reader, IDS_BT[:, 6:], positions_BT
   )
   np.testing.assert_allclose(hidden_BTD, full(model)[:, 6:], atol=1e-5)
-  k_BKHS, v_BKSH = reader.cache[0]
+  k_BKHS, v_BKSH, *_ = reader.cache[0]
   assert k_BKHS.shape == (B, 2, 16, T)
   assert v_BKSH.shape == (B, 2, T, 16)
 

@@ -39,6 +39,7 @@ BENCHMARKS = {
   'attention': ('attention', ()),
   'generate': ('generate', ()),
   'generate_uneven': ('generate', ('--uneven',)),
+  'generate_samples': ('generate', ('--samples',)),
   'speculative': ('speculative', ()),
   'data': ('data', ()),
   'align': ('align', ('--map',)),
