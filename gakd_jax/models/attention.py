@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gakd_jax import UserError
-from gakd_jax.models import layers, scores, splash
+from gakd_jax.models import layers, scores
 
 BACKENDS = ('auto', 'chunked', 'xla', 'cudnn', 'splash')
 # Of a mask for cuDNN: 8 MiB a row, once, of bf16.
@@ -139,6 +139,8 @@ def attention(q_BTNH, k_BTKH, v_BTKH, context, scale, cap=None):
     return _cudnn(*q_k_v, context, scale)
   seen = context.segments_BT, context.window
   if form == 'splash':
+    from gakd_jax.models import splash  # Slow to import, and for TPUs alone.
+
     return splash.attention(*q_k_v, *seen, scale, cap)
   if form == 'chunked':
     return scores.chunked(*q_k_v, *seen, scale, cap)
