@@ -39,6 +39,7 @@ class Context(NamedTuple):
   window: Any = None  # how many positions a token sees, its own included
   key: Any = None  # of dropout; None: there is none
   backend: str = 'chunked'  # of `choose_backend`
+  groups: int = scores.GROUPS  # of blocks of queries, see `scores.chunked`
   packed: bool = True  # False: each row is one document, then padding
 
 
@@ -143,7 +144,7 @@ def attention(q_BTNH, k_BTKH, v_BTKH, context, scale, cap=None):
 
     return splash.attention(*q_k_v, *seen, scale, cap)
   if form == 'chunked':
-    return scores.chunked(*q_k_v, *seen, scale, cap)
+    return scores.chunked(*q_k_v, *seen, scale, cap, context.groups)
   return scores.whole(*q_k_v, *seen, scale, cap)
 
 
