@@ -115,11 +115,16 @@ def default_workdir():
 
 
 def use_compilation_cache():
-  """A restarted run compiles nothing; JAX_COMPILATION_CACHE_DIR overrides."""
+  """A process that is started again compiles nothing.
+
+  JAX_COMPILATION_CACHE_DIR and JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS
+  override.
+  """
   if jax.config.jax_compilation_cache_dir is None:
     cache = os.path.expanduser('~/.cache/gakd_jax/compiled')
     jax.config.update('jax_compilation_cache_dir', cache)
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+  if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
 def one_line(error):

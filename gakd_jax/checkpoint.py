@@ -9,6 +9,7 @@ and the step before is taken. Such a directory is kept as <step>.damaged.
 
 import concurrent.futures
 import copy
+import functools
 import hashlib
 import json
 import logging
@@ -17,7 +18,6 @@ import shutil
 from pathlib import Path
 
 import jax
-import orbax.checkpoint as ocp
 
 from gakd_jax import UserError, hosts, log
 
@@ -55,12 +55,17 @@ class Checkpoints:
     self._keep_every = keep_every
     self._strict = strict
     self.newest = None
-    self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
     # Hashes and renames once Orbax has written, behind the training's back.
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
     self._saving = None
     logging.getLogger('absl').addFilter(_is_said_by_us)
     hosts.only_first(self._clean)
+
+  @functools.cached_property
+  def _orbax(self):
+    import orbax.checkpoint  # Slow to import, and the first steps do without.
+
+    return orbax.checkpoint.StandardCheckpointer()
 
   def _clean(self):
     self._directory.mkdir(parents=True, exist_ok=True)
@@ -77,7 +82,7 @@ class Checkpoints:
     self.wait()
     partial = self._path(step, _SAVING)
     hosts.only_first(lambda: self._make_room(state, partial))
-    self._orbax.save(partial / 'state', args=ocp.args.StandardSave(state))
+    self._orbax.save(partial / 'state', state)
     host = copy.deepcopy(host)  # It may be changed at once, too.
     self._saving = self._thread.submit(self._finish, step, host)
     self.newest = step
@@ -115,9 +120,7 @@ class Checkpoints:
     )
     path = self._path(found['step'])
     try:
-      state = self._orbax.restore(
-        path / 'state', args=ocp.args.StandardRestore(abstract)
-      )
+      state = self._orbax.restore(path / 'state', abstract)
     except (ValueError, KeyError, TypeError) as error:
       raise UserError(
         f'{path}: of another state than this config has '
@@ -138,7 +141,8 @@ class Checkpoints:
       self.wait()
     finally:
       self._thread.shutdown()
-      self._orbax.close()
+      if '_orbax' in vars(self):  # Else it was never asked for.
+        self._orbax.close()
 
   def steps(self):
     """Of all checkpoints that were finished, damaged since or not."""

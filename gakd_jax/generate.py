@@ -216,6 +216,7 @@ def _main(argv):
   if len(argv) > 1:
     raise UserError(f'unexpected argument {argv[1]!r}; quote the prompt')
   _check()
+  binary.use_compilation_cache()
   if _DATASET.value:
     write_dataset()
     return

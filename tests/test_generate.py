@@ -38,18 +38,24 @@ def expected_answers(path, questions, seed, **settings):
     yield tokenizers.decode(tokenizer, response[0])
 
 
-def test_each_line_and_a_single_prompt_are_answered(tiny_model_dir):
+def test_each_line_and_a_single_prompt_are_answered(tiny_model_dir, tmp_path):
   model_dir = tiny_model_dir()
   settings = [f'--model={model_dir}', '--max_new_tokens=8', '--top_k=50']
-  lines = run(*settings, '--seed=3', text='Say hi.\nSay hi.\nexit\nnot asked\n')
+  kept = {'JAX_COMPILATION_CACHE_DIR': str(tmp_path)}
+  typed = 'Say hi.\nSay hi.\nexit\nnot asked\n'
+  lines = run(*settings, '--seed=3', text=typed, **kept)
   assert lines.returncode == 0, lines.stderr.decode()
   first, again = expected_answers(
     model_dir, ['Say hi.'] * 2, seed=3, max_new_tokens=8, top_k=50
   )
   assert first != again, 'asked again, drawn again'
   assert lines.stdout.decode() == f'{first}\n{again}\n'
-  single = run(*settings, '--seed=4', '--prompt=Say hi.', text='not asked\n')
+  programs = {x.name for x in tmp_path.glob('*-cache')}
+  assert programs, 'each is compiled once'
+  flags = '--seed=4', '--prompt=Say hi.'
+  single = run(*settings, *flags, text='not asked\n', **kept)
   assert single.stdout.decode() == f'{again}\n'
+  assert {x.name for x in tmp_path.glob('*-cache')} == programs
 
 
 _WATCHED = """

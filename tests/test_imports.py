@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,20 @@ def test_imports_point_down_and_in_no_circle():
 def test_the_package_never_imports(top):
   for file in PACKAGE:
     assert top not in {name.partition('.')[0] for name in imported(file)}, file
+
+
+def test_what_is_slow_to_import_waits_until_it_is_needed():
+  found = subprocess.run(
+    [sys.executable, '-c', 'import sys, gakd_jax.main; print(*sys.modules)'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout.split()
+  slow = {'transformers', 'datasets', 'pyarrow', 'matplotlib', 'qwix'}
+  slow |= {'orbax.checkpoint', 'rouge_score', 'nltk', 'sacrebleu', 'PIL'}
+  slow |= {'jax.experimental.pallas', 'tensorboardX', 'torch'}
+  assert not slow & set(found)
 
 
 def test_nothing_private_of_other_libraries_is_used():

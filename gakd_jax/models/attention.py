@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gakd_jax import UserError
-from gakd_jax.models import layers, scores, splash
+from gakd_jax.models import layers, scores
 
 BACKENDS = ('auto', 'chunked', 'xla', 'cudnn', 'splash')
 # Of a mask for cuDNN: 8 MiB a row, once, of bf16.
@@ -39,6 +39,7 @@ class Context(NamedTuple):
   window: Any = None  # how many positions a token sees, its own included
   key: Any = None  # of dropout; None: there is none
   backend: str = 'chunked'  # of `choose_backend`
+  groups: int = scores.GROUPS  # of blocks of queries, see `scores.chunked`
   packed: bool = True  # False: each row is one document, then padding
 
 
@@ -139,9 +140,11 @@ def attention(q_BTNH, k_BTKH, v_BTKH, context, scale, cap=None):
     return _cudnn(*q_k_v, context, scale)
   seen = context.segments_BT, context.window
   if form == 'splash':
+    from gakd_jax.models import splash  # Slow to import, and for TPUs alone.
+
     return splash.attention(*q_k_v, *seen, scale, cap)
   if form == 'chunked':
-    return scores.chunked(*q_k_v, *seen, scale, cap)
+    return scores.chunked(*q_k_v, *seen, scale, cap, context.groups)
   return scores.whole(*q_k_v, *seen, scale, cap)
 
 

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gakd_jax import sharding
 from gakd_jax.data import segments
-from gakd_jax.models import attention, layers
+from gakd_jax.models import attention, layers, scores
 
 # Nothing; all but products with weights (norms, activations, attention); whole
 # blocks, but for what attention puts out where `tensor` splits it.
@@ -75,6 +75,7 @@ def run(
   key=None,
   backend='chunked',
   packed=True,
+  groups=scores.GROUPS,
 ):
   """Stacked blocks over whole sequences.
 
@@ -91,6 +92,7 @@ def run(
     backend: of attention, from `attention.choose_backend`.
     packed: False promises that each row is one document from its start, then
       padding.
+    groups: see `scores.chunked`.
   """
   T = x_BTD.shape[1]
   # A window that hides nothing is none.
@@ -102,6 +104,7 @@ def run(
     window=windows[0] if windows and not differ else None,
     backend=backend,
     packed=packed,
+    groups=groups,
   )
   blocks_def, params_L = nnx.split(blocks)
   scanned = (

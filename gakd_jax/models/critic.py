@@ -20,7 +20,7 @@ from flax import nnx
 
 from gakd_jax import UserError, models, sharding
 from gakd_jax.data import segments
-from gakd_jax.models import blocks, layers, transformer
+from gakd_jax.models import blocks, layers, scores, transformer
 
 INPUTS = ('log_probs', 'logits', 'probs')
 
@@ -95,7 +95,12 @@ class Critic(nnx.Module):
     Positions see earlier ones of their own segment; where it is 0, what comes
     out means nothing.
     """
-    x_BTC = blocks.run(self.config, self.blocks, x_BTC, segments_BT, remat)
+    # Gradients of gradients make many loops of each. Attention of a critic that
+    # is small is nothing beside what else a step does, so there is one.
+    groups = 1 if remat == 'none' else scores.GROUPS
+    x_BTC = blocks.run(
+      self.config, self.blocks, x_BTC, segments_BT, remat, groups=groups
+    )
     x_BTC = at_least_fp32(self.final_norm(x_BTC))
     return x_BTC @ at_least_fp32(self.score[...])
 

@@ -89,7 +89,7 @@ def whole(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, scale, cap=None):
   )
 
 
-def _groups(T):
+def _groups(T, most):
   """(size of a block, [(first block, last block + 1)] of each group)."""
   # Blocks of one size, in multiples of 8: what is padded is little.
   n = -(-T // BLOCK)
@@ -97,23 +97,33 @@ def _groups(T):
   n = -(-T // size)
   # Two blocks or more: XLA makes no loop of one, and would then keep what is
   # to be computed again.
-  groups = min(GROUPS, n // 2)
+  groups = min(most, n // 2)
   ends = [n * i // groups for i in range(groups + 1)]
   return size, list(itertools.pairwise(ends))
 
 
-def chunked(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, scale, cap=None):
+def chunked(
+  q_BTNH,
+  k_BTKH,
+  v_BTKH,
+  segments_BT,
+  window,
+  scale,
+  cap=None,
+  groups=GROUPS,
+):
   """Causal attention over whole sequences, [B, T, N, H], without (T, T) scores.
 
   Memory is that of BLOCK x T scores a row and head. Keys after a group of
   blocks, and those that its first query does not see through a `window` that is
-  an int, are not read. Arguments as in `attention.attention`.
+  an int, are not read. Arguments as in `attention.attention`; `groups` are how
+  many there are at most, each a loop to compile.
   """
   B, T, N, H = q_BTNH.shape
   if T <= BLOCK:
     return whole(q_BTNH, k_BTKH, v_BTKH, segments_BT, window, scale, cap)
   dtype = q_BTNH.dtype
-  size, groups = _groups(T)
+  size, groups = _groups(T, groups)
   n = groups[-1][1]
 
   def padded(x_BT):

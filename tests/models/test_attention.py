@@ -1,6 +1,7 @@
 """Attention: every backend is told the same; who may be asked for which."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from flax import nnx
 
 from gakd_jax import UserError, models
 from gakd_jax.data.pipeline import Tokens
-from gakd_jax.models import attention, scores, splash, transformer
+from gakd_jax.models import attention, critic, scores, splash, transformer
 
 B, T, V = 4, 12, 40
 CONFIG = models.DecoderConfig(
@@ -123,6 +124,35 @@ def test_windows_hide_something():
     for windows in ((), (3, 3), (3, 0))
   )
   assert np.abs(plain - narrow).max() > 0.1 < np.abs(mixed - narrow).max()
+
+
+def test_groups_are_loops_and_read_the_same(monkeypatch):
+  monkeypatch.setattr(scores, 'BLOCK', 8)
+  key = jax.random.key(0)
+  q, k, v = (
+    jax.random.normal(k, (B, 64, 2, 8)) for k in jax.random.split(key, 3)
+  )
+  segments_BT = jnp.ones((B, 64), jnp.int32)
+  want = scores.whole(q, k, v, segments_BT, None, 0.3)
+  for groups in (1, 4):
+    attend = functools.partial(
+      scores.chunked, window=None, scale=0.3, groups=groups
+    )
+    got, program = jax.jit(attend)(q, k, v, segments_BT), jax.make_jaxpr(attend)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    assert str(program(q, k, v, segments_BT)).count('scan[') == groups
+
+
+def test_a_small_critic_has_one_loop_of_attention(monkeypatch):
+  """Its gradients of gradients would have many times as many."""
+  monkeypatch.setattr(scores, 'BLOCK', 8)
+  config = critic.config_of({'width': 8, 'heads': 2, 'ff_width': 8}, V)
+  model = critic.Critic(config, nnx.Rngs(0))
+  x_BTC, segments_BT = jnp.ones((B, 64, 8)), jnp.ones((B, 64), jnp.int32)
+  for remat, groups in (('none', 1), ('blocks', 4)):
+    program = jax.make_jaxpr(functools.partial(model, remat=remat))
+    text = str(program(x_BTC, segments_BT))
+    assert text.count('scan[') == 1 + groups  # and that over layers
 
 
 def test_cudnn_gets_no_mask_that_is_long_or_odd(asked, monkeypatch):

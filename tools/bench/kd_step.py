@@ -155,7 +155,7 @@ def main():
   )
   parser.add_argument('--objective', choices=OBJECTIVES, default='reverse_kl')
   parser.add_argument('--response', type=float, default=1.0)
-  parser.add_argument('--chunk', type=int, default=128)
+  parser.add_argument('--chunk', type=int, default=256)
   parser.add_argument('--models', help=argparse.SUPPRESS)
   side_by_side.add_arguments(parser, names)
   args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""One on-policy distillation step, beside that of TRL's GKDTrainer.
+"""One on-policy distillation step, beside those of TRL's two trainers.
 
   pip install -e '.[bench]'
   python -m tools.bench.on_policy
@@ -7,7 +7,9 @@ The student writes a response to each of 4 prompts of 128 tokens, 128 tokens
 drawn at T = 1 and no EOS, and learns from them by reverse KL. Models are those
 of kd_step.py: student 4 layers x 256, teacher 8 x 512, V = 151936, fp32, AdamW.
 `gkd` is the `training_step` of TRL's GKDTrainer (lmbda 1, beta 1, KV cache,
-neither gradient checkpointing nor bf16) and the optimizer that it makes.
+neither gradient checkpointing nor bf16) and the optimizer that it makes;
+`distillation` that of its DistillationTrainer (beta 1, without vLLM), which has
+no logits of all tokens at a time.
 """
 
 import argparse
@@ -126,8 +128,53 @@ def gkd_step(student, teacher, attention):
   return take
 
 
+def distillation_step(student, teacher):
+  """The same by TRL's other trainer."""
+  import torch
+
+  trainer = peers.distillation_trainer(
+    student, teacher, max_completion_length=NEW
+  )
+  trainer.current_gradient_accumulation_steps = 1
+  student, optimizer = trainer.model, trainer.create_optimizer()
+  # No token ends a response.
+  trainer.eos_token_ids = [V]
+  trainer.generation_config.eos_token_id = None
+  trainer.generation_kwargs['eos_token_id'] = None
+  trainer._tokenize_prompts = lambda _: (prompts().tolist(), None, {})
+  generate = trainer._generate_single_turn
+  writing = 0.0
+
+  def timed_generate(*args, **kwargs):
+    nonlocal writing
+    start = time.perf_counter()
+    written = generate(*args, **kwargs)
+    writing = time.perf_counter() - start
+    assert sum(map(len, written)) == B * NEW
+    return written
+
+  trainer._generate_single_turn = timed_generate
+
+  def take():
+    start = time.perf_counter()
+    loss = trainer.training_step(
+      student, [{'prompt': ''}] * B, num_items_in_batch=B * NEW
+    )
+    torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    loss = loss.item()
+    return {
+      'writing': writing,
+      'updating': time.perf_counter() - start - writing,
+      'loss': loss,
+    }
+
+  return take
+
+
 def main():
-  names = 'jax', 'gkd'
+  names = 'jax', 'gkd', 'distillation'
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -139,6 +186,7 @@ def main():
   if side_by_side.installed('torch', 'trl'):
     paths = f'{args.models}/student', f'{args.models}/teacher'
     sides['gkd'] = lambda: gkd_step(*paths, args.attention)
+    sides['distillation'] = lambda: distillation_step(*paths)
   if args.side:
     side_by_side.run(args, sides)
     return
@@ -149,12 +197,15 @@ def main():
   for measured in results.values():
     for x in measured:
       x |= {part: x['result'][part] for part in parts}
-  ratios = {
-    'times faster than gkd': ('seconds', 'gkd', 'jax'),
-    'in writing': ('writing', 'gkd', 'jax'),
-    'in updating': ('updating', 'gkd', 'jax'),
-    'memory of gkd': ('peak_gb', 'jax', 'gkd'),
-  }
+  ratios = {}
+  for other in sides:
+    if other != 'jax':
+      ratios |= {
+        f'times faster than {other}': ('seconds', other, 'jax'),
+        f'in writing, than {other}': ('writing', other, 'jax'),
+        f'in updating, than {other}': ('updating', other, 'jax'),
+        f'memory of {other}': ('peak_gb', 'jax', other),
+      }
   keys = 'seconds', *parts, 'peak_gb'
   found = side_by_side.summary(results, ratios, B * NEW, keys)
   print(json.dumps(found))

@@ -19,8 +19,14 @@ def write(folder, benchmarks):
     for name in benchmarks
     if (folder / f'{name}.json').exists()
   }
+  ratios = [*_ratios(every)]
   parts = [_HEAD]
-  if _plot(folder / 'performance.svg', every):
+  if ratios:
+    rows = [f'| {name} | {label} | {_number(x)} |' for name, label, x in ratios]
+    parts.append(
+      '\n'.join(['| benchmark | what | ratio |', '|---|---|---:|', *rows, ''])
+    )
+  if _plot(folder / 'performance.svg', ratios):
     parts.append('![ratios to others](performance.svg)\n')
   for name, one in every.items():
     program = importlib.import_module(f'tools.bench.{benchmarks[name][0]}')
@@ -48,6 +54,22 @@ def _origin(one):
   )
 
 
+def _ratios(every):
+  """(benchmark, what, ratio) of all that each has, in the order of the page.
+
+  A ratio is a line of a table that is called so, or in a column of gaps.
+  """
+  for name, one in every.items():
+    for title, rows in one['found'].items():
+      if title.startswith('ratios'):
+        about = title.removeprefix('ratios')
+        yield from ((name, label + about, x) for label, x in rows.items())
+      elif isinstance(rows, dict):
+        for label, row in rows.items():
+          if isinstance(row, dict) and 'gap, times' in row:
+            yield name, f'{label}, times its floor', row['gap, times']
+
+
 def _tables(found):
   for title, value in found.items():
     if not isinstance(value, dict):
@@ -73,12 +95,11 @@ def _number(x):
   return f'{x:,.0f}' if abs(x) >= 100 else f'{x:.3g}'
 
 
-def _plot(file, every):
+def _plot(file, ratios):
   """Bars of how many times faster than others; whether there are any."""
   bars = {
-    f'{name}, {label.removeprefix("times faster").strip()}': x
-    for name, one in every.items()
-    for label, x in one['found'].get('ratios', {}).items()
+    f'{name}, {label.removeprefix("times faster").strip(" ,")}': x
+    for name, label, x in ratios
     if label.startswith('times faster')
   }
   if not bars:

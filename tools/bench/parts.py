@@ -3,10 +3,11 @@
   python -m tools.bench.parts
 
 The parts of a reverse-KL step (kd_step.py), each compiled alone, beside a
-floor: its operations at the rate of a large product of matrices on the same
-machine, and for the optimizer the bytes of parameters, moments
-and gradient that have to be read and written, at the rate of adding two large
-arrays. The floor of a backward pass is twice that of its forward pass.
+floor and the gap to it, measured / floor. The floor is a part's operations at
+the rate of a large product of matrices on the same machine, and for the
+optimizer the bytes of parameters, moments and gradient that have to be read and
+written, at the rate of adding two large arrays. The floor of a backward pass is
+twice that of its forward pass.
 """
 
 import argparse
@@ -123,9 +124,9 @@ def measure(chunk):
     'GB/s of a sum': memory / 1e9,
     'parts': {
       name: {
-        'floor': floors[name],
-        'seconds': took[name],
-        'times its floor': took[name] / floors[name],
+        'floor, s': floors[name],
+        'measured, s': took[name],
+        'gap, times': took[name] / floors[name],
       }
       for name in took
     },
