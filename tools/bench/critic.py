@@ -114,7 +114,7 @@ def main():
   parser.add_argument('--rows', type=int, default=B)
   side_by_side.add_arguments(parser, ('critic', 'direct', 'rgan', 'rkl'))
   args = parser.parse_args()
-  whole = {'response': 1.0, 'chunk': 128, 'rows': args.rows}
+  whole = {'response': 1.0, 'chunk': 256, 'rows': args.rows}
   sides = {
     'critic': lambda: critic_step(from_logits=False),
     'direct': lambda: critic_step(from_logits=True),

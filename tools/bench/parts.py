@@ -137,7 +137,7 @@ def main():
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--chunk', type=int, default=128)
+  parser.add_argument('--chunk', type=int, default=256)
   print(json.dumps(measure(parser.parse_args().chunk)))
 
 
