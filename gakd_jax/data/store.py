@@ -46,9 +46,8 @@ def load(root, key, make):
   """
   directory = Path(root) / fingerprint.digest(key)
   with _locked(directory.with_suffix('.lock')):
-    about = _read(directory)
+    about = _good(directory)
     if about is None:
-      shutil.rmtree(directory, ignore_errors=True)
       _write(directory, key, make)
       about = _read(directory)
   arrays = {
@@ -66,8 +65,10 @@ def has(root, key):
 
 
 def is_good(root, key):
-  """Whether `load` would find what it needs, and make nothing."""
-  return _read(Path(root) / fingerprint.digest(key)) is not None
+  """Whether `load` would make nothing; what is damaged is removed."""
+  directory = Path(root) / fingerprint.digest(key)
+  with _locked(directory.with_suffix('.lock')):
+    return _good(directory) is not None
 
 
 @functools.cache
@@ -115,6 +116,14 @@ def _read(directory):
   except (OSError, ValueError, LookupError, AttributeError, TypeError):
     return None
   return about if about['digest'] == fingerprint.digest(hashes) else None
+
+
+def _good(directory):
+  """`_read`; removes what is damaged, so that `has` knows."""
+  about = _read(directory)
+  if about is None:
+    shutil.rmtree(directory, ignore_errors=True)
+  return about
 
 
 def _write(directory, key, make):

@@ -71,6 +71,18 @@ def test_what_is_damaged_is_made_again(tmp_path, damage):
   assert make.made == 2
 
 
+def test_a_look_removes_what_is_damaged(tmp_path):
+  """So that who looks only whether it is there knows."""
+  assert not store.is_good(tmp_path, 'key')
+  store.load(tmp_path, 'key', Maker())
+  assert store.is_good(tmp_path, 'key')
+  (file,) = tmp_path.glob('*/ids.bin')
+  file.write_bytes(b'x' + file.read_bytes()[1:])
+  assert store.has(tmp_path, 'key')
+  assert not store.is_good(tmp_path, 'key')
+  assert not store.has(tmp_path, 'key')
+
+
 def test_what_fails_leaves_nothing(tmp_path):
   def make(add):
     add(ids=np.arange(5))
