@@ -448,7 +448,9 @@ def test_what_does_not_fit_together_is_refused(changes, words):
     assert word in str(error.value)
 
 
-@pytest.mark.parametrize('writer', ['student', 'speculative'])
+@pytest.mark.parametrize(
+  'writer', ['student', pytest.param('speculative', marks=pytest.mark.slow)]
+)
 def test_keys_and_values_are_in_int8_if_asked(writer):
   models, params = models_of()
   batch = batch_of(ROWS)

@@ -155,6 +155,7 @@ def test_draws_give_the_forward_kl_about(config, tmp_path):
 
 def test_a_teacher_that_is_known_by_few_numbers_is_not_loaded(config, tmp_path):
   config.teacher.cache, config.teacher.cache_size = 'top_k', 4
+  config.train.steps = 2
   first = _losses(config, tmp_path / 'first')
   run = _built(config, tmp_path)
   assert run.models.teacher_config is None

@@ -59,7 +59,13 @@ def test_top_k_is_the_largest_and_the_mass_of_the_rest(teacher, k, temperature):
   np.testing.assert_allclose(rest_N, 1 - want_NK.sum(axis=1), rtol=0.004)
 
 
-@pytest.mark.parametrize('name', kld.DIVERGENCES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name != 'reverse_kl'))
+    for name in kld.DIVERGENCES
+  ],
+)
 def test_a_divergence_of_fewer_outcomes_is_smaller_and_ends_exact(
   teacher, name
 ):

@@ -1,13 +1,13 @@
 """All comparisons of speed and memory, and the page that shows them.
 
   pip install -e '.[bench]'
-  python -m tools.bench --out=DIR
-  python -m tools.bench --out=DIR --only=rkl_step,generate
+  python -m tools.bench --out=docs/performance
+  python -m tools.bench --out=docs/performance --only=rkl_step,generate
 
 Each is a program of this directory that measures sides in turns and prints
-JSON. DIR gets NAME.json of each, with versions and hardware, and of all that
-are there performance.md, with performance.svg. Without the extra, sides
-that need PyTorch are left out.
+JSON. The folder gets NAME.json of each, with versions and hardware; of all that
+are there the page is made that is called like it, docs/performance.md, and its
+plot. Without the extra, sides that need PyTorch are left out.
 """
 
 import argparse
@@ -102,6 +102,7 @@ def main():
   parser.add_argument('--out', required=True, type=Path)
   parser.add_argument('--only', default=','.join(BENCHMARKS))
   args = parser.parse_args()
+  args.out = args.out.absolute()
   names = args.only.split(',')
   if unknown := set(names) - set(BENCHMARKS):
     known = ', '.join(BENCHMARKS)

@@ -1,4 +1,4 @@
-"""performance.md and performance.svg, of the JSON that benchmarks left."""
+"""A page and a plot, of the JSON that benchmarks left in a folder."""
 
 import importlib
 import json
@@ -13,7 +13,10 @@ shared one drifts: ratios are what to read.
 
 
 def write(folder, benchmarks):
-  """benchmarks: {name: (program, arguments)}, in the order of the page."""
+  """<folder>.md and <folder>.svg.
+
+  benchmarks: {name: (program, arguments)}, in the order of the page.
+  """
   every = {
     name: json.loads((folder / f'{name}.json').read_text())
     for name in benchmarks
@@ -26,8 +29,8 @@ def write(folder, benchmarks):
     parts.append(
       '\n'.join(['| benchmark | what | ratio |', '|---|---|---:|', *rows, ''])
     )
-  if _plot(folder / 'performance.svg', ratios):
-    parts.append('![ratios to others](performance.svg)\n')
+  if _plot(folder.with_name(f'{folder.name}.svg'), ratios):
+    parts.append(f'![ratios to others]({folder.name}.svg)\n')
   for name, one in every.items():
     program = importlib.import_module(f'tools.bench.{benchmarks[name][0]}')
     title, *about = program.__doc__.strip().split('\n\n')
@@ -43,7 +46,7 @@ def write(folder, benchmarks):
       )
       + '\n'
     )
-  (folder / 'performance.md').write_text('\n'.join(parts))
+  folder.with_name(f'{folder.name}.md').write_text('\n'.join(parts))
 
 
 def _origin(one):
