@@ -80,6 +80,10 @@ def counted(objective, batch):
   return batch.replace(totals=objective.count(batch))
 
 
+def jitted(method, *args):
+  return jax.jit(method)(*args, None)
+
+
 def test_two_tokens_have_the_gradient_that_is_written_down():
   """Answers of one token, of two: -A (1[y = 1] - q(1)) for its logit.
 
@@ -106,7 +110,7 @@ def test_two_tokens_have_the_gradient_that_is_written_down():
   advantage_B = (reward_B - reward_B.mean()) / (reward_B.std() + 1e-4)
   is_one_B = np.array([0, 1, 1])
   want_B = -advantage_B * (is_one_B - q) / 3
-  got_BTD = jax.grad(loss)(outputs(q).hidden_BTD)
+  got_BTD = jax.jit(jax.grad(loss))(outputs(q).hidden_BTD)
   np.testing.assert_allclose(got_BTD[:N, 1, 0], want_B, rtol=1e-5)
   others = np.array(got_BTD)
   others[:N, 1] = 0
@@ -118,8 +122,8 @@ def test_the_oracle_is_the_exact_ratio_of_both_models():
   objective = make(oracle=True)
   batch = counted(objective, batch_of(4, 7, V))
   student, teacher = (outputs_of(batch, 5, V, seed) for seed in (1, 2))
-  _, metrics = objective.reinforcement(
-    student, teacher, batch, own_of(objective, V), None
+  _, metrics = jitted(
+    objective.reinforcement, student, teacher, batch, own_of(objective, V)
   )
   ratio_B = log_probs(teacher, batch) - log_probs(student, batch)
   want = ratio_B[batch.written_B].mean()
@@ -155,13 +159,14 @@ def test_a_critic_learns_which_answer_is_real():
   for _ in range(60):
     _, grads = loss(critic)
     critic = jax.tree.map(lambda x, d: x - 0.3 * d, critic, grads)
-  found, metrics = objective.critic_loss(
-    student, None, batch, own.replace(critic=critic), None
+  found, metrics = jitted(
+    objective.critic_loss, student, None, batch, own.replace(critic=critic)
   )
   assert found < 0.1
   assert metrics['accuracy'] == 1
   # And says so to the student: all of its answers are as bad, by now.
-  score_Bn = objective.scores(critic, batch, jnp.float32).reshape(-1, N + 1)
+  scores = jax.jit(objective.scores, static_argnums=2)
+  score_Bn = scores(critic, batch, jnp.float32).reshape(-1, N + 1)
   assert np.all(score_Bn[:, -1:] > score_Bn[:, :-1])
 
 
@@ -172,10 +177,10 @@ def test_a_fresh_critic_has_no_opinion():
   own = own_of(objective, V)
   fresh = own.critic | {'score': jnp.zeros(8)}
   own = own.replace(critic=fresh)
-  loss, metrics = objective.reinforcement(student, None, batch, own, None)
+  loss, metrics = jitted(objective.reinforcement, student, None, batch, own)
   assert loss == 0
   assert metrics['reward'] == 0
-  loss, metrics = objective.critic_loss(student, None, batch, own, None)
+  loss, metrics = jitted(objective.critic_loss, student, None, batch, own)
   np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
   assert metrics['accuracy'] == 0.5
 
@@ -187,8 +192,8 @@ def test_the_likelihood_is_that_of_kld_on_rows_of_one_kind(kd, on):
   objective = make(kd=kd, on=on)
   batch = counted(objective, batch_of(4, 7, V))
   student, teacher = (outputs_of(batch, 5, V, seed) for seed in (1, 2))
-  got, metrics = objective.imitation(
-    student, teacher, batch, own_of(objective, V), None
+  got, metrics = jitted(
+    objective.imitation, student, teacher, batch, own_of(objective, V)
   )
 
   def alone(kd, is_row_B):
@@ -198,12 +203,10 @@ def test_the_likelihood_is_that_of_kld_on_rows_of_one_kind(kd, on):
     )
     part = dataclasses.replace(part, group=1)
     method = objectives.make('kld', kd=kd, head_chunk=4)
-    return method.loss(
-      *(x.replace(hidden_BTD=x.hidden_BTD[rows]) for x in (student, teacher)),
-      counted(method, part),
-      None,
-      None,
-    )[0]
+    both = (
+      x.replace(hidden_BTD=x.hidden_BTD[rows]) for x in (student, teacher)
+    )
+    return jitted(method.loss, *both, counted(method, part), None)[0]
 
   ce = alone(0.0, ~batch.written_B)
   is_on_B = batch.written_B if on == 'written' else ~batch.written_B
@@ -221,7 +224,7 @@ def test_in_the_warm_up_the_student_descends_the_likelihood_alone():
   for step in (2, 3):
     own = own_of(objective, V, step=step)
     found[step] = [
-      term(student, None, batch, own, None)[0]
+      jitted(term, student, None, batch, own)[0]
       for term in objective.terms().values()
     ]
   assert found[2][1] == 0 != found[3][1]
