@@ -52,6 +52,26 @@ def test_without_a_teacher_text_is_enough(config, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_critic_that_says_nothing_changes_nothing(config, tmp_path):
+  """In the warm-up it is not heard, g=0 has none, and SFT is what is left."""
+  config.optimizer.learning_rate = 1e-2
+  config.train.steps, config.objective.warmup_steps = 5, 4
+  config.data.buckets = (40,)
+  runs = {'warm': losses(config, tmp_path / 'warm')}
+  config.objective.g = 0.0
+  runs['g=0'] = losses(config, tmp_path / 'without')
+  config.objective, config.rollout = {'name': 'sft'}, {'writer': 'dataset'}
+  config.data.buckets = (48,)
+  runs['sft'] = losses(config, tmp_path / 'sft')
+  for name in ('train/loss', 'train/ce', 'train/grad_norm'):
+    warm, without, sft = ([x[name] for x in rows] for rows in runs.values())
+    # Other programs round otherwise.
+    assert warm[:4] == pytest.approx(without[:4], rel=1e-5), name
+    assert sft == pytest.approx(without, rel=1e-5), name
+  assert 'train/critic/loss' not in runs['g=0'][0]
+
+
+@pytest.mark.slow
 def test_microbatches_keep_groups_whole(config, tmp_path):
   want = losses(config, tmp_path / 'whole')
   config.train.microbatch_size = 2
