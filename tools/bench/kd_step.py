@@ -8,10 +8,12 @@ fp32, AdamW, all rows response (`--response`: the share that is; the streamed
 head computes nothing for prompts). `eager` is transformers' models with the
 loss over full logits, `compile` the same by torch.compile, `gkd` TRL's
 GKDTrainer (lmbda 0), `distillation` its DistillationTrainer, which goes through
-the vocabulary in tiles. All begin with the same weights, and their first losses
-are compared before their times. In the first round this project's step is
-compiled, later ones find it in the cache, as later starts of a run do: the
-peaks of memory differ by what the compiler took.
+the vocabulary in tiles. This project's student computes all but its products
+with weights again in the backward pass (`remat='products'`), which is faster
+than to keep what is stacked over layers. All begin with the same weights, and
+their first losses are compared before their times. In the first round this
+project's step is compiled, later ones find it in the cache, as later starts of
+a run do: the peaks of memory differ by what the compiler took.
 """
 
 import argparse
@@ -74,7 +76,7 @@ def jax_parts(
   adapters=None,
   quantize=None,
   shape=STUDENT,
-  remat='none',
+  remat='products',
   vocab=V,
   teacher_shape=TEACHER,
   teacher_vocab=None,
