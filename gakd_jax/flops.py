@@ -77,7 +77,7 @@ def of_rollout(writer, models, params, rows, length):
   """
   if not writer.room:
     return {}
-  written = writer.share * rows
+  written = writer.share * rows * writer.samples / writer.group
   sides = {'student': (params, models.frozen.get('student', {}))}
   if writer.needs_teacher:
     sides['teacher'] = (models.frozen['teacher'],)

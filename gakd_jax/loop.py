@@ -139,7 +139,9 @@ class Texts:
       raise
     if run.reader:
       written = [
-        run.reader.read(batch, *found, run.mesh)
+        run.reader.read(
+          writing.grouped(batch, run.writer.group), *found, run.mesh
+        )
         for batch, found in zip(given, written, strict=True)
       ]
     return [(place, *x) for place, x in zip(places, written, strict=True)]
@@ -170,7 +172,9 @@ class Texts:
     self._ahead = [*zip(places, given, host['ahead'], strict=True)]
     found = []
     for batch, about in zip(given, host['ahead'], strict=True):
-      leaves, tree = jax.tree.flatten(writing.as_it_is(batch, self._run.mesh))
+      leaves, tree = jax.tree.flatten(
+        writing.as_it_is(batch, self._run.mesh, self._run.writer.group)
+      )
       leaves = [
         jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
         for shape, x in zip(about['shapes'], leaves, strict=True)

@@ -189,7 +189,7 @@ def _reads(run, parts, trees, microbatches):
 
 def shapes_of_batch(config, mesh, writer):
   """The longest rows there can be, as shapes; both models read the same."""
-  B, T = config.train.batch_size, config.data.max_length
+  B, T = config.train.batch_size * writer.group, config.data.max_length
   place = jax.NamedSharding(mesh, jax.P(sharding.BATCH_AXES))
 
   def shape(*sizes, dtype=jnp.int32):
@@ -201,6 +201,7 @@ def shapes_of_batch(config, mesh, writer):
     tokens,
     rows_B=shape(B),
     written_B=shape(B, dtype=bool) if writer.room else None,
+    group=writer.group,
   )
 
 

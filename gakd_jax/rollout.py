@@ -58,6 +58,8 @@ class Dataset:
   room = 0  # tokens that it may write after a prompt
   prefix = None  # the first tokens of a response, which alone are trained on
   every = 1  # optimizer steps that one `write` serves
+  group = 1  # rows of a batch that one row of the data becomes
+  beside = False  # whether one of these is that of the data
 
   def for_tokenizer(self, template, tokenizer):
     """The writer of responses that end as the template's do."""
@@ -135,6 +137,8 @@ class Student(Dataset):
   begin: Share = 0.0  # of the run: written from here
   end: Share = 1.0  # of the run: written up to here
   every: Count = 1  # optimizer steps served by one student; 1 is on-policy
+  samples: Count = 1  # responses to each prompt: a row for each
+  beside: bool = False  # one more row, with the response of the data
   # Write, and train on, the first so many tokens of a response only; None: all.
   prefix: Count | None = None
   max_new_tokens: Length = 256  # of a response, EOS included
@@ -152,12 +156,16 @@ class Student(Dataset):
       )
 
   @property
+  def group(self):
+    return self.samples + self.beside
+
+  @property
   def room(self):
     return min(self.max_new_tokens, self.prefix or self.max_new_tokens)
 
   @property
   def needs_responses(self):
-    return (self.share, self.begin, self.end) != (1, 0, 1)
+    return self.beside or (self.share, self.begin, self.end) != (1, 0, 1)
 
   def for_tokenizer(self, template, tokenizer):
     ends = Ends(
@@ -183,7 +191,9 @@ class Student(Dataset):
 
   def write(self, models, params, group, mesh, *, key, step, progress):
     if not self.begin <= progress < self.end:
-      return [(writing.as_it_is(batch, mesh), {}) for batch in group]
+      return [
+        (writing.as_it_is(batch, mesh, self.group), {}) for batch in group
+      ]
     lengths = [batch.student.ids_BT.shape[1] for batch in group]
     # A teacher that reads other tokens gets these from `rereading`.
     host = writing.interleaved(
@@ -192,11 +202,14 @@ class Student(Dataset):
     )
     steps_B = np.arange(step, step + len(group), dtype=np.uint32)
     steps_B = np.tile(steps_B, len(host.rows_B) // len(group))
+    host, steps_B = writing.grouped((host, steps_B), self.group)
     batch, steps_B = sharding.put_batch((host, steps_B), mesh)
     tokens, written_B, _, metrics = writing.write(
       self, models, params, batch.student, batch.rows_B, steps_B, key
     )
-    batch = batch.replace(student=tokens, teacher=tokens, written_B=written_B)
+    batch = batch.replace(
+      student=tokens, teacher=tokens, written_B=written_B, group=self.group
+    )
     if len(group) == 1:
       return [(batch, metrics)]
     return [
@@ -211,7 +224,7 @@ class Student(Dataset):
       `Tokens`, and which of them are the teacher's, [B, T].
     """
     steps_B = jnp.zeros_like(batch.rows_B)  # Training counts from 1.
-    writer = dataclasses.replace(self, share=1.0)
+    writer = dataclasses.replace(self, share=1.0, samples=1, beside=False)
     tokens, _, by_teacher_BT, _ = writing.write(
       writer, models, params, batch.student, batch.rows_B, steps_B, key
     )

@@ -99,7 +99,7 @@ def make_train_step(
       totals=objective.count(batch),
       keys=jax.random.split(key, 3),
     )
-    dealt = jax.tree.map(lambda x: _deal(x, microbatches), batch)
+    dealt = jax.tree.map(lambda x: _deal(x, microbatches, batch.group), batch)
     critic_state = state.critic, state.critic_opt_state
     t_hidden, critic_metrics = None, {}
     if state.critic and critic_first:
@@ -326,9 +326,13 @@ def _compared(gram, names):
   }
 
 
-def _deal(x, microbatches):
-  """Rows i, i + M, i + 2M ... to microbatch i: devices keep their own rows."""
-  return x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)
+def _deal(x, microbatches, group):
+  """Rows i, i + M, i + 2M ... to microbatch i: devices keep their own rows.
+
+  Groups of rows stay whole.
+  """
+  x = x.reshape(-1, microbatches, group, *x.shape[1:]).swapaxes(0, 1)
+  return x.reshape(microbatches, -1, *x.shape[3:])
 
 
 def _accumulate(fn, carry, *stacked):

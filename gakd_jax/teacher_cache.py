@@ -57,7 +57,7 @@ def check(config, objective, writer):
       'well, and only what is of responses is kept; set it to '
       "'none'"
     )
-  if writer.room:
+  if writer.room and not (writer.beside and objective.asks_of_data):
     raise UserError(
       f'{where}: with the writer {config.rollout.writer!r} the teacher reads '
       "text that is new in every step; set it to 'none'"

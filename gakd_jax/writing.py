@@ -17,7 +17,8 @@ def write(writer, models, params, tokens, rows_B, steps_B, key):
   Args:
     writer: a `rollout.Student` that knows its tokenizer.
     models, params: see `rollout.Dataset.write`.
-    tokens: `Tokens` of the data, with `writer.room` after the longest prompt.
+    tokens: `Tokens` of the data, with `writer.room` after the longest prompt;
+      `writer.group` rows of each.
     rows_B, steps_B: place in the data (-1: an empty row), and optimizer step.
     key: of all writing in the run.
 
@@ -33,6 +34,10 @@ def write(writer, models, params, tokens, rows_B, steps_B, key):
     fold_in(key, steps_B), rows_B.astype(jnp.uint32)
   )
   is_written_B = rows_B >= 0
+  if writer.group > 1:
+    number_B = jnp.arange(len(rows_B)) % writer.group
+    key_B = jax.vmap(jax.random.fold_in)(key_B, number_B)
+    is_written_B &= number_B < writer.samples
   if writer.share < 1:
     share_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, keys.SHARE)
     is_written_B &= jax.vmap(jax.random.uniform)(share_key_B) < writer.share
@@ -103,10 +108,11 @@ def _repetition(tokens, n=4):
   return jnp.sum(again_BT) / jnp.maximum(jnp.sum(whole_BT), 1)
 
 
-def as_it_is(batch, mesh):
+def as_it_is(batch, mesh, group=1):
   """A batch that nobody wrote to, of the form that written ones have."""
   written_B = np.zeros(batch.rows_B.shape, bool)
-  return sharding.put_batch(batch.replace(written_B=written_B), mesh)
+  batch = grouped(batch.replace(written_B=written_B), group)
+  return sharding.put_batch(batch.replace(group=group), mesh)
 
 
 def interleaved(group, length):
@@ -123,12 +129,20 @@ def interleaved(group, length):
   return jax.tree.map(join, *group)
 
 
+def grouped(tree, n):
+  """Each row n times, one after the other."""
+  if n == 1:
+    return tree
+  return jax.tree.map(lambda x: np.repeat(x, n, axis=0), tree)
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def part(batch, i, n, length):
   """Batch i of the n that `interleaved` made one."""
 
   def take(x):
-    x = x.reshape(-1, n, *x.shape[1:])[:, i]
+    x = x.reshape(-1, n, batch.group, *x.shape[1:])[:, i]
+    x = x.reshape(-1, *x.shape[2:])
     return sharding.by_rows(x[:, :length] if x.ndim > 1 else x)
 
   return jax.tree.map(take, batch)

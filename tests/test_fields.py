@@ -158,7 +158,7 @@ PARTS = [
   *[('rollout', {'writer': 'student'} | x) for x in (
     {'share': 1.5}, {'share': NAN}, {'begin': 1.0, 'end': 0.5}, {'every': 0},
     {'prefix': 0}, {'temperature': -1.0}, {'top_p': 0.0}, {'ends': 3},
-    {'max_new_tokens': None}, {'cache': 8},
+    {'max_new_tokens': None}, {'cache': 8}, {'samples': 0}, {'beside': 1},
   )],
   *[('rollout', {'writer': 'speculative'} | x) for x in (
     {'gamma': 0}, {'accept': 'x'}, {'accept': 3}, {'k': 0}, {'alpha': 2.0},

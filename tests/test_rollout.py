@@ -225,6 +225,47 @@ def test_a_row_does_not_depend_on_what_is_beside_it(writer):
   assert texts(another) != want_texts
 
 
+SEVERAL = dataclasses.replace(STUDENT, share=1.0, samples=3, beside=True)
+
+
+def test_a_prompt_has_several_responses_and_that_of_the_data_beside_them():
+  given = batch_of(ROWS)
+  [(batch, metrics)] = write(SEVERAL, given)
+  assert batch.group == 4
+  np.testing.assert_array_equal(batch.rows_B, np.repeat(given.rows_B, 4))
+  is_written_Bn = batch.written_B.reshape(B, 4)
+  assert is_written_Bn[:-1, :3].all()
+  assert not is_written_Bn[:, 3].any()
+  assert not is_written_Bn[-1].any()
+  assert metrics['rollout/written'] == pytest.approx(21 / 32)
+  of_data = jax.tree.map(lambda x: x[3::4], batch.student)
+  assert_same(of_data, given.student)
+  different = 0
+  for b, row in enumerate(ROWS[:-1]):
+    ids = batch.student.ids_BT[4 * b : 4 * b + 3]
+    prompt = example(row)[0]
+    assert (ids[:, : len(prompt)] == prompt).all()
+    different += len({tuple(x) for x in ids.tolist()})
+  assert different > 14
+  # What a row is does not depend on the others, nor on how many there are.
+  fewer = dataclasses.replace(SEVERAL, samples=2, beside=False)
+  [(pairs, _)] = write(fewer, batch_of((5, 1)))
+  np.testing.assert_array_equal(
+    pairs.student.ids_BT, batch.student.ids_BT[[20, 21, 4, 5]]
+  )
+
+
+def test_groups_are_written_ahead_and_on_devices_of_their_own():
+  group = [batch_of(ROWS), batch_of((9, 10, 11, 12, 0, 1, 2, 3), 14)]
+  ahead = dataclasses.replace(SEVERAL, every=2)
+  got = write(ahead, *group, step=2)
+  want = [write(SEVERAL, b, step=2 + i)[0][0] for i, b in enumerate(group)]
+  assert_same([batch for batch, _ in got], want)
+  mesh = sharding.make_mesh(data=4)
+  [(spread, _)] = write(SEVERAL, group[0], mesh=mesh, step=2)
+  assert_same(spread, want[0])
+
+
 def test_a_share_of_the_rows_is_written():
   n = [
     np.sum(write(STUDENT, batch_of(ROWS), step=step)[0][0].written_B)

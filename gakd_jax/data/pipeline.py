@@ -57,6 +57,7 @@ class Batch:
   rows_B: int32, each row's (first) place in the data; -1 for none.
   written_B: bool, the rows that a model wrote in the run, and not the data;
     None where nobody writes.
+  group: how many rows that follow each other have one prompt.
   """
 
   student: Tokens
@@ -67,6 +68,7 @@ class Batch:
   totals: dict = flax.struct.field(default_factory=dict)
   rows_B: np.ndarray | None = None
   written_B: np.ndarray | None = None
+  group: int = flax.struct.field(pytree_node=False, default=1)
 
 
 def default_buckets(max_length):

@@ -9,6 +9,8 @@ vocabulary head, W z = h (E' W). `project` multiplies E' W once, V x D x C, and
 then every token costs D x C instead of V x (D + C). With W centred over the
 vocabulary, logits and log-probabilities are the same input: the log-sum-exp
 that tells them apart is a shift that sums to zero.
+
+A critic of text reads 'ids': W is its embedding.
 """
 
 import dataclasses
@@ -77,7 +79,8 @@ class Critic(nnx.Module):
   def __init__(self, config, rngs, input='log_probs'):
     self.config = config
     # Logits add up over V entries; of probabilities, a few are not zero.
-    std = 0.02 if input == 'probs' else config.vocab_size**-0.5
+    std = config.vocab_size**-0.5
+    std = {'probs': 0.02, 'ids': config.width**-0.5}.get(input, std)
     self.projection = nnx.Param(
       nnx.initializers.normal(std)(
         rngs.params(), (config.vocab_size, config.width)

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from gakd_jax import flops
+from gakd_jax import UserError, flops, models, sharding
+from gakd_jax.models import lora, transformer
 
 softplus = jax.nn.softplus
 
@@ -65,6 +66,38 @@ VARIANTS = {
     penalty=_unit_norm,
   ),
 }
+
+
+def with_warmup(objective, steps_per_epoch, total_steps):
+  """An objective whose `warmup_steps` are those of its `warmup_epochs`."""
+  steps = objective.warmup_steps
+  if steps is None:
+    steps = round(objective.warmup_epochs * steps_per_epoch)
+  if objective.g and steps >= total_steps:
+    raise UserError(
+      f'config.objective: the critic warms up for {steps} steps, and the run '
+      f'has {total_steps}: it would never teach; lower warmup_steps or '
+      'warmup_epochs, or train longer'
+    )
+  return dataclasses.replace(objective, warmup_steps=steps)
+
+
+def start(fresh, settings, key, mesh):
+  """A critic's `Own` at the start, of `fresh(key)`, placed on a mesh.
+
+  settings: `config.critic`; the trunk of its `init_from`, if it names one.
+  """
+  places = None
+  if mesh is not None:
+    places = sharding.shardings(jax.eval_shape(fresh, key), mesh)
+  own = jax.jit(fresh, out_shardings=places)(key)
+  if not own.critic or not settings.get('init_from'):
+    return own
+  trunk = models.load(settings['init_from'], 'float32', mesh)
+  lora.merge(trunk)
+  trunk = transformer.split(trunk)[1]
+  trunk = {name: trunk[name] for name in ('blocks', 'final_norm')}
+  return own.replace(critic=own.critic | trunk)
 
 
 def operations(objective, shapes, critic, rows, length, microbatches):

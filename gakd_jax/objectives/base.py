@@ -48,6 +48,9 @@ class Objective:
   needs_teacher = True
   one_tokenizer = True  # Whether the teacher's must be the student's.
   takes = ()  # Of `few.KINDS`: what is enough to know of a teacher.
+  # Whether it asks the teacher about the data's responses alone, where others
+  # are written beside them.
+  asks_of_data = False
   # Whether it reads the teacher's hidden states where no response is predicted.
   reads_prompts = False
   # What it reads of `Batch.align` where tokenizers differ, of its names the

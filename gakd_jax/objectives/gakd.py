@@ -36,10 +36,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gakd_jax import UserError, log, models, sharding
+from gakd_jax import UserError, log
 from gakd_jax.data import segments
 from gakd_jax.models import critic as critic_lib
-from gakd_jax.models import lora, transformer
 from gakd_jax.objectives import adversarial, base, divergences, head
 from gakd_jax.settings import Count, Natural, NotNegative, Share
 
@@ -88,16 +87,7 @@ class GAKD(base.Objective):
       )
 
   def for_run(self, steps_per_epoch, total_steps):
-    steps = self.warmup_steps
-    if steps is None:
-      steps = round(self.warmup_epochs * steps_per_epoch)
-    if self.g and steps >= total_steps:
-      raise UserError(
-        f'config.objective: the critic warms up for {steps} steps, and the run '
-        f'has {total_steps}: it would never teach; lower warmup_steps or '
-        'warmup_epochs, or train longer'
-      )
-    return dataclasses.replace(self, warmup_steps=steps)
+    return adversarial.with_warmup(self, steps_per_epoch, total_steps)
 
   def shapes(self, student, teacher):
     return jax.eval_shape(
@@ -105,17 +95,8 @@ class GAKD(base.Objective):
     )
 
   def init(self, key, student, teacher, mesh=None):
-    shapes = self.shapes(student, teacher)
-    places = None if mesh is None else sharding.shardings(shapes, mesh)
     fresh = functools.partial(self._fresh, student, teacher)
-    own = jax.jit(fresh, out_shardings=places)(key)
-    if not own.critic or not self.critic.get('init_from'):
-      return own
-    trunk = models.load(self.critic['init_from'], 'float32', mesh)
-    lora.merge(trunk)
-    trunk = transformer.split(trunk)[1]
-    trunk = {name: trunk[name] for name in ('blocks', 'final_norm')}
-    return own.replace(critic=own.critic | trunk)
+    return adversarial.start(fresh, self.critic, key, mesh)
 
   def _fresh(self, student, teacher, key):
     if self.g == 0:

@@ -1,0 +1,250 @@
+"""GAD: a critic of text, whose score is the student's reward.
+
+Generative adversarial distillation (arXiv 2511.10643). For each prompt there
+is a real answer, that of the data, and there are n of the student
+(`config.rollout`: writer='student', samples=n, beside=True). Real is what the
+data says: a teacher's answers (`python -m gakd_jax.generate --dataset`, or
+those of an API: no logits are asked), or gold ones.
+
+  critic   -log sigmoid(D(x, real) - D(x, y)), Bradley-Terry over all pairs
+  student  L + g L_G, where L is (1 - kd) CE + kd D(p, q), and L_G the mean over
+           the tokens that it wrote of -A log q(token),
+           A = (D(x, y) - mean) / (std + 1e-4) over the n answers to a prompt:
+           the policy gradient of GRPO (arXiv 2402.03300) for text that the
+           student of the same step wrote
+
+L is over the real answers, as `kld` has it; `on='written'` takes the divergence
+over the student's. D reads prompt and answer, and its score stands at the last
+token. The critic is updated first; up to `warmup_steps` the student descends L
+alone.
+
+`oracle=True` puts D* = log p(y|x) - log q(y|x) in the critic's place: what a
+critic that tells the teacher's text from the student's comes to when it has
+learned all. It takes a teacher's logits.
+
+Departures: the authors pair each answer with one real one, and descend CE in
+the warm-up alone: kd=0, likelihood=0.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gakd_jax import UserError, flops, sharding
+from gakd_jax.data import segments
+from gakd_jax.models import critic as critic_lib
+from gakd_jax.objectives import adversarial, base, head, kld, sft
+from gakd_jax.settings import Count, Natural, NotNegative, Share
+
+
+@dataclasses.dataclass(frozen=True)
+class GAD(base.Objective):
+  kd: Share = 0.0  # weight of the divergence against cross-entropy, 0 to 1
+  divergence: kld.Divergence = 'reverse_kl'
+  on: Literal['data', 'written'] = 'data'  # whose text the divergence is of
+  likelihood: NotNegative = 1.0  # weight of L after the warm-up
+  g: NotNegative = 1.0  # weight of L_G; 0: no critic, the ablation
+  oracle: bool = False  # D* in the critic's place
+  warmup_epochs: NotNegative = 0.5  # in which L_G is 0
+  warmup_steps: Natural | None = None  # instead of warmup_epochs
+  critic_steps: Count = 1  # updates of the critic in one step
+  critic: dict = dataclasses.field(default_factory=dict)  # config.critic
+
+  def __post_init__(self):
+    critic_lib.check(self.critic)
+
+  @property
+  def needs_teacher(self):
+    return self.kd > 0 or self.oracle
+
+  @property
+  def takes(self):
+    return kld.KLD(divergence=self.divergence).takes
+
+  @property
+  def temperature(self):
+    """Of the divergence."""
+    return 1.0
+
+  @property
+  def asks_of_data(self):
+    return self.on == 'data' and not self.oracle
+
+  def check(self, config):
+    c = config.rollout
+    if c.writer != 'student' or not c.get('beside') or c.get('samples', 1) < 2:
+      raise UserError(
+        'config.objective: gad compares several answers of the student to a '
+        "prompt with that of the data; set config.rollout to {'writer': "
+        "'student', 'samples': 4, 'beside': True}"
+      )
+    if c.get('every', 1) != 1:
+      raise UserError(
+        'config.rollout.every: gad learns from what the student of the same '
+        'step wrote; leave it at 1'
+      )
+    if (c.get('begin', 0.0), c.get('end', 1.0)) != (0, 1):
+      raise UserError(
+        'config.objective: gad has answers of the student in every step; leave '
+        'config.rollout.begin and end, and set warmup_steps'
+      )
+
+  def for_run(self, steps_per_epoch, total_steps):
+    return adversarial.with_warmup(self, steps_per_epoch, total_steps)
+
+  def shapes(self, student, teacher):
+    return jax.eval_shape(lambda: self._fresh(student, jax.random.key(0)))
+
+  def init(self, key, student, teacher, mesh=None):
+    fresh = functools.partial(self._fresh, student)
+    return adversarial.start(fresh, self.critic, key, mesh)
+
+  def _fresh(self, student, key):
+    if self.g == 0 or self.oracle:
+      return base.Own()
+    config = critic_lib.config_of(self.critic, student.vocab_size)
+    return base.Own(critic=critic_lib.init(config, key, 'ids'))
+
+  def count(self, batch):
+    first_B = batch.rows_B[:: batch.group]
+    groups = jnp.maximum(jnp.sum(first_B >= 0), 1)
+    return super().count(batch) | {'groups': groups}
+
+  def terms(self):
+    if self.g == 0:
+      return {'imitation': self.imitation}
+    return {'imitation': self.imitation, 'generator': self.reinforcement}
+
+  def imitation(self, student, teacher, batch, own, key):
+    """L, times its weight."""
+    kd = self.kd if self.on == 'data' else 0.0
+    loss, metrics = self._likelihood(kd, student, teacher, batch, 'data')
+    if self.kd != kd:
+      more, found = self._likelihood(1.0, student, teacher, batch, 'written')
+      loss = (1 - self.kd) * loss + self.kd * more
+      metrics |= {self.divergence: found[self.divergence]}
+    is_warm = self.g > 0 and own.step >= self.warmup_steps
+    return jnp.where(is_warm, self.likelihood, 1.0) * loss, metrics
+
+  def flops(self, student, teacher, own, rows, length, microbatches):
+    """Of log-probabilities, thrice; and the critic's trunk, over all rows.
+
+    An update takes a forward pass and its gradient, a reward a forward pass.
+    """
+    del microbatches
+    if self.g == 0:
+      return {}
+    n = rows * length
+    parts = {
+      'student head, again': n * 3 * 2 * student.vocab_size * student.width
+    }
+    if self.oracle:
+      more = n * 2 * teacher.vocab_size * teacher.width
+      return parts | {'teacher head, again': more}
+    config = critic_lib.config_of(self.critic, student.vocab_size)
+    trunk = 2 * flops.block_weights(own.critic) + flops.attention(
+      config, length
+    )
+    return parts | {'critic': n * (3 * self.critic_steps + 1) * trunk}
+
+  def _likelihood(self, kd, student, teacher, batch, whose):
+    """(1 - kd) CE + kd D over one kind of rows."""
+    rows = slice(-1, None) if whose == 'data' else slice(None, -1)
+
+    def take(x):
+      x = x.reshape(-1, batch.group, *x.shape[1:])[:, rows]
+      return x.reshape(-1, *x.shape[2:])
+
+    student, teacher = (
+      x and x.replace(hidden_BTD=take(x.hidden_BTD)) for x in (student, teacher)
+    )
+    part = jax.tree.map(take, batch.replace(totals={}, written_B=None))
+    part = part.replace(totals={'tokens': batch.totals[whose]}, group=1)
+    method = sft.SFT(head_chunk=self.head_chunk)
+    if kd:
+      method = kld.KLD(
+        kd=kd, divergence=self.divergence, head_chunk=self.head_chunk
+      )
+    return method.loss(student, teacher, part, None, None)
+
+  def reinforcement(self, student, teacher, batch, own, key):
+    """g L_G, from the end of the warm-up on."""
+    del key
+    log_q_BT, is_new_BT = self._log_probs(student, batch)
+    if self.oracle:
+      log_p_BT, _ = self._log_probs(teacher, batch)
+      reward_B = jnp.sum(jax.lax.stop_gradient(log_p_BT - log_q_BT), axis=1)
+    else:
+      reward_B = self.scores(own.critic, batch, student.hidden_BTD.dtype)
+    reward_Bn = jax.lax.stop_gradient(reward_B).reshape(-1, batch.group)
+    advantage_B = advantages(reward_Bn[:, :-1], batch.group)
+    gain_BT = log_q_BT * advantage_B[:, None]
+    loss = -jnp.sum(gain_BT, where=is_new_BT) / batch.totals['written']
+    is_there_B1 = (batch.rows_B >= 0).reshape(-1, batch.group)[:, :1]
+    groups = batch.totals['groups']
+    metrics = {
+      'generator': loss,
+      'reward': jnp.sum(
+        reward_Bn[:, :-1].mean(axis=1, keepdims=True) * is_there_B1
+      )
+      / groups,
+    }
+    weight = jnp.where(own.step >= self.warmup_steps, self.g, 0.0)
+    return weight * loss, metrics
+
+  def _log_probs(self, outputs, batch):
+    """log-probabilities of what the student wrote, [B, T], and where it is."""
+    target, mask_BT = base.targets(batch)
+    is_new_BT = mask_BT & batch.written_B[:, None]
+    log_BT = head.log_probs(
+      outputs, target.id_N, is_new_BT, chunk=self.head_chunk
+    )
+    return log_BT, is_new_BT
+
+  def critic_loss(self, student, teacher, batch, own, key):
+    del teacher, key
+    score_B = self.scores(own.critic, batch, student.hidden_BTD.dtype)
+    score_Bn = score_B.reshape(-1, batch.group)
+    real_B1, score_Bm = score_Bn[:, -1:], score_Bn[:, :-1]
+    is_there_B1 = (batch.rows_B >= 0).reshape(-1, batch.group)[:, :1]
+
+    def mean(x_Bm):
+      x_B1 = jnp.mean(x_Bm, axis=1, keepdims=True)
+      return jnp.sum(x_B1, where=is_there_B1) / batch.totals['groups']
+
+    loss = mean(jax.nn.softplus(score_Bm - real_B1))
+    return loss, {
+      'loss': loss,
+      # Of a pair, which one is real? A tie is half right.
+      'accuracy': mean(0.5 + 0.5 * jnp.sign(real_B1 - score_Bm)),
+      'margin': mean(real_B1 - score_Bm),
+      'score_real': mean(real_B1),
+      'score_student': mean(score_Bm),
+    }
+
+  def scores(self, critic, batch, dtype):
+    """D of each row's prompt and answer, [B] in fp32."""
+    tokens = batch.student
+    config = critic_lib.config_of(self.critic, critic['projection'].shape[0])
+    model = nnx.merge(
+      critic_lib.definition(config),
+      jax.tree.map(lambda x: x.astype(dtype), critic),
+    )
+    x_BTC = sharding.look_up(critic['projection'], tokens.ids_BT, dtype)
+    remat = 'blocks' if self.critic.get('init_from') else 'none'  # Its size.
+    score_BT = model(x_BTC, tokens.segments_BT, remat)
+    is_last_BT = segments.is_last(tokens.segments_BT)
+    return jnp.sum(score_BT, axis=1, where=is_last_BT)
+
+
+def advantages(reward_Bm, group):
+  """Normalised rewards of each group, and 0 for its row of the data; [B]."""
+  mean_B1 = jnp.mean(reward_Bm, axis=1, keepdims=True)
+  std_B1 = jnp.std(reward_Bm, axis=1, keepdims=True)
+  advantage_Bm = (reward_Bm - mean_B1) / (std_B1 + 1e-4)
+  more = group - reward_Bm.shape[1]
+  return jnp.pad(advantage_Bm, ((0, 0), (0, more))).reshape(-1)

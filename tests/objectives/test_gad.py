@@ -1,0 +1,231 @@
+"""A critic of text, whose score is the student's reward."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gakd_jax import objectives
+from gakd_jax.data.pipeline import Batch, Tokens
+from gakd_jax.models import DecoderConfig
+from gakd_jax.models.transformer import Head, Outputs
+from gakd_jax.objectives import gad
+
+CRITIC = {'width': 8, 'layers': 1, 'heads': 2, 'ff_width': 16}
+N = 3  # answers of the student to a prompt
+
+
+def make(**settings):
+  settings = {'warmup_steps': 0, 'critic': CRITIC} | settings
+  return objectives.make('gad', head_chunk=4, **settings)
+
+
+def batch_of(prompts, T, V, lengths=None, seed=0):
+  """Groups of N answers and a real one, after prompts of two tokens."""
+  rng = np.random.default_rng(seed)
+  B = prompts * (N + 1)
+  ids_BT = rng.integers(0, V, (B, T)).astype(np.int32)
+  ids_BT[:, :2] = np.repeat(ids_BT[:: N + 1, :2], N + 1, axis=0)
+  lengths = rng.integers(3, T + 1, B) if lengths is None else lengths
+  at_T = np.arange(T)[None]
+  is_text_BT = at_T < np.asarray(lengths)[:, None]
+  tokens = Tokens(ids_BT, is_text_BT.astype(np.int32), is_text_BT & (at_T > 1))
+  return Batch(
+    tokens,
+    tokens,
+    rows_B=np.repeat(np.arange(prompts, dtype=np.int32), N + 1),
+    written_B=np.arange(B) % (N + 1) < N,
+    group=N + 1,
+  )
+
+
+def outputs_of(batch, D, V, seed):
+  rng = np.random.default_rng(seed)
+  shape = (*batch.student.ids_BT.shape, D)
+  hidden_BTD = jnp.asarray(rng.standard_normal(shape, np.float32))
+  return Outputs(
+    hidden_BTD, Head(jnp.asarray(rng.standard_normal((V, D), np.float32)))
+  )
+
+
+def own_of(objective, V, step=0, seed=5):
+  """Its critic, whose score is not zero."""
+  config = DecoderConfig(
+    **dict.fromkeys(('width', 'layers', 'heads', 'kv_heads', 'head_dim'), 8),
+    vocab_size=V,
+    ff_width=8,
+    tied_head=True,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    max_length=64,
+  )
+  own = objective.init(jax.random.key(seed), config, None)
+  if own.critic:
+    score_C = jax.random.normal(jax.random.key(7), own.critic['score'].shape)
+    own = own.replace(critic=own.critic | {'score': score_C})
+  return own.replace(step=jnp.asarray(step))
+
+
+def log_probs(outputs, batch):
+  """log-probabilities of each row's response, [B], by hand."""
+  log_BTV = jax.nn.log_softmax(jax.vmap(outputs.head)(outputs.hidden_BTD))
+  ids_BT = np.roll(batch.student.ids_BT, -1, axis=1)
+  log_BT = np.take_along_axis(np.array(log_BTV), ids_BT[..., None], 2)[..., 0]
+  return np.sum(log_BT, axis=1, where=np.array(batch.student.predicts_BT))
+
+
+def counted(objective, batch):
+  return batch.replace(totals=objective.count(batch))
+
+
+def jitted(method, *args):
+  return jax.jit(method)(*args, None)
+
+
+def test_two_tokens_have_the_gradient_that_is_written_down():
+  """Answers of one token, of two: -A (1[y = 1] - q(1)) for its logit.
+
+  Rewards are D*; the three answers are 0, 1 and 1.
+  """
+  objective = make(oracle=True)
+  batch = batch_of(1, 3, 2, lengths=[3] * (N + 1))
+  ids_BT = batch.student.ids_BT
+  ids_BT[:, 2] = [0, 1, 1, 0]
+  batch = counted(objective, batch)
+  q, p = 0.3, 0.8  # of token 1
+
+  def outputs(of_one):
+    hidden_BTD = jnp.full((N + 1, 3, 1), np.log(of_one / (1 - of_one)))
+    return Outputs(hidden_BTD, Head(jnp.array([[0.0], [1.0]])))
+
+  def loss(hidden_BTD):
+    student = outputs(q).replace(hidden_BTD=hidden_BTD)
+    return objective.reinforcement(
+      student, outputs(p), batch, own_of(objective, 2), None
+    )[0]
+
+  reward_B = np.log([(1 - p) / (1 - q), p / q, p / q])
+  advantage_B = (reward_B - reward_B.mean()) / (reward_B.std() + 1e-4)
+  is_one_B = np.array([0, 1, 1])
+  want_B = -advantage_B * (is_one_B - q) / 3
+  got_BTD = jax.jit(jax.grad(loss))(outputs(q).hidden_BTD)
+  np.testing.assert_allclose(got_BTD[:N, 1, 0], want_B, rtol=1e-5)
+  others = np.array(got_BTD)
+  others[:N, 1] = 0
+  assert not others.any()
+
+
+def test_the_oracle_is_the_exact_ratio_of_both_models():
+  V = 11
+  objective = make(oracle=True)
+  batch = counted(objective, batch_of(4, 7, V))
+  student, teacher = (outputs_of(batch, 5, V, seed) for seed in (1, 2))
+  _, metrics = jitted(
+    objective.reinforcement, student, teacher, batch, own_of(objective, V)
+  )
+  ratio_B = log_probs(teacher, batch) - log_probs(student, batch)
+  want = ratio_B[batch.written_B].mean()
+  np.testing.assert_allclose(metrics['reward'], want, rtol=1e-5)
+
+
+def test_advantages_are_of_a_group_alone():
+  reward_Bm = jnp.array([[1.0, 2.0, 3.0], [10.0, 10.0, 10.0]])
+  found = gad.advantages(reward_Bm, 4).reshape(2, 4)
+  want = 1 / np.std([1, 2, 3])
+  np.testing.assert_allclose(found[0], [-want, 0, want, 0], rtol=1e-3)
+  assert not found[1].any()
+
+
+def test_a_critic_learns_which_answer_is_real():
+  """Real ones are of low ids; by what stands in the answer alone."""
+  V, objective = 20, make()
+  batch = batch_of(8, 7, V, seed=3)
+  ids_BT = batch.student.ids_BT
+  ids_BT[N :: N + 1, 2:] %= 10
+  ids_BT[batch.written_B, 2:] = 10 + ids_BT[batch.written_B, 2:] % 10
+  batch = counted(objective, batch)
+  student = outputs_of(batch, 5, V, 1)
+  own = own_of(objective, V)
+
+  @jax.jit
+  @jax.value_and_grad
+  def loss(critic):
+    own_ = own.replace(critic=critic)
+    return objective.critic_loss(student, None, batch, own_, None)[0]
+
+  critic = own.critic
+  for _ in range(60):
+    _, grads = loss(critic)
+    critic = jax.tree.map(lambda x, d: x - 0.3 * d, critic, grads)
+  found, metrics = jitted(
+    objective.critic_loss, student, None, batch, own.replace(critic=critic)
+  )
+  assert found < 0.1
+  assert metrics['accuracy'] == 1
+  # And says so to the student: all of its answers are as bad, by now.
+  scores = jax.jit(objective.scores, static_argnums=2)
+  score_Bn = scores(critic, batch, jnp.float32).reshape(-1, N + 1)
+  assert np.all(score_Bn[:, -1:] > score_Bn[:, :-1])
+
+
+def test_a_fresh_critic_has_no_opinion():
+  V, objective = 11, make()
+  batch = counted(objective, batch_of(4, 7, V))
+  student = outputs_of(batch, 5, V, 1)
+  own = own_of(objective, V)
+  fresh = own.critic | {'score': jnp.zeros(8)}
+  own = own.replace(critic=fresh)
+  loss, metrics = jitted(objective.reinforcement, student, None, batch, own)
+  assert loss == 0
+  assert metrics['reward'] == 0
+  loss, metrics = jitted(objective.critic_loss, student, None, batch, own)
+  np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
+  assert metrics['accuracy'] == 0.5
+
+
+@pytest.mark.parametrize('on', ['data', 'written'])
+@pytest.mark.parametrize('kd', [0.0, 0.4])
+def test_the_likelihood_is_that_of_kld_on_rows_of_one_kind(kd, on):
+  V = 11
+  objective = make(kd=kd, on=on)
+  batch = counted(objective, batch_of(4, 7, V))
+  student, teacher = (outputs_of(batch, 5, V, seed) for seed in (1, 2))
+  got, metrics = jitted(
+    objective.imitation, student, teacher, batch, own_of(objective, V)
+  )
+
+  def alone(kd, is_row_B):
+    rows = np.flatnonzero(is_row_B)
+    part = jax.tree.map(
+      lambda x: x[rows], batch.replace(totals={}, written_B=None)
+    )
+    part = dataclasses.replace(part, group=1)
+    method = objectives.make('kld', kd=kd, head_chunk=4)
+    both = (
+      x.replace(hidden_BTD=x.hidden_BTD[rows]) for x in (student, teacher)
+    )
+    return jitted(method.loss, *both, counted(method, part), None)[0]
+
+  ce = alone(0.0, ~batch.written_B)
+  is_on_B = batch.written_B if on == 'written' else ~batch.written_B
+  want = (1 - kd) * ce + kd * alone(1.0, is_on_B)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  np.testing.assert_allclose(metrics['ce'], ce, rtol=1e-5)
+
+
+def test_in_the_warm_up_the_student_descends_the_likelihood_alone():
+  V = 11
+  objective = make(warmup_steps=3, likelihood=0.5, g=2.0)
+  batch = counted(objective, batch_of(4, 7, V))
+  student = outputs_of(batch, 5, V, 1)
+  found = {}
+  for step in (2, 3):
+    own = own_of(objective, V, step=step)
+    found[step] = [
+      jitted(term, student, None, batch, own)[0]
+      for term in objective.terms().values()
+    ]
+  assert found[2][1] == 0 != found[3][1]
+  np.testing.assert_allclose(found[3][0], 0.5 * found[2][0], rtol=1e-6)
