@@ -47,7 +47,7 @@ def test_without_a_teacher_text_is_enough(config, tmp_path):
   assert [row['step'] for row in rows] == [1, 2, 3]
   assert all(row['train/generator'] != 0 for row in rows)
   assert all(row['train/critic/loss'] > 0 for row in rows)
-  assert rows[0]['rollout/written'] == pytest.approx(2 / 3)
+  assert rows[0]['train/rollout/written'] == pytest.approx(2 / 3)
   assert rundir.is_finished(tmp_path / 'run')
 
 
