@@ -247,16 +247,26 @@ def _checked(config, mesh):
 
 
 def _head_chunk(config, mesh):
-  """Tokens whose logits exist at a time, on each device."""
-  c = config.train
-  if c.head_memory is None:
-    return c.head_chunk
-  parts = [config.student, *([config.teacher] if config.teacher.path else [])]
-  shapes = [
-    models.read_config(part.path, **(part.get('shape') or {})) for part in parts
-  ]
+  """`head_chunk` of a run, whose models need be read only for `head_memory`."""
+  shapes = []
+  if config.train.head_memory is not None:
+    parts = [config.student, *([config.teacher] if config.teacher.path else [])]
+    shapes = [
+      models.read_config(part.path, **(part.get('shape') or {}))
+      for part in parts
+    ]
+  return head_chunk(config.train, shapes, mesh)
+
+
+def head_chunk(settings, shapes, mesh):
+  """Tokens whose logits exist at a time, on each device.
+
+  settings: `config.train`. shapes: `DecoderConfig`s of all models.
+  """
+  if settings.head_memory is None:
+    return settings.head_chunk
   ids = sum(shape.vocab_size for shape in shapes) / mesh.shape['tensor']
-  return max(1, int(c.head_memory * 1e9 / (4 * ids)))
+  return max(1, int(settings.head_memory * 1e9 / (4 * ids)))
 
 
 def _assemble(config, mesh, objective, writer, load, tokenizers=(), **rest):

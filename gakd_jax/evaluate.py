@@ -25,6 +25,7 @@ from gakd_jax import (
   UserError,
   best,
   binary,
+  build,
   fields,
   fingerprint,
   hosts,
@@ -254,7 +255,9 @@ def _subject(config, path, workdir, prompter, teacher, mesh, identity, force):
     thinking=config.data.thinking,
     max_length=config.data.max_length,
     max_prompt_length=config.data.max_prompt_length,
-    head_chunk=config.train.head_chunk,
+    head_chunk=build.head_chunk(
+      config.train, [x for x in both.configs if x], mesh
+    ),
     mesh=mesh,
     workdir=workdir,
     identity=identity,

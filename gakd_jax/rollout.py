@@ -203,6 +203,7 @@ class Student(Dataset):
     steps_B = np.arange(step, step + len(group), dtype=np.uint32)
     steps_B = np.tile(steps_B, len(host.rows_B) // len(group))
     host, steps_B = writing.grouped((host, steps_B), self.group)
+    host = host.replace(teacher=host.student)  # The same arrays, sent once.
     batch, steps_B = sharding.put_batch((host, steps_B), mesh)
     tokens, written_B, _, metrics = writing.write(
       self, models, params, batch.student, batch.rows_B, steps_B, key

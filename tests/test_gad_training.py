@@ -7,7 +7,6 @@ import pytest
 from configs import base
 from gakd_jax import UserError, log, rundir, train
 from gakd_jax.data import tokenizer as tokenizer_lib
-from tests.objectives.test_gad import CRITIC
 
 ROWS = [
   {'instruction': f'Say {word}.', 'input': '', 'output': word}
@@ -28,7 +27,7 @@ def config(tiny_model_dir, tmp_path):
   c.data.max_length, c.data.max_prompt_length = 48, 32
   c.rollout = STUDENT | {'max_new_tokens': 8}
   c.objective = {'name': 'gad', 'warmup_steps': 1}
-  c.critic.update(CRITIC)
+  c.critic.update(width=8, layers=1, heads=2, ff_width=16)
   c.train.batch_size, c.train.steps, c.train.head_chunk = 4, 3, 16
   c.mesh.data = 1
   c.evals, c.eval_every = {}, 0

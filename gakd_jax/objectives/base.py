@@ -48,6 +48,7 @@ class Objective:
   needs_teacher = True
   one_tokenizer = True  # Whether the teacher's must be the student's.
   takes = ()  # Of `few.KINDS`: what is enough to know of a teacher.
+  temperature = 1.0  # at which that is asked
   # Whether it asks the teacher about the data's responses alone, where others
   # are written beside them.
   asks_of_data = False

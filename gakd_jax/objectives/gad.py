@@ -22,8 +22,8 @@ alone.
 critic that tells the teacher's text from the student's comes to when it has
 learned all. It takes a teacher's logits.
 
-Departures: the authors pair each answer with one real one, and descend CE in
-the warm-up alone: kd=0, likelihood=0.
+With kd=0 and likelihood=0 the text of the data is imitated in the warm-up, and
+only the critic teaches from there on.
 """
 
 import dataclasses
@@ -54,6 +54,9 @@ class GAD(base.Objective):
   critic_steps: Count = 1  # updates of the critic in one step
   critic: dict = dataclasses.field(default_factory=dict)  # config.critic
 
+  # Log-probabilities of what was written are computed again for their gradient.
+  more_head_passes = 1, 0
+
   def __post_init__(self):
     critic_lib.check(self.critic)
 
@@ -64,11 +67,6 @@ class GAD(base.Objective):
   @property
   def takes(self):
     return kld.KLD(divergence=self.divergence).takes
-
-  @property
-  def temperature(self):
-    """Of the divergence."""
-    return 1.0
 
   @property
   def asks_of_data(self):
@@ -131,25 +129,17 @@ class GAD(base.Objective):
     return jnp.where(is_warm, self.likelihood, 1.0) * loss, metrics
 
   def flops(self, student, teacher, own, rows, length, microbatches):
-    """Of log-probabilities, thrice; and the critic's trunk, over all rows.
-
-    An update takes a forward pass and its gradient, a reward a forward pass.
+    """An update of the critic takes a forward pass and its gradient, a reward a
+    forward pass; over all rows.
     """
-    del microbatches
-    if self.g == 0:
-      return {}
-    n = rows * length
-    parts = {
-      'student head, again': n * 3 * 2 * student.vocab_size * student.width
-    }
-    if self.oracle:
-      more = n * 2 * teacher.vocab_size * teacher.width
-      return parts | {'teacher head, again': more}
+    parts = super().flops(student, teacher, own, rows, length, microbatches)
+    if not own.critic:
+      return parts if self.g else {}
     config = critic_lib.config_of(self.critic, student.vocab_size)
-    trunk = 2 * flops.block_weights(own.critic) + flops.attention(
-      config, length
-    )
-    return parts | {'critic': n * (3 * self.critic_steps + 1) * trunk}
+    trunk = 2 * flops.block_weights(own.critic)
+    trunk += flops.attention(config, length)
+    passes = 3 * self.critic_steps + 1
+    return parts | {'critic': rows * length * passes * trunk}
 
   def _likelihood(self, kd, student, teacher, batch, whose):
     """(1 - kd) CE + kd D over one kind of rows."""
@@ -184,15 +174,7 @@ class GAD(base.Objective):
     advantage_B = advantages(reward_Bn[:, :-1], batch.group)
     gain_BT = log_q_BT * advantage_B[:, None]
     loss = -jnp.sum(gain_BT, where=is_new_BT) / batch.totals['written']
-    is_there_B1 = (batch.rows_B >= 0).reshape(-1, batch.group)[:, :1]
-    groups = batch.totals['groups']
-    metrics = {
-      'generator': loss,
-      'reward': jnp.sum(
-        reward_Bn[:, :-1].mean(axis=1, keepdims=True) * is_there_B1
-      )
-      / groups,
-    }
+    metrics = {'generator': loss, 'reward': _mean(reward_Bn[:, :-1], batch)}
     weight = jnp.where(own.step >= self.warmup_steps, self.g, 0.0)
     return weight * loss, metrics
 
@@ -210,20 +192,15 @@ class GAD(base.Objective):
     score_B = self.scores(own.critic, batch, student.hidden_BTD.dtype)
     score_Bn = score_B.reshape(-1, batch.group)
     real_B1, score_Bm = score_Bn[:, -1:], score_Bn[:, :-1]
-    is_there_B1 = (batch.rows_B >= 0).reshape(-1, batch.group)[:, :1]
-
-    def mean(x_Bm):
-      x_B1 = jnp.mean(x_Bm, axis=1, keepdims=True)
-      return jnp.sum(x_B1, where=is_there_B1) / batch.totals['groups']
-
-    loss = mean(jax.nn.softplus(score_Bm - real_B1))
+    margin_Bm = real_B1 - score_Bm
+    loss = _mean(jax.nn.softplus(-margin_Bm), batch)
     return loss, {
       'loss': loss,
       # Of a pair, which one is real? A tie is half right.
-      'accuracy': mean(0.5 + 0.5 * jnp.sign(real_B1 - score_Bm)),
-      'margin': mean(real_B1 - score_Bm),
-      'score_real': mean(real_B1),
-      'score_student': mean(score_Bm),
+      'accuracy': _mean(0.5 + 0.5 * jnp.sign(margin_Bm), batch),
+      'margin': _mean(margin_Bm, batch),
+      'score_real': _mean(real_B1, batch),
+      'score_student': _mean(score_Bm, batch),
     }
 
   def scores(self, critic, batch, dtype):
@@ -248,3 +225,10 @@ def advantages(reward_Bm, group):
   advantage_Bm = (reward_Bm - mean_B1) / (std_B1 + 1e-4)
   more = group - reward_Bm.shape[1]
   return jnp.pad(advantage_Bm, ((0, 0), (0, more))).reshape(-1)
+
+
+def _mean(x_Bm, batch):
+  """Over answers, and prompts that are there."""
+  is_there_B1 = (batch.rows_B >= 0)[:: batch.group, None]
+  x_B1 = jnp.mean(x_Bm, axis=1, keepdims=True)
+  return jnp.sum(x_B1, where=is_there_B1) / batch.totals['groups']

@@ -130,6 +130,36 @@ def test_the_oracle_is_the_exact_ratio_of_both_models():
   np.testing.assert_allclose(metrics['reward'], want, rtol=1e-5)
 
 
+def test_a_group_that_is_not_there_does_not_count():
+  V, objective = 11, make()
+  batch = batch_of(4, 7, V)
+  lacking = batch.replace(
+    rows_B=np.where(batch.rows_B == 2, -1, batch.rows_B),
+    student=jax.tree.map(
+      lambda x: np.where(batch.rows_B[:, None] == 2, np.zeros_like(x), x),
+      batch.student,
+    ),
+    written_B=batch.written_B & (batch.rows_B != 2),
+  )
+  kept = np.flatnonzero(batch.rows_B != 2)
+  fewer = jax.tree.map(lambda x: x[kept], batch)
+  student, own = outputs_of(batch, 5, V, 1), own_of(objective, V)
+  found = []
+  for given, hidden_BTD in (
+    (lacking, student.hidden_BTD),
+    (fewer, student.hidden_BTD[kept]),
+  ):
+    outputs = student.replace(hidden_BTD=hidden_BTD)
+    for method in (objective.reinforcement, objective.critic_loss):
+      found.append(
+        jitted(method, outputs, None, counted(objective, given), own)
+      )
+  for got, want in zip(found[:2], found[2:], strict=True):
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), got, want
+    )
+
+
 def test_advantages_are_of_a_group_alone():
   reward_Bm = jnp.array([[1.0, 2.0, 3.0], [10.0, 10.0, 10.0]])
   found = gad.advantages(reward_Bm, 4).reshape(2, 4)

@@ -128,21 +128,15 @@ def measure(teacher, student, tokenizer):
   B, wanted_BT = len(bins), np.array(tokens.predicts_BT)
 
   @functools.partial(jax.jit, static_argnames='objective')
-  def exact(hidden_BTD, t_outputs, objective):
-    def loss(hidden_BTD):
-      outputs = s_outputs.replace(hidden_BTD=hidden_BTD)
-      return objective.loss(outputs, t_outputs, batch, Own(), None)[0]
+  def loss_of(teacher, known, objective):
+    """And its gradient in the student's hidden states."""
 
-    return jax.value_and_grad(loss)(hidden_BTD)
-
-  @functools.partial(jax.jit, static_argnames='objective')
-  def known_by(hidden_BTD, known, objective):
     def loss(hidden_BTD):
       outputs = s_outputs.replace(hidden_BTD=hidden_BTD)
       given = batch.replace(known=known)
-      return objective.loss(outputs, None, given, Own(), None)[0]
+      return objective.loss(outputs, teacher, given, Own(), None)[0]
 
-    return jax.value_and_grad(loss)(hidden_BTD)
+    return jax.value_and_grad(loss)(s_outputs.hidden_BTD)
 
   def compared(found, want):
     (value, d), (exact_value, exact_d) = found, want
@@ -156,15 +150,14 @@ def measure(teacher, student, tokenizer):
   tables = {}
   for name in DIVERGENCES:
     objective = KLD(divergence=name, kd=1.0, head_chunk=128)
-    hidden_BTD = s_outputs.hidden_BTD
-    want = exact(hidden_BTD, t_outputs, objective)
+    want = loss_of(t_outputs, {}, objective)
     rounded = t_outputs.replace(
       hidden_BTD=t_outputs.hidden_BTD.astype('bfloat16').astype('float32')
     )
     width = 2 * t_outputs.hidden_BTD.shape[-1]
     rows = {
       'hidden': {'bytes': width}
-      | compared(exact(hidden_BTD, rounded, objective), want)
+      | compared(loss_of(rounded, {}, objective), want)
     }
     for kind in objective.takes:
       for size in SIZES[kind]:
@@ -185,7 +178,7 @@ def measure(teacher, student, tokenizer):
           if kind == 'sampled':
             share = jnp.full(known['ids'].shape, 1 / size)
             known |= {'share': share}
-          found.append(known_by(hidden_BTD, known, objective))
+          found.append(loss_of(None, known, objective))
           values.append(float(found[-1][0] / want[0]))
         row = compared(found[0], want)
         arrays = {

@@ -92,75 +92,65 @@ def gkd_step(student, teacher, attention):
     student, teacher, attention, lmbda=1.0, max_new_tokens=NEW
   )
   assert trainer.generation_config.use_cache
-  student, optimizer = trainer.model, trainer.create_optimizer()
+  optimizer = trainer.create_optimizer()
   trainer.generation_config.eos_token_id = None
   ids = torch.tensor(prompts(), dtype=torch.long)
-  generate = trainer.generate_on_policy_outputs
-  writing = 0.0
-
-  def timed_generate(*args):
-    nonlocal writing
-    start = time.perf_counter()
-    written = generate(*args)
-    writing = time.perf_counter() - start
-    assert (written[2] >= 0).sum() == B * NEW
-    return written
-
-  trainer.generate_on_policy_outputs = timed_generate
-
-  def take():
-    start = time.perf_counter()
-    batch = {
-      'prompts': ids,
-      'prompt_attention_mask': torch.ones_like(ids),
-    }
-    loss = trainer.training_step(student, batch, num_items_in_batch=B * NEW)
-    torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    loss = loss.item()
-    return {
-      'writing': writing,
-      'updating': time.perf_counter() - start - writing,
-      'loss': loss,
-    }
-
-  return take
+  batch = {'prompts': ids, 'prompt_attention_mask': torch.ones_like(ids)}
+  return trl_step(
+    trainer,
+    optimizer,
+    batch,
+    'generate_on_policy_outputs',
+    lambda written: (written[2] >= 0).sum(),
+  )
 
 
 def distillation_step(student, teacher):
   """The same by TRL's other trainer."""
-  import torch
-
   trainer = peers.distillation_trainer(
     student, teacher, max_completion_length=NEW
   )
   trainer.current_gradient_accumulation_steps = 1
-  student, optimizer = trainer.model, trainer.create_optimizer()
+  optimizer = trainer.create_optimizer()
   # No token ends a response.
   trainer.eos_token_ids = [V]
   trainer.generation_config.eos_token_id = None
   trainer.generation_kwargs['eos_token_id'] = None
   trainer._tokenize_prompts = lambda _: (prompts().tolist(), None, {})
-  generate = trainer._generate_single_turn
-  writing = 0.0
+  return trl_step(
+    trainer,
+    optimizer,
+    [{'prompt': ''}] * B,
+    '_generate_single_turn',
+    lambda written: sum(map(len, written)),
+  )
 
-  def timed_generate(*args, **kwargs):
+
+def trl_step(trainer, optimizer, batch, writer, count):
+  """A function that takes a trainer's step; as `jax_step`'s.
+
+  writer: the name of the method that writes; count: what it returns -> tokens.
+  """
+  import torch
+
+  write, writing = getattr(trainer, writer), 0.0
+
+  def timed_write(*args, **kwargs):
     nonlocal writing
     start = time.perf_counter()
-    written = generate(*args, **kwargs)
+    written = write(*args, **kwargs)
     writing = time.perf_counter() - start
-    assert sum(map(len, written)) == B * NEW
+    assert count(written) == B * NEW
     return written
 
-  trainer._generate_single_turn = timed_generate
+  setattr(trainer, writer, timed_write)
 
   def take():
     start = time.perf_counter()
     loss = trainer.training_step(
-      student, [{'prompt': ''}] * B, num_items_in_batch=B * NEW
+      trainer.model, batch, num_items_in_batch=B * NEW
     )
-    torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
     loss = loss.item()

@@ -7,7 +7,8 @@ Qwen3-8B and 0.6B at a quarter of their widths: teacher 36 layers x 1024,
 student 28 x 256, V = 37984; 4 rows of 256 tokens, fp32, AdamW. The others read
 each batch from files, as every epoch does once they are there: its last hidden
 states, its 64 most likely ids, or 64 draws (forward KL). Of live and hidden,
-first losses are compared before times.
+first losses are compared before times. All have the teacher in memory, which a
+run that finds all of it kept has not. `--remat` is the student's.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import json
 import tempfile
 from pathlib import Path
 
+from gakd_jax.models import blocks
 from tools.bench import kd_step, side_by_side
 
 V, B, T = 37984, 4, 256
@@ -24,7 +26,7 @@ TEACHER = {'width': 1024, 'layers': 36, 'heads': 16, 'ff_width': 3072}
 _BATCHES, _KNOWN = 8, 64  # Different batches, in turns; ids a token.
 
 
-def step(objective, kind):
+def step(objective, kind, remat):
   """A function that takes one step, on the next batch, and returns its loss."""
   import jax
   import jax.numpy as jnp
@@ -40,6 +42,7 @@ def step(objective, kind):
     shape=STUDENT,
     teacher_shape=TEACHER,
     vocab=V,
+    remat=remat,
     **kd_step.OBJECTIVES[objective],
   )
   ids = np.random.default_rng(0).integers(0, V, (B * _BATCHES, T))
@@ -89,12 +92,13 @@ def main():
   )
   objectives = [name for name in kd_step.OBJECTIVES if name != 'sft']
   parser.add_argument('--objective', choices=objectives, default='reverse_kl')
+  parser.add_argument('--remat', choices=blocks.REMAT, default='products')
   kinds = ['live', 'hidden', 'top_k', 'sampled']
   side_by_side.add_arguments(parser, kinds)
   args = parser.parse_args()
   if args.objective != 'forward_kl':
     kinds.remove('sampled')
-  sides = {k: lambda k=k: step(args.objective, k) for k in kinds}
+  sides = {k: lambda k=k: step(args.objective, k, args.remat) for k in kinds}
   if results := side_by_side.run(args, sides):
     exact = {k: results[k] for k in ('live', 'hidden')}
     side_by_side.check_alike(exact, rtol=1e-5)
