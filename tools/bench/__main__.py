@@ -32,6 +32,7 @@ BENCHMARKS = {
   'compile': ('compile', ('--rounds=1',)),
   'startup': ('startup', ()),
   'teacher_cache': ('teacher_cache', ()),
+  'teacher_cache_halves': ('teacher_cache', ('--scale=2', '--rounds=1')),
   'teacher_cache_forward_kl': ('teacher_cache', ('--objective=forward_kl',)),
   'known': ('known', ()),
   'gakd_step': ('critic', ()),
