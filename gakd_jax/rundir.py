@@ -30,6 +30,7 @@ _NUMBER = {
   'mean': Measured | None,
   'std': NotRequired[Measured | None],
   'by_length': NotRequired[Mapping],
+  'by_position': NotRequired[Mapping],
 }
 
 
@@ -185,8 +186,9 @@ def _check_evaluators(where, evaluators):
 def _check_number(where, value):
   settings_lib.check(where, value, Mapping)
   settings_lib.check_row(f'{where}.', value, _NUMBER)
-  for bucket, part in value.get('by_length', {}).items():
-    _check_number(f'{where}.by_length.{bucket}', part)
+  for parts in ('by_length', 'by_position'):
+    for bucket, part in value.get(parts, {}).items():
+      _check_number(f'{where}.{parts}.{bucket}', part)
 
 
 def read_config(workdir):

@@ -10,8 +10,10 @@ import pytest
 import transformers
 
 from configs import base
+from gakd_jax.data import sources
 from tools import synthetic
 from tools.synthetic import knowing, reading, words
+from tools.synthetic import task as task_lib
 
 ONE_ANSWER = ('train', 'prompts')
 HELD_OUT = ('validation', 'test')
@@ -43,6 +45,60 @@ def tokenizer(directory):
 def draws(family, n, seed=0):
   rng = random.Random(seed)
   return [family(rng) for _ in range(n)]
+
+
+def test_each_part_of_an_answer_is_checked():
+  for row in synthetic.gradable('test', 240):
+    given = sources.Row(row['instruction'], answer=row['answer'])
+    for text in row['output']:
+      assert synthetic.check(given, text) == 1
+      assert synthetic.check(given, f'{text} And more.') < 1
+    parts = task_lib.parts(row['answer'])
+    said = [phrasings[0] for phrasings in parts]
+    for i in range(len(said)):
+      wrong = ' '.join([*said[:i], 'Something else.', *said[i + 1 :]])
+      assert synthetic.check(given, wrong) == (len(said) - 1) / len(said)
+    assert synthetic.check(given, '') == 0
+  # In another order, only what comes after the first counts.
+  given = sources.Row('', answer='A.\nB.\n\nC.\nD.')
+  assert synthetic.check(given, 'B. C.') == 1
+  assert synthetic.check(given, 'C. B.') == 0.5
+
+
+def test_a_permuted_world_differs_in_two_families():
+  """Prompts are the same; jobs and gifts have the facts of others."""
+  rows, others = (
+    make('train', 240) for make in (synthetic.rows, synthetic.permuted)
+  )
+  changed = set()
+  for i, (a, b) in enumerate(zip(rows, others, strict=True)):
+    assert (a['instruction'], a['input']) == (b['instruction'], b['input'])
+    if a['output'] != b['output']:
+      changed.add(synthetic.FAMILIES[i % len(synthetic.FAMILIES)])
+      facts = [*words.JOBS.values(), *words.GIFTS.values()]
+      (old,) = {x for x in facts if x in a['output']}
+      (new,) = {x for x in facts if x in b['output']}
+      assert a['output'].replace(old, new) == b['output']
+  assert changed == {knowing.biography, knowing.thank_you_note}
+
+
+def test_joined_rows_ask_and_say_one_after_the_other():
+  rows = synthetic.joined('test', 20, 3)
+  single = synthetic.gradable('test', 60)
+  for i, row in enumerate(rows):
+    three = single[3 * i : 3 * i + 3]
+    assert all(x['instruction'] in row['instruction'] for x in three)
+    assert row['answer'] == '\n\n'.join(x['answer'] for x in three)
+    given = sources.Row(row['instruction'], answer=row['answer'])
+    assert synthetic.check(given, row['output']) == 1
+    assert 0 < synthetic.check(given, three[0]['output'][0]) < 1
+
+
+def test_gradable_rows_are_the_rows():
+  rows = synthetic.gradable('test', 24)
+  assert [
+    {k: x for k, x in row.items() if k != 'answer'} for row in rows
+  ] == synthetic.rows('test', 24)
 
 
 @pytest.mark.parametrize('split', synthetic.SPLITS)

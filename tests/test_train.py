@@ -499,7 +499,7 @@ def test_patience_ends_a_run_wherever_it_is_interrupted(
   ('best_metric', 'patience', 'message'),
   [
     ('loss/cee', None, "='loss/cee' is not measured; known are gener"),
-    ('lost/ce', None, 'generation/unfinished, loss/ce, loss/ece, '),
+    ('lost/ce', None, 'distinct_2_of_prompt, loss/ce, loss/ece, '),
     ('loss/rouge_l', None, 'is not measured'),
     (None, 2, 'patience=2: it takes a config.checkpoint.best_metric'),
     ('loss/ce', 0, 'patience=0: expected a whole number (1 or more)'),

@@ -31,11 +31,11 @@ class Fidelity:
 
   def metrics(self, has_teacher):
     """While training, when no answers of the teacher are there."""
+    if not has_teacher:
+      return []
     return [
-      f'{metric}_{text}'
-      for metric in loss.METRICS
-      for text in ('gold', 'student')
-      if has_teacher
+      *(f'{x}_{text}' for x in loss.METRICS for text in ('gold', 'student')),
+      'sequence_kl_student',
     ]
 
   def run(self, subject, params, tag):
@@ -66,9 +66,14 @@ class Fidelity:
         for prompt, response in zip(texts.prompts, responses, strict=True)
         if response
       ]
-      if shown:
-        found = loss.measure(subject, params, shown, self.batch_size)
-        result |= {f'{key}_{name}': value for key, value in found.items()}
+      if not shown:
+        continue
+      found = loss.measure(subject, params, shown, self.batch_size)
+      result |= {f'{key}_{name}': value for key, value in found.items()}
+      if name == 'student':
+        tokens = sum(len(response) for _, response in shown) / len(shown)
+        nats = tokens * found['reverse_kl']['mean']
+        result['sequence_kl_student'] = nats
     return {
       'shortened': texts.shortened,
       'truncated': texts.truncated,

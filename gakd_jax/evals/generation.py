@@ -13,7 +13,6 @@ goes on to EOS or `max_new_tokens`, as what the text is is not known before.
 import bisect
 import contextlib
 import dataclasses
-import statistics
 import time
 from typing import ClassVar, Literal
 
@@ -26,7 +25,6 @@ from gakd_jax import (
   grouping,
   log,
   partial,
-  results,
   rundir,
   settings,
   streaming,
@@ -34,8 +32,7 @@ from gakd_jax import (
 from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers as answers_lib
-from gakd_jax.evals import encoded, scores, tasks
-from gakd_jax.evals import statistics as statistics_lib
+from gakd_jax.evals import encoded, scores, summary, tasks
 from gakd_jax.models import caches, decoding
 from gakd_jax.settings import (
   Count,
@@ -66,28 +63,37 @@ class Generation:
   seeds: Seeds = (10, 20, 30, 40, 50)
   batch_size: Count = 32
   first_reference: bool = False  # scored against it alone, not the best of all
+  # python:<module>:<function> of (`data.sources.Row`, answer): how right it is,
+  # 0 to 1. Answers have an accuracy then.
+  check: Text | None = None
   about: dict = dataclasses.field(default_factory=dict)  # see `evaluator`
 
   def __post_init__(self):
     if tasks.get(self.task).rule:  # Bad rows come up before any work.
       for row in self.rows:
         tasks.gold(self.task, row)
+    if self.check is not None:
+      tasks.checker(self.check)
+      if 'accuracy' in tasks.get(self.task).scores:
+        raise UserError(
+          f'config.evals.{self.name}: check={self.check!r}, and the task '
+          f"{self.task!r} has its own; take the task 'instruct'"
+        )
+
+  @property
+  def scores(self):
+    """Those of each answer."""
+    own = () if self.check is None else ('accuracy',)
+    return tasks.get(self.task).scores + own
 
   def metrics(self, has_teacher):
     del has_teacher
-    task = tasks.get(self.task)
-    passes = self._pass_at([]) if task.rule else ()
-    return [*task.scores, *task.corpus, 'answer_tokens', 'unfinished', *passes]
+    return summary.names(self)
 
   def run(self, subject, params, tag):
-    """Metrics of the answers, means over rows and seeds; see `evaluator`.
+    """Metrics of the answers, see `summary` and `evaluator`.
 
-    They are those of the task (0 to 100), `answer_tokens`, and `unfinished`,
-    the percentage that was cut off at `max_new_tokens`. With several seeds, of
-    tasks with right and wrong, `pass_at_<k>` is that of k answers to a prompt
-    one is right (a percentage). Scores have a 'stderr', the standard error over
-    rows, and 'by_length', of the prompts whose first reference has so many
-    tokens. Answers go to <workdir>/answers/<name>-<seed>.jsonl, with the `ids`
+    Answers go to <workdir>/answers/<name>-<seed>.jsonl, with the `ids`
     that were written: thoughts included, and the EOS if there was one, which
     `tokens` does not count. An answer that ended at a stop string is there as
     far as it counts, and `cut_at` is the string.
@@ -107,7 +113,7 @@ class Generation:
       }
     return {
       'shortened': texts.shortened,
-      'metrics': self._summary(lines, self._buckets(subject)),
+      'metrics': summary.of(self, lines, self._buckets(subject)),
     }
 
   def texts(self, subject):
@@ -158,65 +164,11 @@ class Generation:
         line['extracted'] = tasks.extracted(self.task, row, text)
         line['gold'] = tasks.gold(self.task, row)
       line['scores'] = tasks.score(self.task, row, text, self.first_reference)
+      if self.check is not None:
+        line['scores'] |= tasks.checked(self.check, row, text)
       lines.append(line)
     answers_lib.write(subject.workdir, self.name, seed, lines)
     return lines
-
-  def _summary(self, lines, buckets):
-    """{metric: its mean, deviations and parts} of {seed: lines}."""
-    metrics = statistics_lib.all_over_seeds(
-      {seed: self._of_seed(some) for seed, some in lines.items()}
-    )
-    for key in tasks.TASKS[self.task].scores:
-      by_seed = {
-        seed: np.array([line['scores'][key] for line in some], float)
-        for seed, some in lines.items()
-      }
-      rows = np.mean([*by_seed.values()], axis=0)
-      metrics[key]['stderr'] = statistics_lib.standard_error(rows)
-      metrics[key]['by_length'] = {
-        bucket: statistics_lib.over_seeds(
-          {s: float(x[buckets == bucket].mean()) for s, x in by_seed.items()}
-        )
-        for bucket in results.BUCKETS
-        if bucket in buckets
-      }
-    if tasks.TASKS[self.task].rule:
-      right = [
-        sum(lines[seed][i]['scores']['accuracy'] > 0 for seed in lines)
-        for i in range(len(self.rows))
-      ]
-      metrics |= {k: {'mean': x} for k, x in self._pass_at(right).items()}
-    return metrics
-
-  def _of_seed(self, lines):
-    """{metric: mean over rows} of the answers to one seed."""
-    per_row = [
-      line['scores']
-      | {
-        'answer_tokens': line['tokens'],
-        'unfinished': 100.0 * (line['tokens'] >= self.max_new_tokens),
-      }
-      for line in lines
-    ]
-    means = {
-      key: statistics.fmean(row[key] for row in per_row) for key in per_row[0]
-    }
-    return means | tasks.corpus_scores(
-      self.task,
-      self.rows,
-      [line['answer'] for line in lines],
-      self.first_reference,
-    )
-
-  def _pass_at(self, right):
-    """{'pass_at_<k>': percentage}; `right`: answers to each row that are."""
-    samples = len(self.seeds)
-    passed = [statistics_lib.pass_at(n, samples) for n in right or [0]]
-    return {
-      f'pass_at_{k}': 100 * statistics.fmean(row[k] for row in passed)
-      for k in passed[0]
-    }
 
   def _answers(self, subject, model, prompts, seed, progress):
     """{index: {'answer', 'tokens', ...}}.
@@ -303,6 +255,7 @@ class Generation:
   def _settings(self):
     """What an answer depends on, but for its seed."""
     other = ('name', 'rows', 'about', 'task', 'seeds', 'first_reference')
+    other += ('check',)
     settings = {
       field.name: getattr(self, field.name)
       for field in dataclasses.fields(self)

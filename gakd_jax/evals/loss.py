@@ -9,6 +9,9 @@ likely next token.
 predictions: with tokens in 15 bins of equal width by the probability of the
 most likely token, the mean over tokens of their bin's difference between that
 probability and how often the text goes on with it; 0 to 1.
+
+`reverse_kl` is there by position in the response as well: what a student that
+follows its own text loses on the way.
 """
 
 import dataclasses
@@ -29,6 +32,9 @@ from gakd_jax.settings import Count
 
 METRICS = ('ce', 'ece', 'forward_kl', 'reverse_kl', 'jsd', 'agreement')
 _BINS = 15
+# Positions in a response, from 1: the last ones of buckets, and all buckets.
+_LAST = (8, 16, 32, 64, 128)
+POSITIONS = ('1-8', '9-16', '17-32', '33-64', '65-128', '129+')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +80,19 @@ def measure(subject, params, pairs, batch_size):
     for name, value in stopping.fetch(sums).items():
       totals[name] = totals.get(name, 0.0) + value.astype(float)
   tokens = totals.pop('tokens')
-  off = totals.pop('overconfidence')
+  off, counts = totals.pop('overconfidence'), totals.pop('at')
+  by_position = totals.pop('reverse_kl_at', None)
   means = {name: float(total / tokens) for name, total in totals.items()}
   means['ece'] = float(np.sum(np.abs(off)) / tokens)
+  if by_position is not None:
+    means['reverse_kl'] = {
+      'mean': means['reverse_kl'],
+      'by_position': {
+        name: {'mean': float(total / n)}
+        for name, total, n in zip(POSITIONS, by_position, counts, strict=True)
+        if n
+      },
+    }
   return means
 
 
@@ -84,31 +100,37 @@ def measure(subject, params, pairs, batch_size):
 def _sums(models, params, batch, head_chunk):
   outputs = tuple(filter(None, models.outputs(params, batch)))
   targets_BT, mask_BT = head.next_token(batch.student)
+  # Each row is one text.
+  position_BT = jnp.cumsum(mask_BT, axis=1) - mask_BT + 1
   _, sums = head.weighted_sum(
     _measure,
     head.shared(outputs),
-    targets_BT,
+    (targets_BT, jnp.searchsorted(jnp.array(_LAST), position_BT)),
     mask_BT.astype(jnp.float32),
     chunk=head_chunk,
   )
   return sums | {'tokens': jnp.sum(batch.student.mask_BT)}
 
 
-def _measure(logits, targets_N):
+def _measure(logits, targets):
+  targets_N, bucket_N = targets
   log_q_NV = jax.nn.log_softmax(logits[0])
   ce_N = divergences.cross_entropy(log_q_NV, targets_N)
   measured = {
     'ce': ce_N,
     'overconfidence': _overconfidence(log_q_NV, targets_N),
+    'at': jax.nn.one_hot(bucket_N, len(POSITIONS)),
   }
   if len(logits) == 2:
     log_p_NV = jax.nn.log_softmax(logits[1])
     same_N = jnp.argmax(log_p_NV, -1) == jnp.argmax(log_q_NV, -1)
     # Those that are NaN would all agree on the first token.
     is_number_N = jnp.isfinite(log_p_NV.max(-1) + log_q_NV.max(-1))
+    reverse_kl_N = divergences.reverse_kl(log_p_NV, log_q_NV)
     measured |= {
       'forward_kl': divergences.forward_kl(log_p_NV, log_q_NV),
-      'reverse_kl': divergences.reverse_kl(log_p_NV, log_q_NV),
+      'reverse_kl': reverse_kl_N,
+      'reverse_kl_at': measured['at'] * reverse_kl_N[:, None],
       'jsd': divergences.jsd(log_p_NV, log_q_NV, beta=0.5),
       'agreement': jnp.where(is_number_N, same_N, jnp.nan),
     }

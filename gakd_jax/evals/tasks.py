@@ -1,6 +1,7 @@
 """What makes an answer good: the scores of each kind of data set."""
 
 import dataclasses
+import importlib
 
 from gakd_jax import UserError
 from gakd_jax.evals import extract, scores
@@ -163,6 +164,45 @@ def score(name, row, answer, first_only=False):
     metric: getattr(scores, metric)(answer, references)
     for metric in TASKS[name].scores
   }
+
+
+def checked(spec, row, answer):
+  """{'accuracy'}: 100 times what a function of a config says of an answer.
+
+  Args:
+    spec: 'python:<module>:<function>', of a function of (`data.sources.Row`,
+      answer) to a number of 0 to 1.
+    row, answer: see `score`.
+
+  Raises:
+    UserError: if there is no such function, or it does not do that.
+  """
+  try:
+    right = float(checker(spec)(row, answer))
+  except Exception as error:  # It may raise anything.
+    raise UserError(
+      f'{spec}: {type(error).__name__}: {error}; of {row.where or "a row"}'
+    ) from error
+  if not 0 <= right <= 1:
+    raise UserError(
+      f'{spec}: says {right} of {row.where or "a row"}; expected 0 to 1'
+    )
+  return {'accuracy': 100.0 * right}
+
+
+def checker(spec):
+  """The function that a spec of `checked` names."""
+  try:
+    kind, module, name = spec.split(':')
+    found = getattr(importlib.import_module(module), name)
+    if kind != 'python' or not callable(found):
+      raise ValueError('not python:<module>:<function>')
+  except (Exception, SystemExit) as error:  # A module may raise anything.
+    raise UserError(
+      f'{spec}: {type(error).__name__}: {error}; expected '
+      'python:<module>:<function> of (row, answer), which gives 0 to 1'
+    ) from error
+  return found
 
 
 def corpus_scores(name, rows, answers, first_only=False):

@@ -137,6 +137,74 @@ def test_one_seed_has_an_error_and_several_pass(run, monkeypatch):
   assert result['pass_at_3']['mean'] == pytest.approx(20)
 
 
+def share_of_words(row, answer):
+  """How many words of the reference, and of another, an answer has."""
+  words = row.references[0].split()
+  if words == ['nothing']:
+    words = ['Question:', 'absent']
+  return sum(word in answer for word in words) / len(words)
+
+
+def refuses(row, answer):
+  raise KeyError(answer)
+
+
+def test_a_function_says_how_right_an_answer_is(run, monkeypatch):
+  check = f'python:{__name__}:share_of_words'
+  result = run(check=check)
+  want = [
+    100 * share_of_words(r, w[0]) for r, w in zip(ROWS, WRITTEN, strict=True)
+  ]
+  assert [x['scores']['accuracy'] for x in run.answers()] == want
+  assert result['accuracy']['mean'] == pytest.approx(sum(want) / 5)
+  assert 'stderr' in result['accuracy']
+  assert 'rouge_l' in result
+  several = run(check=check, seeds=(0, 1))
+  # Half right, as the last is, is not right.
+  right = sum(x == 100 for x in want)
+  assert want[-1] == 50
+  assert several['pass_at_2']['mean'] == pytest.approx(20 * right)
+  assert right == 4
+  made = generation.Generation('set', ROWS, check=check, seeds=(0, 1))
+  assert set(made.metrics(False)) == set(several)
+
+
+def test_a_check_that_is_none_is_refused_before_the_work(run):
+  for check, said in (
+    ('python:no_such:check', 'ModuleNotFoundError'),
+    (f'python:{__name__}:absent', 'AttributeError'),
+    (f'{__name__}:run', 'expected python:<module>:<function>'),
+  ):
+    with pytest.raises(UserError, match=said):
+      generation.Generation('set', ROWS, check=check)
+  known = f'python:{__name__}:share_of_words'
+  rows = (dataclasses.replace(ROWS[0], references=('4',)),)
+  with pytest.raises(UserError, match="'math' has its own"):
+    generation.Generation('set', rows, task='math', check=known)
+  with pytest.raises(UserError, match='refuses: KeyError'):
+    run(check=f'python:{__name__}:refuses')
+
+
+def test_answers_to_one_prompt_are_compared_with_each_other(run, monkeypatch):
+  assert 'distinct_2_of_prompt' not in run()
+  same = run(seeds=(0, 1))['distinct_2_of_prompt']['mean']
+  written = iter([WRITTEN, WRITTEN[::-1]])
+  stream = generation.streaming.stream
+
+  def other(*args, **settings):
+    monkeypatch.setattr(sys.modules[__name__], 'WRITTEN', next(written))
+    yield from stream(*args, **settings)
+
+  monkeypatch.setattr(generation.streaming, 'stream', other)
+  texts = [
+    [a, b] for (a, *_), (b, *_) in zip(WRITTEN, WRITTEN[::-1], strict=True)
+  ]
+  result = run(seeds=(0, 1), stop=())
+  want = sum(map(scores.distinct_2, texts)) / 5
+  assert result['distinct_2_of_prompt']['mean'] == pytest.approx(want, rel=0.1)
+  assert same < result['distinct_2_of_prompt']['mean']
+
+
 def test_a_task_has_stop_strings_unless_others_are_given(run):
   rows = tuple(dataclasses.replace(x, references=('#### 6',)) for x in ROWS)
   run(rows=rows, task='lm_eval_gsm8k')

@@ -67,11 +67,21 @@ def log_probs(model, prompt, response):
   return np.asarray(jax.nn.log_softmax(z_TV), np.float64)
 
 
+def mean(x):
+  return x['mean'] if isinstance(x, dict) else x
+
+
+def flat(metrics):
+  return {key: mean(x) for key, x in metrics.items()}
+
+
 @pytest.mark.slow
 def test_loss_is_what_full_logits_give(parts):
   subject, params, student, teacher = parts
   log_p, log_q, targets = [], [], []
-  for row in ROWS:
+  long = dataclasses.replace(ROWS[0], references=('the answer ' * 5,))
+  rows = (*ROWS, long)
+  for row in rows:
     ids = tokenizer_lib.encode(subject.models.tokenizer, row, 'chat')
     log_q.append(log_probs(student, *ids))
     log_p.append(log_probs(teacher, *ids))
@@ -93,9 +103,18 @@ def test_loss_is_what_full_logits_give(parts):
     'agreement': np.mean(p.argmax(1) == q.argmax(1)),
     'ece': ece,
   }
-  made = loss.Loss('loss', ROWS, batch_size=3)
+  made = loss.Loss('loss', rows, batch_size=3)
   found = made.run(subject, params, 0)['metrics']
-  assert found == pytest.approx(expected, rel=2e-4)
+  by_position = found['reverse_kl']['by_position']
+  assert flat(found) == pytest.approx(expected, rel=2e-4)
+  reverse_N = np.sum(q * np.log(q / p), 1)
+  position_N = np.concatenate([1 + np.arange(len(x)) for x in log_q])
+  for bucket, first, last in (('1-8', 1, 8), ('9-16', 9, 16)):
+    inside = (first <= position_N) & (position_N <= last)
+    assert inside.any()
+    assert by_position[bucket]['mean'] == pytest.approx(
+      reverse_N[inside].mean(), rel=2e-4
+    )
 
 
 def test_confidence_that_is_right_half_of_the_time_is_off_by_half():
@@ -127,7 +146,7 @@ def test_a_mesh_measures_the_same(parts, paths):
     choices = multiple_choice.MultipleChoice('x', CHOICES)
     prompts = encoded.encode(there, CHOICES).prompts
     means = choices._scores(there, params, prompts)
-  assert found == pytest.approx(alone, rel=1e-4)
+  assert flat(found) == pytest.approx(flat(alone), rel=1e-4)
   params = parts[1]
   expected = choices._scores(subject, params, prompts)
   assert means == pytest.approx(expected, rel=1e-4)
@@ -148,7 +167,7 @@ CHOICES = tuple(
 @pytest.mark.parametrize(
   ('candidates', 'normalise'),
   [
-    ('text', 'tokens'),
+    pytest.param('text', 'tokens', marks=pytest.mark.slow),
     pytest.param('label', 'tokens', marks=pytest.mark.slow),
     pytest.param('text', 'bytes', marks=pytest.mark.slow),
     ('text', 'none'),
@@ -269,9 +288,14 @@ def test_fidelity_on_three_texts(parts, tmp_path):
       for row, answer in zip(rows, answers, strict=True)
     ]
     expected = loss.Loss('x', texts).run(subject, params, 0)['metrics']
-    for key, value in expected.items():
-      assert result[f'{key}_{text}'] == pytest.approx(value, rel=1e-5)
+    for key, value in flat(expected).items():
+      assert mean(result[f'{key}_{text}']) == pytest.approx(value, rel=1e-5)
   assert result['ce_gold'] != result['ce_teacher']
+  # A sum over each answer: of all of them, as many tokens as they have.
+  tokens = sum(len(ended(text)) for text in mine[1]) / len(mine[1])
+  assert result['sequence_kl_student'] == pytest.approx(
+    tokens * result['reverse_kl_student']['mean'], rel=1e-6
+  )
 
   alone = dataclasses.replace(subject, teacher_workdir=None)
   found = compared.run(alone, params, 0)['metrics']
@@ -537,7 +561,9 @@ def test_metrics_are_known_before(parts, tmp_path):
       {'x': generation.Generation('x', (), task)},
       has_teacher=False,
     )
-  with pytest.raises(UserError, match=r'are x/rouge_l, .*x/unfinished$'):
+  with pytest.raises(
+    UserError, match=r'are x/rouge_l, .*x/unfinished, x/distinct_2_of_prompt$'
+  ):
     evaluator.check_metric(
       'x/ce', {'x': generation.Generation('x', ())}, has_teacher=True
     )

@@ -28,7 +28,7 @@ from tokenizers import (
 )
 
 from tools.synthetic import knowing, reading
-from tools.synthetic.task import Task, ask, say
+from tools.synthetic.task import Task, ask, say, share_said
 
 FAMILIES = (
   knowing.biography,
@@ -77,18 +77,70 @@ def rows(split: str, n: int, seed: int = 0) -> list[dict]:
   `output` is one answer for 'train' and 'prompts' (whose prompts are for a
   teacher to answer), and a list of different ones for 'validation' and 'test'.
   """
-  result = []
-  for task, rng in itertools.islice(tasks(split, seed), n):
-    row = {'instruction': ask(rng, task), 'input': task.input}
-    if split in ('train', 'prompts'):
-      row['output'] = say(rng, task)
-    else:
-      answers = {}  # a dict, to keep the order in which they were drawn
-      while len(answers) < REFERENCES:
-        answers[say(rng, task)] = None
-      row['output'] = list(answers)
-    result.append(row)
-  return result
+  return [_row(split, *x) for x in itertools.islice(tasks(split, seed), n)]
+
+
+def _row(split, task, rng):
+  row = {'instruction': ask(rng, task), 'input': task.input}
+  if split in ('train', 'prompts'):
+    return row | {'output': say(rng, task)}
+  answers = {}  # a dict, to keep the order in which they were drawn
+  while len(answers) < REFERENCES:
+    answers[say(rng, task)] = None
+  return row | {'output': list(answers)}
+
+
+def permuted(split: str, n: int, seed: int = 0) -> list[dict]:
+  """`rows` of a world in which two families have other facts.
+
+  What the people of one job do those of another do here (`biography`), and so
+  it is with gifts (`thank_you_note`): of a teacher that is wrong about them.
+  """
+  return [
+    _row(split, knowing.permuted(task), rng)
+    for task, rng in itertools.islice(tasks(split, seed), n)
+  ]
+
+
+def joined(split: str, n: int, k: int, seed: int = 0) -> list[dict]:
+  """n rows that ask k questions each, to be answered one after the other.
+
+  Of an answer to k questions; for `check`, as `gradable` rows.
+  """
+  some, found = tasks(split, seed), []
+  for _ in range(n):
+    asked, said, parts = [], [], []
+    for i, (task, rng) in enumerate(itertools.islice(some, k), start=1):
+      asked.append(f'{i}. {ask(rng, task)} {task.input}'.strip())
+      said.append(say(rng, task))
+      parts.append(task.answer)
+    found.append(
+      {
+        'instruction': '\n'.join(asked),
+        'input': '',
+        'output': ' '.join(said),
+        'answer': '\n\n'.join(parts),
+      }
+    )
+  return found
+
+
+def gradable(split: str, n: int, seed: int = 0) -> list[dict]:
+  """`rows`, each with all that may be answered as its `answer`, for `check`."""
+  some = itertools.islice(tasks(split, seed), n)
+  return [
+    row | {'answer': task.answer}
+    for row, (task, _) in zip(rows(split, n, seed), some, strict=True)
+  ]
+
+
+def check(row, answer: str) -> float:
+  """How much of an answer is right, 0 to 1; `row`: of `gradable` rows.
+
+  What an answer says follows from its prompt, how it says so does not: the
+  share of its sentences that one of the phrasings is, in their order.
+  """
+  return share_said(row.answer, answer)
 
 
 PAD, START, END = '<|endoftext|>', '<|im_start|>', '<|im_end|>'

@@ -34,6 +34,17 @@ def biography(rng):
   )
 
 
+def permuted(task):
+  """The task with the fact of another job or gift, if it has such a fact."""
+  for facts in (words.JOBS, words.GIFTS):
+    names = list(facts)
+    for part in task.key:
+      if part in facts and facts[part] in task.answer:
+        other = facts[names[(names.index(part) + 1) % len(names)]]
+        return task._replace(answer=task.answer.replace(facts[part], other))
+  return task
+
+
 def animal_facts(rng):
   """Two questions about two animals."""
   asked = []

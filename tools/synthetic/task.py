@@ -27,15 +27,38 @@ def ask(rng: random.Random, task: Task) -> str:
   return rng.choice(task.prompts.strip().splitlines()).strip()
 
 
+def parts(answer: str) -> list[list[str]]:
+  """The phrasings of each part of a task's answer."""
+  lines = [line.strip() for line in answer.splitlines()]
+  return [
+    list(part) for is_part, part in itertools.groupby(lines, bool) if is_part
+  ]
+
+
 def say(rng: random.Random, task: Task) -> str:
   """One answer, each part drawn on its own."""
-  lines = [line.strip() for line in task.answer.splitlines()]
   said = []
-  for is_part, part in itertools.groupby(lines, bool):
-    if is_part:
-      phrasings = list(part)
-      said += rng.choices(phrasings, ODDS[: len(phrasings)])
+  for phrasings in parts(task.answer):
+    said += rng.choices(phrasings, ODDS[: len(phrasings)])
   return ' '.join(said)
+
+
+def share_said(answer: str, said: str) -> float:
+  """The share of an answer's parts that a text says, in their order.
+
+  One that says something else besides all parts has said one thing too many.
+  """
+  all_parts = parts(answer)
+  right, start, found = 0, 0, []
+  for phrasings in all_parts:
+    places = [(said.find(x, start), x) for x in phrasings]
+    places = [(at, x) for at, x in places if at >= 0]
+    if places:
+      at, phrasing = min(places)
+      right, start = right + 1, at + len(phrasing)
+      found.append(phrasing)
+  more = right == len(all_parts) and said.strip() != ' '.join(found)
+  return right / (len(all_parts) + more)
 
 
 def a(noun: str) -> str:
