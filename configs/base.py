@@ -42,9 +42,10 @@ def get_config():
   c.teacher.dtype = 'bfloat16'  # in memory; it is never trained
   c.teacher.quantize = config_dict.placeholder(str)  # None, int8, nf4
   # What of it is kept on disk, in data.cache, so that it reads each text once:
-  # 'none', 'hidden' (states: all that there is), 'top_k' or 'sampled' (ids).
+  # 'none', 'hidden' (states: all that there is), 'top_k' or 'sampled' (ids);
+  # 'data': the log-probabilities that data.train has, and no teacher.
   c.teacher.cache = 'none'
-  c.teacher.cache_size = 64  # ids a token of top_k, draws of sampled
+  c.teacher.cache_size = 64  # ids a token of top_k and data, draws of sampled
 
   # Who computes attention: cudnn on CUDA, splash on TPUs, chunked (plain JAX)
   # for every model and platform: none of them holds all scores. xla does; auto:

@@ -14,6 +14,7 @@ from gakd_jax import (
   fingerprint,
   hosts,
   log,
+  odds,
   partial,
   settings,
   streaming,
@@ -48,6 +49,7 @@ def write(
   max_prompt_length,
   seed,
   keep_unfinished=False,
+  logprobs=0,
   on_bad_row='skip',
   force=False,
 ):
@@ -55,9 +57,10 @@ def write(
 
   Each line can be trained on: `instruction, input, output`, or `messages` for
   a conversation. Beside them stand `sample` (0 ... samples - 1), `finished`
-  (it ended with an EOS), `tokens` (its number, without the EOS) and, for a row
-  with references, `rouge_l`. Lines are in the order of `rows`. An answer
-  depends on the seed, its row's index and its sample's number alone.
+  (it ended with an EOS), `tokens` (its number, without the EOS), for a row with
+  references `rouge_l`, and where they are asked for `logprobs`. Lines are in
+  the order of `rows`. An answer depends on the seed, its row's index and its
+  sample's number alone.
 
   Finished answers are kept in `<path>.partial`: killed and called again, this
   goes on there, and the file is the same to the byte. It appears when it is
@@ -72,6 +75,8 @@ def write(
     source: what identifies model and data; a dict of names to JSON values.
     keep_unfinished: otherwise answers that are empty or did not end within
       `max_new_tokens` are left out: a student would learn not to stop.
+    logprobs: of each token, how many of the most likely ids stand beside it,
+      see `odds`; 0: none.
     on_bad_row: 'skip' or 'fail', of rows that the template cannot hold.
     force: goes on with a `<path>.partial` of other settings, see `fingerprint`.
 
@@ -105,11 +110,20 @@ def write(
       ),
     }
   )
+  ask, vocab = None, decoding['valid_vocab']
+  if logprobs >= vocab:
+    raise UserError(
+      f'--logprobs={logprobs}: the model has only {vocab} ids, and one at '
+      'least is left out; lower it'
+    )
+  if logprobs:
+    begun_with['logprobs'] = logprobs
+    ask = odds.Odds(model, tokenizer, template, logprobs, writer.batch_size)
   kept = partial.Partial(
     path.with_name(path.name + '.partial'), begun_with, force
   )
   answers = kept.read(_taken)
-  _fill(answers, kept, model, tokenizer, rows, wanted, decoding)
+  _fill(answers, kept, model, tokenizer, rows, wanted, decoding, ask)
   lines = []
   for _, (problem, line) in sorted(answers.items()):
     if problem is None or keep_unfinished:
@@ -140,7 +154,7 @@ def _taken(line):
   return i, (problem, answer)
 
 
-def _fill(answers, kept, model, tokenizer, rows, wanted, decoding):
+def _fill(answers, kept, model, tokenizer, rows, wanted, decoding, ask):
   """Adds the answers that are not there, as they end."""
   with log.Progress(len(wanted), len(answers), 'answers') as progress:
     last = time.monotonic()
@@ -157,12 +171,27 @@ def _fill(answers, kept, model, tokenizer, rows, wanted, decoding):
         finished = len(ids) < decoding['max_new_tokens']
         text = tokenizer_lib.decode(tokenizer, ids)
         new[i] = _answer(rows[r], n, text, finished, len(ids))
+      if ask:
+        _ask(ask, new, [rows[wanted[i][1]] for i in batch])
       answers |= new
       kept.append([i, *answer] for i, answer in new.items())
       now = time.monotonic()
       rate = sum(map(len, responses)) / (now - last)
       progress.update(len(answers), tokens_per_second=rate)
       last = now
+
+
+def _ask(ask, new, rows):
+  """Adds the `logprobs` of answers that say something."""
+  answered = []
+  for (problem, line), row in zip(new.values(), rows, strict=True):
+    if problem != 'empty':
+      text = line['messages'][-1]['content'] if row.messages else line['output']
+      answered.append((line, dataclasses.replace(row, references=(text,))))
+  lines, rows = zip(*answered, strict=True) if answered else ((), ())
+  for line, found in zip(lines, ask([*rows]), strict=True):
+    if found is not None:
+      line['logprobs'] = found
 
 
 def _prompts(tokenizer, rows, template, max_prompt_length, on_bad_row):

@@ -31,7 +31,6 @@ from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import evaluator as evaluator_lib
 from gakd_jax.models import lora, pair, transformer
 from gakd_jax.models.attention import choose_backend
-from gakd_jax.objectives import few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +140,7 @@ def build(config, workdir, mesh, force=False, weights=True):
       return _shapes(part, dtype, mesh)
     settings = {'dtype': dtype, 'mesh': mesh, 'quantize': part.quantize}
     if part is config.teacher and not teacher_reads:
-      if part.cache in few.KINDS:
+      if part.cache in teacher_cache.NUMBERS:
         return None
       return models.load(part.path, dtype, mesh, blocks=False)
     shape = part.get('shape')
@@ -183,7 +182,7 @@ def abstract(config, mesh):
 
   def load(part, dtype):
     reads = part is not config.teacher or _teacher_reads(config)
-    if not reads and part.cache in few.KINDS:
+    if not reads and part.cache in teacher_cache.NUMBERS:
       return None
     return _shapes(part, dtype, mesh, reads)
 
@@ -231,14 +230,16 @@ def _checked(config, mesh):
     **config.objective,
   )
   objective.check(config)
-  writer = rollout.make(**config.rollout)
+  writer = rollout.make(**config.rollout).for_objective(objective)
   writer.check(config)
   teacher_cache.check(config, objective, writer)
   if config.train.steps is None and config.train.epochs is None:
     raise UserError('config.train: set steps or epochs')
   microbatch = config.train.microbatch_size or config.train.batch_size
   sharding.check_batch_size(config.train.batch_size, microbatch, mesh)
-  needs_teacher = objective.needs_teacher or writer.needs_teacher
+  is_in_data = config.teacher.cache == 'data'
+  needs_teacher = objective.needs_teacher and not is_in_data
+  needs_teacher |= writer.needs_teacher
   if needs_teacher and config.teacher.path is None:
     raise UserError(
       'config.teacher.path is not set, and this config needs a teacher'

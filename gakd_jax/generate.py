@@ -85,6 +85,13 @@ _KEEP_UNFINISHED = flags.DEFINE_bool(
   False,
   'With --dataset: keep answers that are empty or were cut off.',
 )
+_LOGPROBS = flags.DEFINE_integer(
+  'logprobs',
+  0,
+  'With --dataset: the most likely ids of each token and their '
+  "log-probabilities, for config.teacher.cache='data'; 0: none.",
+  lower_bound=0,
+)
 _FORCE = binary.force_flag()
 flags.adopt_module_key_flags(binary)  # So that --help shows them.
 _OF_DATASET = (
@@ -94,6 +101,7 @@ _OF_DATASET = (
   _BATCH_SIZE,
   _MAX_PROMPT_LENGTH,
   _KEEP_UNFINISHED,
+  _LOGPROBS,
 )
 
 
@@ -193,6 +201,7 @@ def write_dataset():
     max_prompt_length=_MAX_PROMPT_LENGTH.value,
     seed=_SEED.value,
     keep_unfinished=_KEEP_UNFINISHED.value,
+    logprobs=_LOGPROBS.value,
     force=_FORCE.value,
   )
 

@@ -13,7 +13,7 @@ from gakd_jax import (
   sharding,
   teacher_cache,
 )
-from gakd_jax.data import aligned, pipeline, sources
+from gakd_jax.data import aligned, logprobs, pipeline, sources
 from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.models import decoding
@@ -58,6 +58,17 @@ def texts(config, spec, readers, writer, kinds=()):
     for tokenizer, template in readers
   ]
   every, bad = read[0]
+  if config.teacher.cache == 'data':
+    every, wrong = logprobs.load(
+      spec,
+      contents,
+      every,
+      readers[0],
+      rules=rules,
+      size=config.teacher.cache_size,
+      root=c.cache,
+    )
+    bad += wrong
   if len(read) == 2:
     tokenizers = [tokenizer for tokenizer, _ in readers]
     n = len(every)
@@ -139,7 +150,9 @@ def training_batches(run):
       c, teacher_answers(run), run.reading, run.writer, run.objective.align
     )
   cached = None
-  if c.teacher.cache != 'none' and run.has_weights:
+  if c.teacher.cache == 'data':
+    cached = found.known.kept(found)
+  elif c.teacher.cache != 'none' and run.has_weights:
     cached = teacher_cache.load(c, run.objective, run.models, found, run.mesh)
   pads = [tokenizer_lib.pad_id(tokenizer) for tokenizer, _ in run.reading]
   batches = pipeline.batches(

@@ -16,10 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gakd_jax import UserError, build, flops, hlo, sharding
+from gakd_jax import UserError, build, flops, hlo, sharding, teacher_cache
 from gakd_jax import training as training_lib
 from gakd_jax.data import pipeline
-from gakd_jax.objectives import few
 from gakd_jax.objectives.base import Own
 
 # A CPU multiplies in float32, and has no 4-bit integers. Left to itself, its
@@ -300,7 +299,7 @@ def _chunk_bytes(run):
   local = c.train.batch_size // sharding.batch_ways(mesh) * c.data.max_length
   tokens = min(run.objective.head_chunk, local // training_lib.microbatches(c))
   logits_of_both = run.objective.needs_teacher and (
-    c.teacher.cache not in few.KINDS
+    c.teacher.cache not in teacher_cache.NUMBERS
   )
   configs = run.models.configs[: 1 + logits_of_both]
   V = min(config.vocab_size for config in configs)

@@ -12,7 +12,7 @@ import functools
 import jax
 import numpy as np
 
-from gakd_jax import sharding
+from gakd_jax import sharding, writing
 from gakd_jax.data import aligned, pipeline, spelling
 from gakd_jax.data import tokenizer as tokenizer_lib
 
@@ -39,6 +39,7 @@ class Reader:
       given: `pipeline.Batch` of the data, this process's rows on the host.
       written, metrics: what the run's writer made of it.
     """
+    given = writing.grouped(given, written.group)
     is_new_B = sharding.local_rows(written.written_B)
     tokens = jax.tree.map(sharding.local_rows, written.student)
     new = np.flatnonzero(is_new_B)

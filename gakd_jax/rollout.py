@@ -66,6 +66,11 @@ class Dataset:
     del template, tokenizer
     return self
 
+  def for_objective(self, objective):
+    """The writer of what this method asks."""
+    del objective
+    return self
+
   def check(self, config):
     """Refuses a run's config that the writer cannot work with."""
 
@@ -147,6 +152,9 @@ class Student(Dataset):
   top_p: Mass = 1.0  # 1: off
   cache: Literal[*caches.KINDS] | None = None  # keys and values in int8
   ends: Ends | None = None  # by `for_tokenizer`
+  # Chunks in which what is written is scored, by `for_objective`; None: it is
+  # not.
+  scores_in: int | None = None
 
   def __post_init__(self):
     if self.begin >= self.end:
@@ -174,6 +182,11 @@ class Student(Dataset):
       tokenizer_lib.size(tokenizer),
     )
     return dataclasses.replace(self, ends=ends)
+
+  def for_objective(self, objective):
+    is_asked = objective.asks_old and self.every > 1
+    chunk = objective.head_chunk if is_asked else None
+    return dataclasses.replace(self, scores_in=chunk)
 
   def check(self, config):
     c = config.data
@@ -205,11 +218,15 @@ class Student(Dataset):
     host, steps_B = writing.grouped((host, steps_B), self.group)
     host = host.replace(teacher=host.student)  # The same arrays, sent once.
     batch, steps_B = sharding.put_batch((host, steps_B), mesh)
-    tokens, written_B, _, metrics = writing.write(
+    tokens, written_B, _, old_log_BT, metrics = writing.write(
       self, models, params, batch.student, batch.rows_B, steps_B, key
     )
     batch = batch.replace(
-      student=tokens, teacher=tokens, written_B=written_B, group=self.group
+      student=tokens,
+      teacher=tokens,
+      written_B=written_B,
+      old_log_BT=old_log_BT,
+      group=self.group,
     )
     if len(group) == 1:
       return [(batch, metrics)]
@@ -225,8 +242,10 @@ class Student(Dataset):
       `Tokens`, and which of them are the teacher's, [B, T].
     """
     steps_B = jnp.zeros_like(batch.rows_B)  # Training counts from 1.
-    writer = dataclasses.replace(self, share=1.0, samples=1, beside=False)
-    tokens, _, by_teacher_BT, _ = writing.write(
+    writer = dataclasses.replace(
+      self, share=1.0, samples=1, beside=False, scores_in=None
+    )
+    tokens, _, by_teacher_BT, _, _ = writing.write(
       writer, models, params, batch.student, batch.rows_B, steps_B, key
     )
     return tokens, by_teacher_BT
@@ -343,7 +362,7 @@ WRITERS = {
 def make(writer, **settings):
   """The writer of a config; one line for what is misspelt."""
   settings_lib.check('config.rollout.writer', writer, Literal[*WRITERS])
-  known = settings_lib.types_of(WRITERS[writer], 'ends')
+  known = settings_lib.types_of(WRITERS[writer], 'ends', 'scores_in')
   owner = f'writer {writer!r}'
   settings = settings_lib.checked('config.rollout.', settings, known, owner)
   return WRITERS[writer](**settings)

@@ -93,7 +93,7 @@ def stream(
   sampler = Sampler(temperature, top_k, top_p, no_repeat_ngram, valid_vocab)
   _check(prompts, model.config, max_new_tokens, batch_size)
   definition, params = transformer.split(model)
-  mesh, ways = _mesh_of(params)
+  mesh, ways = mesh_of(params)
   eos_ids = tuple(int(i) for i in eos_ids)
   places = range(len(prompts)) if places is None else places
   plan = grouping.make(prompts, batch_size, ways)
@@ -229,7 +229,7 @@ def _check(prompts, config, max_new_tokens, batch_size):
       )
 
 
-def _mesh_of(params):
+def mesh_of(params):
   """The parameters' mesh, or None, and over how many devices it splits rows."""
   place = jax.tree.leaves(params)[0].sharding
   if not isinstance(place, NamedSharding):

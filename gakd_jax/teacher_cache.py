@@ -13,13 +13,16 @@ position that predicts a response's token:
   sampled  as many draws: 8 bytes for each id among them. Of 64 that are some
            10 to 20 ids. See `objectives.few`.
 
-Of the last two the run never needs the teacher's weights, not even its head.
+  data     what the rows of `config.data.train` have as `logprobs`, of a teacher
+           that is nowhere else: see `data.logprobs`. Nothing is made.
 
-They lie in `data.store`, in shards of some texts. A shard's key is all that it
-was made of: another teacher, dtype, text or order of texts has others. A run
-makes the shards that are missing before its first step; interrupted, it goes on
-with the next. Of several processes each keeps its own, or all the same where
-`data.cache` is of a file system that they share.
+Of the last three the run never needs the teacher's weights, not even its head.
+
+The others lie in `data.store`, in shards of some texts. A shard's key is all
+that it was made of: another teacher, dtype, text or order of texts has others.
+A run makes the shards that are missing before its first step; interrupted, it
+goes on with the next. Of several processes each keeps its own, or all the same
+where `data.cache` is of a file system that they share.
 """
 
 import dataclasses
@@ -35,7 +38,9 @@ from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.models import transformer
 from gakd_jax.objectives import few
 
-KINDS = ('none', 'hidden', *few.KINDS)
+# Of which the teacher's weights are not needed.
+NUMBERS = (*few.KINDS, 'data')
+KINDS = ('none', 'hidden', *NUMBERS)
 _SHARD = 256  # Texts, of which all is held at once.
 _VERSION = 2  # Of what is in a shard.
 
@@ -62,11 +67,21 @@ def check(config, objective, writer):
       f'{where}: with the writer {config.rollout.writer!r} the teacher reads '
       "text that is new in every step; set it to 'none'"
     )
-  if kind != 'hidden' and kind not in objective.takes:
+  if kind != 'hidden' and _form(kind) not in objective.takes:
     can = ' or '.join(map(repr, ('hidden', *objective.takes)))
     raise UserError(
       f'{where}: config.objective asks more of a teacher than that; take {can}'
     )
+  if kind == 'data' and objective.temperature != 1:
+    raise UserError(
+      f'{where}: log-probabilities of a file are those at temperature 1, and '
+      f'config.objective.temperature is {objective.temperature}; set it to 1'
+    )
+
+
+def _form(kind):
+  """Which of `few.KINDS` a kind is read as."""
+  return 'top_k' if kind == 'data' else kind
 
 
 def check_size(config, tokenizers):
@@ -82,6 +97,8 @@ def check_size(config, tokenizers):
 
 def is_whole(config, objective, texts):
   """Whether there is nothing to make, and no block of a teacher is needed."""
+  if config.teacher.cache == 'data':
+    return True
   keys = _keys(config, objective, _read_by_teacher(texts))
   root = _root(config)
   return hosts.all_of(all(store.has(root, key) for key in keys))

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from gakd_jax import keys, sharding
-from gakd_jax.data.pipeline import Tokens
+from gakd_jax.data.pipeline import Batch, Tokens
+from gakd_jax.models.transformer import Outputs
+from gakd_jax.objectives import head
 
 
 @functools.partial(jax.jit, static_argnames='writer')
@@ -24,7 +26,7 @@ def write(writer, models, params, tokens, rows_B, steps_B, key):
 
   Returns:
     `Tokens` with the new responses; which rows have one, [B]; which tokens are
-    the teacher's, [B, T]; {metric: scalar}.
+    the teacher's, [B, T]; `Batch.old_log_BT`; {metric: scalar}.
   """
   mesh = jax.sharding.get_abstract_mesh()
   ids_BT, is_text_BT = tokens.ids_BT, tokens.segments_BT > 0
@@ -65,9 +67,18 @@ def write(writer, models, params, tokens, rows_B, steps_B, key):
     written,
     tokens,
   )
+  old_log_BT = None
+  if writer.scores_in is not None:
+    hidden_BTD = models.student_hidden(params, Batch(tokens, tokens))
+    old_log_BT = head.log_probs(
+      Outputs(hidden_BTD, models.heads(params)[0]),
+      *head.next_token(tokens),
+      chunk=writer.scores_in,
+    )
   metrics |= _measured(written, end_B - length_B, is_written_B, writer)
   metrics = {f'rollout/{name}': x for name, x in metrics.items()}
-  return tokens, sharding.by_rows(is_written_B), by_teacher_BT, metrics
+  is_written_B = sharding.by_rows(is_written_B)
+  return tokens, is_written_B, by_teacher_BT, old_log_BT, metrics
 
 
 def _measured(tokens, length_B, is_written_B, writer):

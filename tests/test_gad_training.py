@@ -71,6 +71,24 @@ def test_a_critic_that_says_nothing_changes_nothing(config, tmp_path):
 
 
 @pytest.mark.slow
+def test_text_that_serves_two_steps_is_old_in_the_second(config, tmp_path):
+  """The writer's log-probabilities are the step's own, one step long."""
+  config.optimizer.learning_rate = 3e-2
+  config.train.steps, config.objective.warmup_steps = 4, 0
+  config.rollout.every = 2
+  rows = losses(config, tmp_path / 'run')
+  clipped = [row['train/clipped'] for row in rows]
+  assert clipped[0] == clipped[2] == 0
+  assert clipped[1] > 0
+  # r is 1: what is left is the mean of advantages, weighted by lengths.
+  config.rollout.every = 1
+  alone = losses(config, tmp_path / 'alone')
+  assert rows[0]['train/generator'] == pytest.approx(
+    alone[0]['train/generator'], abs=1e-5
+  )
+
+
+@pytest.mark.slow
 def test_microbatches_keep_groups_whole(config, tmp_path):
   want = losses(config, tmp_path / 'whole')
   config.train.microbatch_size = 2
@@ -107,7 +125,6 @@ def test_what_is_kept_of_a_teacher_serves_the_rows_of_the_data(
   [
     ({'writer': 'dataset'}, "set config.rollout to {'writer': 'student'"),
     (STUDENT | {'samples': 1}, 'compares several answers'),
-    (STUDENT | {'every': 2}, 'config.rollout.every: gad learns from'),
     (STUDENT | {'end': 0.5}, 'leave config.rollout.begin and end'),
   ],
 )

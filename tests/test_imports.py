@@ -33,6 +33,7 @@ LEVELS = (
     'rereading',
     'writing',
     'answering',
+    'odds',
     'teacher_cache',
     'evals',
   ),

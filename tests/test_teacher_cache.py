@@ -9,16 +9,20 @@ import pytest
 from configs import base
 from gakd_jax import (
   UserError,
+  answering,
   build,
   check,
   log,
+  models,
   plan,
+  rollout,
   sharding,
   teacher_cache,
   train,
 )
-from gakd_jax.data import kept
+from gakd_jax.data import kept, sources
 from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.models import decoding
 from tools import cache_teacher
 
 ROWS = [
@@ -161,6 +165,83 @@ def test_a_teacher_that_is_known_by_few_numbers_is_not_loaded(config, tmp_path):
   assert run.models.teacher_config is None
   assert 'teacher' not in run.models.frozen
   assert _losses(config, tmp_path / 'second') == first
+
+
+@pytest.fixture
+def answered(config, tmp_path):
+  """A file of the teacher's answers, with 5 ids of each token."""
+  tokenizer = tokenizer_lib.load(config.teacher.path)
+  rows, _ = sources.load(config.data.train, need_response=False)
+  answering.write(
+    rollout.Teacher(max_new_tokens=10, batch_size=8),
+    decoding.unstack(models.load(config.teacher.path)),
+    tokenizer,
+    rows,
+    tmp_path / 'answers.jsonl',
+    source={},
+    template='chat',
+    max_prompt_length=32,
+    seed=0,
+    keep_unfinished=True,
+    logprobs=5,
+  )
+  config.data.train = str(tmp_path / 'answers.jsonl')
+  config.teacher.cache_size = 5
+  return config
+
+
+@pytest.mark.parametrize(
+  'packing', [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_a_file_with_log_probabilities_is_a_teacher(
+  answered, tmp_path, packing
+):
+  """Without its weights losses are those with the 5 ids that it says."""
+  c = answered
+  c.data.packing = packing
+  c.train.batch_size = 2 if packing else 8
+  c.teacher.cache = 'top_k'
+  want = _losses(c, tmp_path / 'weights')
+  c.teacher.cache, c.teacher.path = 'data', None
+  c.objective.kd = 0.5
+  got = _losses(c, tmp_path / 'file')
+  assert len(got) == 9
+  # Of other batches' shapes, in fp16.
+  np.testing.assert_allclose(got, want, rtol=2e-3)
+
+
+def test_rows_without_log_probabilities_are_learned_by_their_text(
+  answered, tmp_path
+):
+  """Kept of one row alone, the others' loss is cross-entropy."""
+  c = answered
+  path = tmp_path / 'answers.jsonl'
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  for line in lines[1:]:
+    del line['logprobs']
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  c.objective.kd, c.train.steps = 1.0, 2
+  c.teacher.cache, c.teacher.path = 'data', None
+  train.run(c, tmp_path / 'file')
+  rows = log.read_metrics(tmp_path / 'file')
+  rows = [row for row in rows if 'train/loss' in row]
+  share = [row['train/loss'] / row['train/ce'] for row in rows]
+  assert 1 in [pytest.approx(x, rel=1e-6) for x in share]
+  del lines[0]['logprobs']
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  with pytest.raises(UserError, match=r'none has any.*--logprobs'):
+    train.run(c, tmp_path / 'none')
+
+
+def test_methods_that_cannot_use_them_refuse(answered, tmp_path):
+  c = answered
+  c.teacher.cache = 'data'
+  c.objective.temperature = 2.0
+  with pytest.raises(UserError, match='those at temperature 1'):
+    train.run(c, tmp_path / 'warm')
+  c.objective = {'name': 'gakd', 'warmup_steps': 1}
+  with pytest.raises(UserError, match=r"asks more of a teacher .*'hidden'"):
+    train.run(c, tmp_path / 'gakd')
 
 
 def test_what_was_drawn_comes_back_by_position():

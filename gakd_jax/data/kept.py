@@ -14,6 +14,8 @@ class Kept:
 
   shards: of each `size` texts, {name: [positions of all, ...]}.
   lengths: [N], positions of each text.
+  starts: [N], where each text begins in its shard; None: where the one before
+    it ends.
   draws: None; or of ids that were sampled, how many. A shard has an entry for
     each id that was drawn at a position, and its `ends` [positions]; a text,
     `share` of them, and as many ids as draws, of which the last have no share.
@@ -23,11 +25,15 @@ class Kept:
   lengths: np.ndarray
   size: int
   draws: int | None = None
+  starts: np.ndarray | None = None
 
   def __getitem__(self, i):
     shard = self.shards[i // self.size]
     first = i // self.size * self.size
-    start = int(self.lengths[first:i].sum())
+    if self.starts is None:
+      start = int(self.lengths[first:i].sum())
+    else:
+      start = int(self.starts[i])
     these = slice(start, start + self.lengths[i])
     if self.draws:
       return _dense(shard, these, self.draws)

@@ -57,6 +57,8 @@ class Batch:
   rows_B: int32, each row's (first) place in the data; -1 for none.
   written_B: bool, the rows that a model wrote in the run, and not the data;
     None where nobody writes.
+  old_log_BT: log-probabilities that the writer gave to what it wrote, of the
+    token after each; None where the method does not ask.
   group: how many rows that follow each other have one prompt.
   """
 
@@ -68,6 +70,7 @@ class Batch:
   totals: dict = flax.struct.field(default_factory=dict)
   rows_B: np.ndarray | None = None
   written_B: np.ndarray | None = None
+  old_log_BT: np.ndarray | None = None
   group: int = flax.struct.field(pytree_node=False, default=1)
 
 

@@ -65,6 +65,22 @@ def stream(spec, rules):
 
   A row's place counts all rows, of all specs, bad ones among them.
   """
+  for number, place, row, _ in _stream(spec, rules):
+    yield number, place, row
+
+
+def column(spec, rules, name):
+  """Yields (place, where, what its record has under a name or None) of rows.
+
+  Of the rows that the turns of one record are, it is of the last.
+  """
+  for _, place, row, record in _stream(spec, rules):
+    value = record.get(name) if isinstance(record, dict) else None
+    yield place, row.where, value
+
+
+def _stream(spec, rules):
+  """`stream`, and the record of each row; None for the first of its rows."""
   place = itertools.count()
   for number, part in enumerate(parts(spec)):
     for where, record in _records(part):
@@ -72,8 +88,8 @@ def stream(spec, rules):
         rows = rows_lib.read(where, record, rules)
       except BadRow as error:
         rows = [error]
-      for row in rows:
-        yield number, next(place), row
+      for i, row in enumerate(rows, start=1):
+        yield number, next(place), row, record if i == len(rows) else None
 
 
 def at(spec, rules, places):

@@ -9,6 +9,7 @@ texts are, is chosen afterwards, from its lengths.
 import collections
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,7 @@ class Texts:
   places: of the row that it is from, see `sources.stream`.
   sets: which of several sets it is from.
   digest: differs between different ids.
+  known: what the data has of a teacher, `logprobs.Known`; None: not read.
   """
 
   ids: np.ndarray
@@ -39,6 +41,7 @@ class Texts:
   places: np.ndarray
   sets: np.ndarray
   digest: str = ''
+  known: Any = None
 
   def __len__(self):
     return len(self.starts)

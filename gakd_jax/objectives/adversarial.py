@@ -82,10 +82,11 @@ def with_warmup(objective, steps_per_epoch, total_steps):
   return dataclasses.replace(objective, warmup_steps=steps)
 
 
-def start(fresh, settings, key, mesh):
+def start(fresh, settings, key, mesh, reads_ids=False):
   """A critic's `Own` at the start, of `fresh(key)`, placed on a mesh.
 
-  settings: `config.critic`; the trunk of its `init_from`, if it names one.
+  settings: `config.critic`; the trunk of its `init_from`, if it names one, and
+    of a critic that reads ids its embedding, of the ids that both have.
   """
   places = None
   if mesh is not None:
@@ -96,8 +97,12 @@ def start(fresh, settings, key, mesh):
   trunk = models.load(settings['init_from'], 'float32', mesh)
   lora.merge(trunk)
   trunk = transformer.split(trunk)[1]
-  trunk = {name: trunk[name] for name in ('blocks', 'final_norm')}
-  return own.replace(critic=own.critic | trunk)
+  new = {name: trunk[name] for name in ('blocks', 'final_norm')}
+  if reads_ids:
+    projection_VC = own.critic['projection']
+    V = min(len(projection_VC), len(trunk['embedding']))
+    new['projection'] = projection_VC.at[:V].set(trunk['embedding'][:V])
+  return own.replace(critic=own.critic | new)
 
 
 def operations(objective, shapes, critic, rows, length, microbatches):

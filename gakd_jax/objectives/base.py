@@ -52,6 +52,9 @@ class Objective:
   # Whether it asks the teacher about the data's responses alone, where others
   # are written beside them.
   asks_of_data = False
+  # Whether it asks what the student gave to its text when it wrote it, if that
+  # was steps ago.
+  asks_old = False
   # Whether it reads the teacher's hidden states where no response is predicted.
   reads_prompts = False
   # What it reads of `Batch.align` where tokenizers differ, of its names the

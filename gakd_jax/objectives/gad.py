@@ -8,10 +8,12 @@ those of an API: no logits are asked), or gold ones.
 
   critic   -log sigmoid(D(x, real) - D(x, y)), Bradley-Terry over all pairs
   student  L + g L_G, where L is (1 - kd) CE + kd D(p, q), and L_G the mean over
-           the tokens that it wrote of -A log q(token),
+           the tokens that it wrote of -min(r A, clip(r, 1 - eps, 1 + eps) A),
+           r = q(token) / q_old(token), q_old being the student that wrote it,
            A = (D(x, y) - mean) / (std + 1e-4) over the n answers to a prompt:
-           the policy gradient of GRPO (arXiv 2402.03300) for text that the
-           student of the same step wrote
+           the policy gradient of GRPO (arXiv 2402.03300). For text of the
+           step's own student r is 1, and the gradient that of -A log q(token);
+           with `config.rollout.every`=k a student's text serves k steps
 
 L is over the real answers, as `kld` has it; `on='written'` takes the divergence
 over the student's. D reads prompt and answer, and its score stands at the last
@@ -20,7 +22,8 @@ alone.
 
 `oracle=True` puts D* = log p(y|x) - log q(y|x) in the critic's place: what a
 critic that tells the teacher's text from the student's comes to when it has
-learned all. It takes a teacher's logits.
+learned all. It takes a teacher's logits, of whatever tokens the teacher reads
+the text in.
 
 With kd=0 and likelihood=0 the text of the data is imitated in the warm-up, and
 only the critic teaches from there on.
@@ -38,7 +41,7 @@ from gakd_jax import UserError, flops, sharding
 from gakd_jax.data import segments
 from gakd_jax.models import critic as critic_lib
 from gakd_jax.objectives import adversarial, base, head, kld, sft
-from gakd_jax.settings import Count, Natural, NotNegative, Share
+from gakd_jax.settings import Count, Natural, NotNegative, Positive, Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,7 @@ class GAD(base.Objective):
   on: Literal['data', 'written'] = 'data'  # whose text the divergence is of
   likelihood: NotNegative = 1.0  # weight of L after the warm-up
   g: NotNegative = 1.0  # weight of L_G; 0: no critic, the ablation
+  clip: Positive = 0.2  # eps
   oracle: bool = False  # D* in the critic's place
   warmup_epochs: NotNegative = 0.5  # in which L_G is 0
   warmup_steps: Natural | None = None  # instead of warmup_epochs
@@ -56,6 +60,7 @@ class GAD(base.Objective):
 
   # Log-probabilities of what was written are computed again for their gradient.
   more_head_passes = 1, 0
+  asks_old = True
 
   def __post_init__(self):
     critic_lib.check(self.critic)
@@ -63,6 +68,10 @@ class GAD(base.Objective):
   @property
   def needs_teacher(self):
     return self.kd > 0 or self.oracle
+
+  @property
+  def one_tokenizer(self):
+    return self.kd > 0 or not self.oracle
 
   @property
   def takes(self):
@@ -80,11 +89,6 @@ class GAD(base.Objective):
         "prompt with that of the data; set config.rollout to {'writer': "
         "'student', 'samples': 4, 'beside': True}"
       )
-    if c.get('every', 1) != 1:
-      raise UserError(
-        'config.rollout.every: gad learns from what the student of the same '
-        'step wrote; leave it at 1'
-      )
     if (c.get('begin', 0.0), c.get('end', 1.0)) != (0, 1):
       raise UserError(
         'config.objective: gad has answers of the student in every step; leave '
@@ -99,7 +103,7 @@ class GAD(base.Objective):
 
   def init(self, key, student, teacher, mesh=None):
     fresh = functools.partial(self._fresh, student)
-    return adversarial.start(fresh, self.critic, key, mesh)
+    return adversarial.start(fresh, self.critic, key, mesh, reads_ids=True)
 
   def _fresh(self, student, key):
     if self.g == 0 or self.oracle:
@@ -164,28 +168,38 @@ class GAD(base.Objective):
   def reinforcement(self, student, teacher, batch, own, key):
     """g L_G, from the end of the warm-up on."""
     del key
-    log_q_BT, is_new_BT = self._log_probs(student, batch)
+    is_new_B = batch.written_B
+    log_q_BT, is_new_BT = self._log_probs(student, batch.student, is_new_B)
     if self.oracle:
-      log_p_BT, _ = self._log_probs(teacher, batch)
-      reward_B = jnp.sum(jax.lax.stop_gradient(log_p_BT - log_q_BT), axis=1)
+      log_p_BU, _ = self._log_probs(teacher, batch.teacher, is_new_B)
+      reward_B = jnp.sum(log_p_BU, axis=1) - jnp.sum(log_q_BT, axis=1)
     else:
       reward_B = self.scores(own.critic, batch, student.hidden_BTD.dtype)
     reward_Bn = jax.lax.stop_gradient(reward_B).reshape(-1, batch.group)
-    advantage_B = advantages(reward_Bn[:, :-1], batch.group)
-    gain_BT = log_q_BT * advantage_B[:, None]
-    loss = -jnp.sum(gain_BT, where=is_new_BT) / batch.totals['written']
-    metrics = {'generator': loss, 'reward': _mean(reward_Bn[:, :-1], batch)}
+    advantage_B1 = advantages(reward_Bn[:, :-1], batch.group)[:, None]
+    old_BT = batch.old_log_BT
+    if old_BT is None:
+      old_BT = jax.lax.stop_gradient(log_q_BT)
+    ratio_BT = jnp.exp(log_q_BT - old_BT)
+    near_BT = jnp.clip(ratio_BT, 1 - self.clip, 1 + self.clip)
+    gain_BT = ratio_BT * advantage_B1
+    least_BT = jnp.minimum(gain_BT, near_BT * advantage_B1)
+    n = batch.totals['written']
+    loss = -jnp.sum(least_BT, where=is_new_BT) / n
+    metrics = {
+      'generator': loss,
+      'reward': _mean(reward_Bn[:, :-1], batch),
+      'clipped': jnp.sum(least_BT < gain_BT, where=is_new_BT) / n,
+    }
     weight = jnp.where(own.step >= self.warmup_steps, self.g, 0.0)
     return weight * loss, metrics
 
-  def _log_probs(self, outputs, batch):
-    """log-probabilities of what the student wrote, [B, T], and where it is."""
-    target, mask_BT = base.targets(batch)
-    is_new_BT = mask_BT & batch.written_B[:, None]
-    log_BT = head.log_probs(
-      outputs, target.id_N, is_new_BT, chunk=self.head_chunk
-    )
-    return log_BT, is_new_BT
+  def _log_probs(self, outputs, tokens, is_row_B):
+    """log-probabilities of the responses of some rows, [B, T], and where."""
+    ids_BT, mask_BT = head.next_token(tokens)
+    mask_BT &= is_row_B[:, None]
+    log_BT = head.log_probs(outputs, ids_BT, mask_BT, chunk=self.head_chunk)
+    return log_BT, mask_BT
 
   def critic_loss(self, student, teacher, batch, own, key):
     del teacher, key
@@ -212,6 +226,8 @@ class GAD(base.Objective):
       jax.tree.map(lambda x: x.astype(dtype), critic),
     )
     x_BTC = sharding.look_up(critic['projection'], tokens.ids_BT, dtype)
+    if config.scaled_embedding:
+      x_BTC *= jnp.asarray(config.width**0.5, dtype)
     remat = 'blocks' if self.critic.get('init_from') else 'none'  # Its size.
     score_BT = model(x_BTC, tokens.segments_BT, remat)
     is_last_BT = segments.is_last(tokens.segments_BT)

@@ -11,13 +11,15 @@ forward_kl) or on-policy distillation with reverse KL, each with kd 1.
 
 Distributions are compared over the token ids that both vocabularies have. Of a
 teacher that is known by few numbers a token (`few`), D is over the K + 1
-outcomes of its top k, or forward KL is estimated from ids that it drew.
+outcomes of its top k, or forward KL is estimated from ids that it drew. Where a
+data file has nothing of it but the text (`data.logprobs`), D is cross-entropy.
 """
 
 import dataclasses
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from gakd_jax.objectives import base, divergences, few
 from gakd_jax.settings import NotNegative, Positive, Share
@@ -73,7 +75,12 @@ class KLD(base.Objective):
       divergence_N = few.forward_kl(tempered_NV, target.known)
     else:
       divergence_N = self._divergence(*few.outcomes(tempered_NV, target.known))
-    return self._mixed(divergence_N, jax.nn.log_softmax(logits[0]), target)
+    log_q_NV = jax.nn.log_softmax(logits[0])
+    if 'is_known' in target.known:
+      # Of a text alone, all mass is on it: its KL is the cross-entropy.
+      ce_N = divergences.cross_entropy(log_q_NV, target.id_N)
+      divergence_N = jnp.where(target.known['is_known'], divergence_N, ce_N)
+    return self._mixed(divergence_N, log_q_NV, target)
 
   def _token_loss(self, logits, target):
     log_q_NV, log_p_NV = (

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from gakd_jax import objectives
+from gakd_jax import models, objectives
 from gakd_jax.data.pipeline import Batch, Tokens
 from gakd_jax.models import DecoderConfig
 from gakd_jax.models.transformer import Head, Outputs
@@ -115,6 +116,63 @@ def test_two_tokens_have_the_gradient_that_is_written_down():
   others = np.array(got_BTD)
   others[:N, 1] = 0
   assert not others.any()
+
+
+def test_text_of_an_older_student_is_clipped():
+  """Of r A, the part beyond 1 +- clip gives no gradient; the rest gives r A."""
+  objective = make(oracle=True, clip=0.2)
+  batch = batch_of(1, 3, 2, lengths=[3] * (N + 1))
+  batch.student.ids_BT[:, 2] = [0, 1, 1, 0]
+  q, p = 0.3, 0.8  # of token 1
+  log_q_B = np.log([1 - q, q, q, 1 - q])
+  ratio_B = np.array([0.7, 1.1, 1.5, 1.0])
+  old_BT = np.zeros((N + 1, 3), np.float32)
+  old_BT[:, 1] = log_q_B - np.log(ratio_B)
+  batch = counted(objective, batch.replace(old_log_BT=old_BT))
+
+  def outputs(of_one):
+    hidden_BTD = jnp.full((N + 1, 3, 1), np.log(of_one / (1 - of_one)))
+    return Outputs(hidden_BTD, Head(jnp.array([[0.0], [1.0]])))
+
+  def loss(hidden_BTD):
+    student = outputs(q).replace(hidden_BTD=hidden_BTD)
+    return objective.reinforcement(
+      student, outputs(p), batch, own_of(objective, 2), None
+    )
+
+  reward_B = np.log([(1 - p) / (1 - q), p / q, p / q])
+  advantage_B = (reward_B - reward_B.mean()) / (reward_B.std() + 1e-4)
+  assert advantage_B[0] < 0 < advantage_B[1]
+  # The first is already less likely than it should become, the third more.
+  counts_B = np.array([0, 1, 0])
+  is_one_B = np.array([0, 1, 1])
+  want_B = -counts_B * ratio_B[:N] * advantage_B * (is_one_B - q) / 3
+  got_BTD, metrics = jax.jit(jax.grad(loss, has_aux=True))(
+    outputs(q).hidden_BTD
+  )
+  np.testing.assert_allclose(got_BTD[:N, 1, 0], want_B, rtol=1e-5, atol=1e-9)
+  np.testing.assert_allclose(metrics['clipped'], 2 / 3, rtol=1e-6)
+  clipped_B = np.clip(ratio_B[:N], 0.8, 1.2)
+  value = np.minimum(ratio_B[:N] * advantage_B, clipped_B * advantage_B)
+  np.testing.assert_allclose(metrics['generator'], -value.mean(), rtol=1e-4)
+
+
+def test_a_critic_can_come_from_a_model_with_its_embedding(tiny_model_dir):
+  path = tiny_model_dir()
+  source = nnx.to_pure_dict(nnx.state(models.load(path, dtype='float32')))
+  objective = make(critic={'init_from': str(path)})
+  rows = len(source['embedding'])
+  for V in (rows - 4, rows + 4):
+    config = dataclasses.replace(models.read_config(path), vocab_size=V)
+    critic = objective.init(jax.random.key(0), config, None).critic
+    assert len(critic['projection']) == V
+    both = min(V, rows)
+    np.testing.assert_array_equal(
+      critic['projection'][:both], source['embedding'][:both]
+    )
+    jax.tree.map(
+      np.testing.assert_array_equal, critic['blocks'], source['blocks']
+    )
 
 
 def test_the_oracle_is_the_exact_ratio_of_both_models():
