@@ -27,7 +27,7 @@ B, T = 4, 256
 # {field: of scale 1}, but heads: those of 64 numbers.
 STUDENT = {'width': 1024, 'layers': 28, 'heads': 16, 'ff_width': 3072}
 TEACHER = {'width': 4096, 'layers': 36, 'heads': 64, 'ff_width': 12288}
-_V, _CHUNK = 151936, 256
+_V, _CHUNK = 151936, 128
 _BATCHES, _KNOWN = 8, 64  # Different batches, in turns; ids a token.
 
 
