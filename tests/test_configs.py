@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from configs import base, cross, gakd, on_policy, skd, tiny_teacher
+from configs import base, cross, gad, gakd, on_policy, skd, tiny_teacher
 from gakd_jax import (
   UserError,
   binary,
@@ -46,7 +46,7 @@ ALL_FILES = [
 
 # Of GAKD's kinds, some are trained by default.
 LONG = re.compile(
-  'quickstart|tiny_teacher|fidelity_math|skd|on_policy|pipeline|fkl_|sft_8b|'
+  '^gad|quickstart|tiny_teacher|fidelity_math|skd|on_policy|pipeline|fkl_|sft_8b|'
   'cross|rkl_|sft_0p6b'
 )
 
@@ -187,11 +187,7 @@ def test_wrong_arguments_of_gakd_are_named(argument):
 )
 def test_the_studies_have_settings_that_exist(name, rows):
   """Their runs take an hour; what they are made of is tested elsewhere."""
-  file = FOLDER.parent / 'docs' / f'{name}.py'
-  spec = importlib.util.spec_from_file_location(name, file)
-  study = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(study)
-  stages = study.get_config().stages
+  stages = study(name).get_config().stages
   names = [name for name, _ in stages]
   assert len(set(names)) == len(names) == 1 + 3 * rows
   for i, (_, c) in enumerate(stages):
@@ -261,6 +257,42 @@ def test_every_argument_of_on_policy(size):
       on_policy.get_config(wrong)
 
 
+@pytest.mark.parametrize('size', gad.SIZES)
+def test_every_argument_of_gad(size):
+  for method in gad.METHODS:
+    c = gad.get_config(f'{size},{method}')
+    check_parts(c)
+    assert (c.teacher.path is not None) == (method == 'oracle')
+    assert (c.critic.init_from is not None) == method.startswith('gad')
+  for wrong in ('0p6b', '8b,gad', '0p6b,gkd'):
+    with pytest.raises(UserError, match='expected <size>,<method>, of 0p6b,'):
+      gad.get_config(wrong)
+
+
+@pytest.mark.parametrize(
+  ('which', 'rows'),
+  [('ladder', 14), ('flawed', 9), ('length', 15), ('tokenizers', 6)],
+)
+def test_the_critic_study_has_settings_that_exist(which, rows):
+  stages = study('critic_study').get_config(which).stages
+  names = [name for name, _ in stages]
+  alone = sum('-seed' not in name for name in names)
+  assert len(set(names)) == len(names) == alone + 3 * rows
+  for i, (_, c) in enumerate(stages):
+    check_parts(c, names[:i])
+  with pytest.raises(UserError, match='expected one of ladder, flawed'):
+    study('critic_study').get_config('all')
+
+
+def study(name):
+  """A module of docs/."""
+  file = FOLDER.parent / 'docs' / f'{name}.py'
+  spec = importlib.util.spec_from_file_location(name, file)
+  found = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(found)
+  return found
+
+
 @pytest.mark.parametrize(
   ('argument', 'message'),
   [
@@ -292,7 +324,7 @@ def kinds(config):
       type(objectives.make(config.objective.name)), 'critic', 'head_chunk'
     ),
     'rollout': settings.types_of(
-      rollout.WRITERS[config.rollout.writer], 'ends'
+      rollout.WRITERS[config.rollout.writer], 'ends', 'scores_in'
     ),
   }
   for name, line in config.evals.items():

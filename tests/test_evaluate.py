@@ -450,7 +450,14 @@ SUITES = sorted(
 )
 
 
-@pytest.mark.parametrize('name', SUITES)
+@pytest.mark.parametrize(
+  'name',
+  # Of all, each is there alone.
+  [
+    pytest.param(x, marks=[pytest.mark.slow] * (x == 'eval_all'))
+    for x in SUITES
+  ],
+)
 def test_every_suite_runs(name, paths, write_rows, data_file, tmp_path):
   config = importlib.import_module(f'configs.{name}').get_config()
   seen = set()

@@ -367,10 +367,9 @@ def test_draws_for_different_ends_have_different_keys():
   assert min(own) >= 2**31
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-  'writer',
-  [pytest.param(STUDENT, marks=pytest.mark.slow), SPECULATIVE],
-  ids=['student', 'speculative'],
+  'writer', [STUDENT, SPECULATIVE], ids=['student', 'speculative']
 )
 def test_a_rollout_holds_no_text_of_logits_and_one_copy_of_the_models(writer):
   """Layers that are taken apart, once, whatever the number of tokens."""

@@ -406,7 +406,9 @@ def test_who_wrote_a_row_decides_what_it_counts_for(method, by_hand):
   assert min(ce[0], ce[2], entropy[0], entropy[1]) > 1
 
 
-@pytest.mark.parametrize('method', ['kld', 'distillm2'])
+@pytest.mark.parametrize(
+  'method', ['kld', pytest.param('distillm2', marks=pytest.mark.slow)]
+)
 def test_microbatches_do_not_change_what_a_row_counts_for(method):
   """They hold other shares of what was written than the whole batch."""
   variant = {'method': method, 'written': True}
@@ -738,7 +740,10 @@ def test_randomness_comes_from_seed_step_and_microbatch_alone():
     assert len({float(x) for x in want}) == 3
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize(
+  'method',
+  [pytest.param(x, marks=[pytest.mark.slow] * (x == 'gakd')) for x in METHODS],
+)
 def test_no_array_has_the_size_of_logits(method):
   text = _compile(method=method)[0].as_text()
   dims = re.findall(r'\b(?:f32|bf16|s32|u32|pred)\[([\d,]+)\]', text)

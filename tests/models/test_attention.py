@@ -165,6 +165,7 @@ def test_cudnn_gets_no_mask_that_is_long_or_odd(asked, monkeypatch):
     assert asked[-1]['implementation'] == 'cudnn'
 
 
+@pytest.mark.slow
 def test_splash_is_asked_for_windows_that_all_layers_share(monkeypatch):
   found = []
 

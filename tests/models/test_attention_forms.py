@@ -88,7 +88,12 @@ def test_every_form_is_the_formula(form, T, window, cap):
 
 
 @pytest.mark.parametrize(
-  ('form', 'order'), [('whole', 2), ('chunked', 2), ('splash', 1)]
+  ('form', 'order'),
+  [
+    ('whole', 2),
+    ('chunked', 2),
+    pytest.param('splash', 1, marks=pytest.mark.slow),
+  ],
 )
 def test_packed_documents_do_not_see_each_other(form, order):
   """Nor feel it in gradients: other documents may change, a row moves."""

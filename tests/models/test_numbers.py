@@ -97,6 +97,7 @@ def test_the_gradient_of_a_head_that_is_projected_is_never_fp32():
   assert f'f32[{V},{D}]' not in text
 
 
+@pytest.mark.slow
 def test_scores_under_a_soft_cap_have_gradients_of_bf16_products():
   rng = np.random.default_rng(0)
   q_BTNH, k_BKHS, v_BKSH = (

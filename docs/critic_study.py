@@ -1,0 +1,275 @@
+"""Where a critic helps: the runs of critic_study.md, one argument a question.
+
+  python -m gakd_jax.main --config=docs/critic_study.py:ladder
+  python -m gakd_jax.main --config=docs/critic_study.py:flawed
+  python -m gakd_jax.main --config=docs/critic_study.py:length
+  python -m gakd_jax.main --config=docs/critic_study.py:tokenizers
+
+The quickstart's teacher and student, from the seed's own SFT on gold rows.
+Every row is there with and without a critic, or with D* in its place, with the
+same text, in the same order, as many steps and one rate. Evaluations are of 240
+prompts: accuracy by the facts of each answer, and KL(q || p) over the student's
+own text.
+"""
+
+import os
+
+from configs import quickstart as q
+from gakd_jax import UserError
+
+TINY_STUDENT = os.path.join(os.path.dirname(q.__file__), 'assets/tiny_student')
+SEEDS = 3
+STEPS, WARMUP = 300, 150
+RATE = 2e-3
+PROMPTS = 8  # a step, with
+SAMPLES = 4  # answers of the student to each
+TEST = 'python:tools.synthetic:gradable:test:240'
+CHECK = 'python:tools.synthetic:check'
+G = 1.0
+
+
+def get_config(which='ladder'):
+  if which not in STUDIES:
+    raise UserError(
+      f'docs/critic_study.py:{which}: expected one of {", ".join(STUDIES)}'
+    )
+  c = q.base.get_config()
+  c.stages = tuple(STUDIES[which]())
+  return c
+
+
+# What is known of the teacher: by its whole distribution, its k most likely
+# tokens, or its text.
+LEVELS = {
+  'full': {},
+  'top_20': {'cache': 'top_k', 'cache_size': 20},
+  'top_5': {'cache': 'top_k', 'cache_size': 5},
+  'top_1': {'cache': 'top_k', 'cache_size': 1},
+  'text': None,
+}
+
+
+def ladder():
+  """What is left for a critic to say, the less is known of a teacher."""
+  yield 'teacher', teacher()
+  for seed in range(SEEDS):
+    yield f'sft-seed{seed}', measured(q.sft(seed))
+    for level, known in LEVELS.items():
+      likelihood = {'kd': 0.0 if known is None else 1.0}
+      for critic in ('', '_critic', '_oracle'):
+        if critic == '_oracle' and known:
+          continue  # D* takes all of the teacher.
+        c = student('stage:teacher', seed, f'stage:sft-seed{seed}')
+        c.teacher.update(known or {})
+        learns(c, critic, divergence='forward_kl', **likelihood)
+        yield f'{level}{critic}-seed{seed}', c
+    # The exact gradient of what D* stands for, on the same text.
+    c = student('stage:teacher', seed, f'stage:sft-seed{seed}')
+    learns(c, '_exact', kd=0.5, on='written', divergence='reverse_kl')
+    yield f'text_exact-seed{seed}', c
+
+
+# How a teacher was spoilt: its config.
+FLAWS = {
+  'early': lambda: _teacher_of('train', steps=250, fresh=True),
+  'permuted': lambda: _teacher_of('permuted', steps=200, fresh=False),
+}
+GOLD_ROWS = 200
+
+
+def flawed():
+  """Can a critic of few gold answers say what a flawed teacher cannot?
+
+  The student learns from the teacher by reverse KL on its own text; from gold
+  by cross-entropy, by a critic, by both or not at all.
+  """
+  gold = f'python:tools.synthetic:rows:prompts:{GOLD_ROWS}'
+  for seed in range(SEEDS):
+    yield f'sft-seed{seed}', measured(q.sft(seed))
+  for flaw, make in FLAWS.items():
+    yield f'{flaw}_teacher', make()
+    for seed in range(SEEDS):
+      for row, kd, critic in (
+        ('nothing', 1.0, '_exact'),
+        ('ce', 0.5, '_exact'),
+        ('critic', 1.0, '_critic'),
+        ('both', 0.5, '_critic'),
+      ):
+        c = student(gold, seed, f'stage:sft-seed{seed}')
+        c.teacher.path = f'stage:{flaw}_teacher'
+        learns(c, critic, kd=kd, on='written', divergence='reverse_kl')
+        yield f'{flaw}_{row}-seed{seed}', c
+
+
+QUESTIONS = (1, 3, 6)  # in a prompt: answers of 30 to 180 tokens
+
+
+def length():
+  """Does credit for a whole answer fade as answers grow?
+
+  KL by token (`exact`), D* and D by answer, on the student's own text.
+  """
+  yield 'able', _long(_able_teacher(), max(QUESTIONS))
+  for k in QUESTIONS:
+    c = _long(q.teacher(0), k)
+    c.student.path = c.teacher.path = 'stage:able'
+    c.data.train = f'python:tools.synthetic:joined:prompts:2400:{k}'
+    c.rollout.update(max_new_tokens=60 * k + 12, batch_size=64)
+    yield f'teacher_{k}', c
+    for seed in range(SEEDS):
+      sft = q.sft(seed)
+      sft.data.train = f'python:tools.synthetic:joined:train:600:{k}'
+      yield f'sft_{k}-seed{seed}', _long(sft, k)
+      for name, critic, likelihood in (
+        ('text', '', {'kd': 0.0}),
+        ('exact', '_exact', {'kd': 0.5, 'on': 'written'}),
+        ('oracle', '_oracle', {'kd': 0.0}),
+        ('critic', '_critic', {'kd': 0.0}),
+      ):
+        c = student(f'stage:teacher_{k}', seed, f'stage:sft_{k}-seed{seed}')
+        c.teacher.path = 'stage:able'
+        learns(c, critic, divergence='reverse_kl', **likelihood)
+        yield f'{name}_{k}-seed{seed}', _long(c, k)
+
+
+def _able_teacher():
+  """The quickstart's, which learns to answer several questions."""
+  data = tuple(
+    f'python:tools.synthetic:joined:train:6000:{k}:1' for k in QUESTIONS
+  )
+  c = q.student(data, 600, 0, q.tiny_teacher.PATH, 2e-3)
+  c.teacher.path = None
+  return c
+
+
+def _long(c, k):
+  """For prompts of k questions."""
+  c = measured(c)
+  new = 60 * k + 12
+  c.data.packing = False
+  c.data.max_prompt_length = 60 * k + 20
+  c.data.max_length = c.data.max_prompt_length + new
+  if c.rollout.writer == 'student':
+    c.rollout.max_new_tokens = new
+  for line in c.evals.values():
+    if 'data' in line:
+      line.data = f'python:tools.synthetic:joined:test:120:{k}'
+    if 'max_new_tokens' in line:
+      line.max_new_tokens = new
+  return c
+
+
+# A student of other tokens: its teacher by text alone, by pieces of text of
+# which both know the odds (MultiLevelOT, ALM), and by D* of the whole text.
+OTHER_TOKENS = {
+  'text': ({'name': 'sft'}, ''),
+  'multilevel_ot': ({'name': 'multilevel_ot'}, ''),
+  'alm': ({'name': 'alm'}, ''),
+  'text_critic': ({}, '_critic'),
+  'text_oracle': ({}, '_oracle'),
+}
+NEW_TOKENS = 88  # of an answer, in these tokens
+
+
+def tokenizers():
+  """Where tokens differ no likelihood has all that D* has."""
+  yield 'teacher', teacher()
+  for seed in range(SEEDS):
+    sft = q.sft(seed)
+    sft.student.path, sft.student.shape = TINY_STUDENT, {}
+    sft.train.batch_size = 16  # as many as 8 packed rows hold
+    yield f'sft-seed{seed}', _of_other_tokens(measured(sft))
+    for name, (objective, critic) in OTHER_TOKENS.items():
+      c = student('stage:teacher', seed, f'stage:sft-seed{seed}')
+      learns(c, critic, kd=0.0)
+      if not critic:
+        c.objective = objective
+      yield f'{name}-seed{seed}', _of_other_tokens(c)
+
+
+def _of_other_tokens(c):
+  c.data.packing = False
+  c.data.max_length = c.data.max_prompt_length + NEW_TOKENS
+  if c.rollout.writer == 'student':
+    c.rollout.max_new_tokens = NEW_TOKENS
+  for line in c.evals.values():
+    if 'max_new_tokens' in line:
+      line.max_new_tokens = NEW_TOKENS
+  return c
+
+
+STUDIES = {
+  'ladder': ladder,
+  'flawed': flawed,
+  'length': length,
+  'tokenizers': tokenizers,
+}
+
+
+def teacher():
+  """No training: the teacher's answers to 2400 prompts, and its scores."""
+  return measured(q.teacher(2400))
+
+
+def _teacher_of(rows, steps, fresh):
+  """A teacher that is not what it should be."""
+  c = measured(q.student(_rows(rows, 20_000), steps, 0, q.tiny_teacher.PATH))
+  c.teacher.path = None
+  if fresh:
+    c.student.shape = {}
+  c.optimizer.learning_rate = 2e-3
+  return c
+
+
+def _rows(name, n):
+  if name == 'permuted':
+    return f'python:tools.synthetic:permuted:train:{n}'
+  return f'python:tools.synthetic:rows:{name}:{n}'
+
+
+def student(data, seed, start):
+  c = measured(q.student(data, STEPS, seed, start, RATE))
+  c.data.packing = False
+  c.data.max_length = c.data.max_prompt_length + q.NEW_TOKENS
+  c.train.batch_size = PROMPTS
+  return c
+
+
+def learns(c, critic, **likelihood):
+  """By a likelihood, and a critic of text or D* if there is one.
+
+  Without, and with nothing on its own text (''), the student does not write.
+  """
+  if not critic:
+    c.objective = {'name': 'kld'} | likelihood
+    return
+  q.writes(c, writer='student', samples=SAMPLES, beside=True)
+  c.train.batch_size = PROMPTS
+  c.critic_optimizer.learning_rate = 1e-3
+  c.objective = {'name': 'gad', 'warmup_steps': WARMUP, 'g': G} | likelihood
+  c.objective.oracle = critic == '_oracle'
+  if critic == '_exact':
+    c.objective.g, c.objective.warmup_steps = 0.0, 0
+
+
+def measured(c):
+  """With the evaluations of this study."""
+  sampled = {
+    'kind': 'generation',
+    'data': TEST,
+    'check': CHECK,
+    'max_new_tokens': q.NEW_TOKENS,
+    'no_repeat_ngram': 0,
+    'batch_size': 120,
+  }
+  few = sampled | {'seeds': (0, 1)}
+  c.evals = {
+    'loss': {'data': TEST, 'batch_size': 60},
+    'sampled': sampled | {'seeds': (0, 1, 2, 3)},
+    'sampled_07': few | {'temperature': 0.7},
+    'sampled_05': few | {'temperature': 0.5},
+    'greedy': sampled | {'temperature': 0.0, 'seeds': (0,)},
+  }
+  if c.teacher.path:
+    c.evals.own_text = {'kind': 'fidelity', 'of': 'sampled', 'batch_size': 60}
+  return c
