@@ -25,7 +25,7 @@ PROMPTS = 8  # a step, with
 SAMPLES = 4  # answers of the student to each
 TEST = 'python:tools.synthetic:gradable:test:240'
 CHECK = 'python:tools.synthetic:check'
-G = 1.0
+G = 0.2
 
 
 def get_config(which='ladder'):
@@ -63,6 +63,11 @@ def ladder():
         c.teacher.update(known or {})
         learns(c, critic, divergence='forward_kl', **likelihood)
         yield f'{level}{critic}-seed{seed}', c
+    # As long as a critic's run takes, which writes as well.
+    c = student('stage:teacher', seed, f'stage:sft-seed{seed}')
+    learns(c, '', kd=0.0)
+    c.train.steps = 5 * STEPS
+    yield f'text_5x-seed{seed}', c
     # The exact gradient of what D* stands for, on the same text.
     c = student('stage:teacher', seed, f'stage:sft-seed{seed}')
     learns(c, '_exact', kd=0.5, on='written', divergence='reverse_kl')
@@ -144,16 +149,21 @@ def _able_teacher():
 
 def _long(c, k):
   """For prompts of k questions."""
-  c = measured(c)
-  new = 60 * k + 12
-  c.data.packing = False
-  c.data.max_prompt_length = 60 * k + 20
-  c.data.max_length = c.data.max_prompt_length + new
-  if c.rollout.writer == 'student':
-    c.rollout.max_new_tokens = new
+  c = _sized(measured(c), 60 * k + 20, 60 * k + 12)
   for line in c.evals.values():
     if 'data' in line:
       line.data = f'python:tools.synthetic:joined:test:120:{k}'
+  return c
+
+
+def _sized(c, prompt, new):
+  """For prompts and answers of so many tokens, at most."""
+  c.data.packing = False
+  c.data.max_prompt_length, c.data.max_length = prompt, prompt + new
+  c.data.buckets = (c.data.max_length,)
+  if c.rollout.writer == 'student':
+    c.rollout.max_new_tokens, c.data.buckets = new, (prompt,)
+  for line in c.evals.values():
     if 'max_new_tokens' in line:
       line.max_new_tokens = new
   return c
@@ -188,14 +198,7 @@ def tokenizers():
 
 
 def _of_other_tokens(c):
-  c.data.packing = False
-  c.data.max_length = c.data.max_prompt_length + NEW_TOKENS
-  if c.rollout.writer == 'student':
-    c.rollout.max_new_tokens = NEW_TOKENS
-  for line in c.evals.values():
-    if 'max_new_tokens' in line:
-      line.max_new_tokens = NEW_TOKENS
-  return c
+  return _sized(c, c.data.max_prompt_length, NEW_TOKENS)
 
 
 STUDIES = {
@@ -231,6 +234,8 @@ def student(data, seed, start):
   c = measured(q.student(data, STEPS, seed, start, RATE))
   c.data.packing = False
   c.data.max_length = c.data.max_prompt_length + q.NEW_TOKENS
+  # Of one length, batches have the same rows whoever writes to them.
+  c.data.buckets = (c.data.max_length,)
   c.train.batch_size = PROMPTS
   return c
 
@@ -244,6 +249,7 @@ def learns(c, critic, **likelihood):
     c.objective = {'name': 'kld'} | likelihood
     return
   q.writes(c, writer='student', samples=SAMPLES, beside=True)
+  c.data.buckets = (c.data.max_prompt_length,)
   c.train.batch_size = PROMPTS
   c.critic_optimizer.learning_rate = 1e-3
   c.objective = {'name': 'gad', 'warmup_steps': WARMUP, 'g': G} | likelihood

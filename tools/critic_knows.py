@@ -84,8 +84,12 @@ def trained(run, batches, training, steps):
   return state
 
 
-@functools.partial(jax.jit, static_argnames='objective')
-def known(objective, models, params, critic, batch):
+def knowing(objective):
+  """A function of (models, params, critic, batch); see `_known`."""
+  return jax.jit(functools.partial(_known, objective))
+
+
+def _known(objective, models, params, critic, batch):
   """{name: [B]} of each answer, sums over its tokens."""
   outputs = models.outputs(params, batch)
   log_q, log_p = (
@@ -117,7 +121,6 @@ def gradients(run, params, critic, batches):
   ours = dataclasses.replace(run.objective, warmup_steps=0)
   oracle = dataclasses.replace(ours, oracle=True)
 
-  @functools.partial(jax.jit, static_argnames=('objective', 'term'))
   def gradient(objective, term, params, batch):
     own = base.Own(critic=critic, step=jnp.asarray(1))
     batch = batch.replace(totals=objective.count(batch))
@@ -134,7 +137,8 @@ def gradients(run, params, critic, batches):
     ('D*', oracle, 'reinforcement'),
     ('D', ours, 'reinforcement'),
   ):
-    some = [gradient(objective, term, params, batch) for batch in batches]
+    of_batch = jax.jit(functools.partial(gradient, objective, term))
+    some = [of_batch(params, batch) for batch in batches]
     found[name] = jax.tree.map(lambda *x: sum(x) / len(x), *some)
   for name in ('D*', 'D'):
     found[f'{name} without KL'] = without(found[name], found['KL'])
@@ -181,13 +185,13 @@ def stacked(found, group):
   }
 
 
-def measured(run, params, critic, held_out, rows, first):
+def measured(run, known, params, critic, held_out, rows, first):
   """What the student's new text is worth: means, and standard errors."""
   found, right = [], []
   tokenizer = run.models.tokenizer
   for i, host in enumerate(held_out):
     batch = written(run, params, host, first + i)
-    found.append(known(run.objective, run.models, params, critic, batch))
+    found.append(known(run.models, params, critic, batch))
     ids_BT, mask_BT = (
       np.asarray(x) for x in (batch.student.ids_BT, batch.student.mask_BT)
     )
@@ -222,13 +226,14 @@ def main():
   spec = f'python:tools.synthetic:gradable:test:{args.prompts}'
   rows, _ = sources.load(spec)
   run, batches, _ = made(args.start, spec, 1, args.workdir)
+  known = knowing(run.objective)
   n = args.prompts // run.config.train.batch_size
   held_out = [next(batches) for _ in range(n)]
   some = [
     written(run, params, host, 10_000 + i) for i, host in enumerate(held_out)
   ]
   found = stacked(
-    [known(run.objective, run.models, params, critic, x) for x in some],
+    [known(run.models, params, critic, x) for x in some],
     SAMPLES + 1,
   )
   result = {'R^2': {}}
@@ -247,7 +252,13 @@ def main():
   # Of the other half of the prompts, with draws that are the same for all.
   others = held_out[n // 2 :]
   measure = functools.partial(
-    measured, run, critic=critic, held_out=others, rows=rows, first=20_000
+    measured,
+    run,
+    known,
+    critic=critic,
+    held_out=others,
+    rows=rows,
+    first=20_000,
   )
   start = measure(params)
   result['steps'] = {'none': start}
