@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gakd_jax import sharding, streaming
 from gakd_jax.data import pipeline
@@ -55,7 +57,7 @@ class Odds:
     pad_id = tokenizer_lib.pad_id(self._reader[0])
     tokens = pipeline.collate(bins, -(-length // _LENGTHS) * _LENGTHS, pad_id)
     if self._mesh:
-      place = jax.sharding.NamedSharding(self._mesh, jax.P(sharding.BATCH_AXES))
+      place = NamedSharding(self._mesh, P(sharding.BATCH_AXES))
       tokens = sharding.put_whole(tokens, place)
     said = _ask(self._params, tokens, self._settings)
     # A process reads what it has whole.
