@@ -139,9 +139,7 @@ class Texts:
       raise
     if run.reader:
       written = [
-        run.reader.read(
-          writing.grouped(batch, run.writer.group), *found, run.mesh
-        )
+        run.reader.read(batch, *found, run.mesh)
         for batch, found in zip(given, written, strict=True)
       ]
     return [(place, *x) for place, x in zip(places, written, strict=True)]

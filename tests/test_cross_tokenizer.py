@@ -2,11 +2,23 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from configs import base, cross
-from gakd_jax import UserError, answering, check, inputs, log, rundir, train
+from gakd_jax import (
+  UserError,
+  answering,
+  check,
+  inputs,
+  log,
+  models,
+  rereading,
+  rundir,
+  train,
+)
+from gakd_jax.data import tokenizer as tokenizer_lib
 from tests.shrink import shrink
 
 ROWS = [
@@ -161,6 +173,63 @@ def test_the_student_writes_and_its_teacher_reads(name, config, tmp_path):
   assert all(row['train/grad_norm'] > 0 for row in steps)
   if name == 'gold':
     assert all(0 < row['train/coverage/span_s'] <= 1 for row in steps)
+
+
+@pytest.mark.slow
+def test_the_best_critic_of_text_crosses_tokenizers(
+  config, tmp_path, monkeypatch
+):
+  """D* is log p of the text, in the teacher's tokens, - log q, in its own."""
+  config.objective = {'name': 'gad', 'oracle': True, 'warmup_steps': 0}
+  config.rollout = {
+    'writer': 'student',
+    'samples': 2,
+    'beside': True,
+    'max_new_tokens': 12,
+    'top_k': 30,  # more that is text
+  }
+  config.data.buckets = None
+  config.train.batch_size = 4
+  seen = []
+  read = rereading.Reader.read
+
+  def reads(*args):
+    seen.append(read(*args))
+    return seen[-1]
+
+  monkeypatch.setattr(rereading.Reader, 'read', reads)
+  train.run(config, tmp_path / 'run')
+  rows = log.read_metrics(tmp_path / 'run')
+  rewards = [x['train/reward'] for x in rows if 'train/reward' in x]
+  assert len(rewards) == len(seen) == 2
+  # The first step's, by hand: each row alone, without padding.
+  batch = jax.tree.map(np.asarray, seen[0][0])
+  paths = config.student.path, config.teacher.path
+  student, teacher = map(models.load, paths)
+  s_tokenizer, t_tokenizer = map(tokenizer_lib.load, paths)
+  ratios = []
+  for b in np.flatnonzero(batch.written_B):
+    mine, theirs = (
+      (x.ids_BT[b][x.segments_BT[b] > 0], x.mask_BT[b].sum())
+      for x in (batch.student, batch.teacher)
+    )
+    text = s_tokenizer.decode(mine[0][-mine[1] :], skip_special_tokens=True)
+    again = t_tokenizer.decode(theirs[0][-theirs[1] :])
+    if '\ufffd' not in text:  # bytes that are no text have no partner
+      assert again.removesuffix('</s>') == text
+    ratios.append(
+      log_prob(teacher, t_tokenizer, *theirs)
+      - log_prob(student, s_tokenizer, *mine)
+    )
+  np.testing.assert_allclose(rewards[0], np.mean(ratios), rtol=1e-4)
+
+
+def log_prob(model, tokenizer, ids, response):
+  """Of the last so many tokens of a text."""
+  logits_TV = model.logits(ids[None])[0, :, : tokenizer_lib.size(tokenizer)]
+  log_TV = np.array(jax.nn.log_softmax(logits_TV))
+  at = np.arange(len(ids))[-response:]
+  return log_TV[at - 1, ids[at]].sum()
 
 
 def test_one_tokenizer_with_two_templates_is_all_pairs(
