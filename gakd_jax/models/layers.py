@@ -135,8 +135,8 @@ _einsum32.defvjp(
 )
 
 
-def rope_tables(positions_BT, head_dim, theta, scaling=None):
-  """Cosines and sines of the rotary embedding, fp32, each [B, T, 1, H/2].
+def rope_frequencies(head_dim, theta, scaling=None):
+  """Of the rotary embedding, in radians a token, fp32 [H/2].
 
   scaling: None, or Llama 3's (factor, low, high, length): wavelengths above
   length / low are stretched by the factor, those below length / high are kept,
@@ -151,6 +151,12 @@ def rope_tables(positions_BT, head_dim, theta, scaling=None):
     turns_h = frequency_h * length / (2 * jnp.pi)
     kept_h = jnp.clip((turns_h - low) / (high - low), 0, 1)
     frequency_h *= kept_h + (1 - kept_h) / factor
+  return frequency_h
+
+
+def rope_tables(positions_BT, head_dim, theta, scaling=None):
+  """Cosines and sines of the rotary embedding, fp32, each [B, T, 1, H/2]."""
+  frequency_h = rope_frequencies(head_dim, theta, scaling)
   angle_BT1h = (
     positions_BT[:, :, None, None].astype(jnp.float32)
     * frequency_h[None, None, None, :]

@@ -5,6 +5,7 @@ Also what is wrong with them, in one line.
 
 import functools
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -174,6 +175,26 @@ def tensors(file):
       file, name, 8 + size + start, end - start, x['dtype'], tuple(x['shape'])
     )
   return found
+
+
+def header(tensors):
+  """What comes before the data of a safetensors file, as bytes.
+
+  tensors: {name: (dtype, shape)} in the order of the data, which is written
+    one by one; the library itself wants all of it at once.
+  """
+  stored = {name: theirs for theirs, name in DTYPES.items()}
+  content, end = {'__metadata__': {'format': 'pt'}}, 0
+  for name, (dtype, shape) in tensors.items():
+    start, end = end, end + math.prod(shape) * jnp.dtype(dtype).itemsize
+    content[name] = {
+      'dtype': stored[dtype],
+      'shape': list(shape),
+      'data_offsets': [start, end],
+    }
+  text = json.dumps(content).encode()
+  text += b' ' * (-len(text) % 8)  # keeps the data aligned
+  return len(text).to_bytes(8, 'little') + text
 
 
 def contents(path, family):

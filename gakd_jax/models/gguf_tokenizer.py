@@ -1,0 +1,176 @@
+"""The tokenizer that a .gguf file describes, as tokenizer.json.
+
+Such a file has a vocabulary, merges or scores, kinds of tokens, and the name
+of the rule that cuts a text into words. Rules that are not known here are
+refused: ids would be others than those that the model was trained with.
+"""
+
+import json
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, normalizers, pre_tokenizers, processors
+
+from gakd_jax import UserError
+
+# tokenizer.ggml.token_type
+_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
+
+_LLAMA3 = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+  r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+_QWEN2 = _LLAMA3.replace('{1,3}', '')
+# tokenizer.ggml.pre: how words are cut out of a text.
+_WORDS = {
+  name: words
+  for names, words in (
+    (('default', 'gpt-2'), ()),
+    (
+      ('smollm', 'refact', 'command-r', 'starcoder'),
+      (pre_tokenizers.Digits(individual_digits=True),),
+    ),
+    (('llama-bpe', 'llama3', 'llama-v3'), _LLAMA3),
+    (('qwen2', 'deepseek-r1-qwen'), _QWEN2),
+  )
+  for name in names
+}
+
+
+def write(said, path):
+  """Writes the tokenizer's files into a directory.
+
+  said: {key: value} of the file's metadata.
+  """
+  kind = said.get('tokenizer.ggml.model')
+  build = {'gpt2': _of_bytes, 'llama': _of_pieces}.get(kind)
+  tokens = said.get('tokenizer.ggml.tokens')
+  if build is None or not tokens:
+    raise UserError(
+      f'tokenizer {kind!r} is not supported; supported are gpt2 (of bytes) and '
+      'llama (of SentencePiece)'
+    )
+  tokenizer = build(said, {token: i for i, token in enumerate(tokens)})
+  kinds = said.get('tokenizer.ggml.token_type') or ()
+  for token, kind_of in zip(tokens, kinds, strict=False):
+    if kind_of in (_CONTROL, _USER_DEFINED):
+      add = tokenizer.add_tokens
+      if kind_of == _CONTROL:
+        add = tokenizer.add_special_tokens
+      add([tokenizers.AddedToken(token, normalized=False)])
+  special = {
+    f'{ours}_token': tokens[said[f'tokenizer.ggml.{theirs}_token_id']]
+    for ours, theirs in (
+      ('bos', 'bos'),
+      ('eos', 'eos'),
+      ('unk', 'unknown'),
+      ('pad', 'padding'),
+    )
+    if f'tokenizer.ggml.{theirs}_token_id' in said
+  }
+  # llama.cpp's own defaults.
+  begins = said.get('tokenizer.ggml.add_bos_token', build is _of_pieces)
+  ends = said.get('tokenizer.ggml.add_eos_token', False)
+  _surround(
+    tokenizer,
+    special['bos_token'] if begins and 'bos_token' in special else None,
+    special['eos_token'] if ends and 'eos_token' in special else None,
+  )
+  tokenizer.save(str(Path(path) / 'tokenizer.json'))
+  config = special | {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'clean_up_tokenization_spaces': False,
+    'add_bos_token': bool(begins),
+    'add_eos_token': bool(ends),
+  }
+  text = json.dumps(config, indent=2, ensure_ascii=False)
+  (Path(path) / 'tokenizer_config.json').write_text(text + '\n')
+  if template := said.get('tokenizer.chat_template'):
+    (Path(path) / 'chat_template.jinja').write_text(template)
+
+
+def _of_bytes(said, vocab):
+  """BPE over bytes, GPT-2's alphabet."""
+  words = said.get('tokenizer.ggml.pre', 'default')
+  if words not in _WORDS:
+    raise UserError(
+      f'tokenizer.ggml.pre {words!r} is not supported; supported are '
+      f'{", ".join(_WORDS)}'
+    )
+  cut = _WORDS[words]
+  merges = [tuple(x.split(' ')) for x in said.get('tokenizer.ggml.merges', ())]
+  tokenizer = tokenizers.Tokenizer(
+    tokenizers.models.BPE(vocab, merges, ignore_merges=cut is _LLAMA3)
+  )
+  if isinstance(cut, str):
+    split = pre_tokenizers.Split(tokenizers.Regex(cut), 'isolated')
+    cut = split, pre_tokenizers.ByteLevel(False, use_regex=False)
+  else:
+    cut = *cut, pre_tokenizers.ByteLevel(False)
+  if _WORDS[words] is _QWEN2:
+    tokenizer.normalizer = normalizers.NFC()
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(cut))
+  tokenizer.decoder = decoders.ByteLevel()
+  return tokenizer
+
+
+def _of_pieces(said, vocab):
+  """SentencePiece's BPE: merges follow from the scores of what they make."""
+  unknown = said.get('tokenizer.ggml.unknown_token_id')
+  tokens = said['tokenizer.ggml.tokens']
+  if said.get('general.architecture') in ('gemma', 'gemma2'):
+    # Its runs of blanks are written as such, and its scores are no order.
+    vocab = {
+      '▁' * len(x) if x.isspace() and ' ' in x else x: i
+      for x, i in vocab.items()
+    }
+    scores = {x: -i for x, i in vocab.items()}
+  else:
+    scores = dict(zip(tokens, said['tokenizer.ggml.scores'], strict=True))
+  tokenizer = tokenizers.Tokenizer(
+    tokenizers.models.BPE(
+      vocab,
+      _merges(vocab, scores),
+      unk_token=None if unknown is None else tokens[unknown],
+      fuse_unk=True,
+      byte_fallback=_BYTE in said.get('tokenizer.ggml.token_type', ()),
+    )
+  )
+  blanks, begins = [normalizers.Replace(' ', '▁')], []
+  if said.get('tokenizer.ggml.add_space_prefix', True):
+    blanks.insert(0, normalizers.Prepend('▁'))
+    begins = [decoders.Strip(' ', 1, 0)]
+  tokenizer.normalizer = normalizers.Sequence(blanks)
+  tokenizer.decoder = decoders.Sequence(
+    [
+      decoders.Replace('▁', ' '),
+      decoders.ByteFallback(),
+      decoders.Fuse(),
+      *begins,
+    ]
+  )
+  return tokenizer
+
+
+def _merges(vocab, scores):
+  """Pairs of pieces that are a piece, the best first."""
+  found = []
+  for piece, score in scores.items():
+    for i in range(1, len(piece)):
+      a, b = piece[:i], piece[i:]
+      if a in vocab and b in vocab:
+        found.append((-score, vocab[a], vocab[b], a, b))
+  return [(a, b) for *_, a, b in sorted(found)]
+
+
+def _surround(tokenizer, begin, end):
+  """Of every text: its first and its last token."""
+  around = [x for x in (begin, end) if x]
+  if around:
+    begin, end = ([x] if x else [] for x in (begin, end))
+    tokenizer.post_processor = processors.TemplateProcessing(
+      single=[*begin, '$A', *end],
+      pair=[*begin, '$A', *end, *(f'{x}:1' for x in begin), '$B:1']
+      + [f'{x}:1' for x in end],
+      special_tokens=[(x, tokenizer.token_to_id(x)) for x in around],
+    )

@@ -1,0 +1,340 @@
+"""A .gguf file stands where a model's directory may."""
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from gakd_jax import UserError, models
+from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.models import families, gguf_files, weight_files
+from tests.models import llama_cpp
+from tools import convert_weights, make_goldens
+
+# Which kinds the library can also write.
+WRITTEN = ('F16', 'BF16', 'Q4_0', 'Q4_1', 'Q5_0', 'Q5_1', 'Q8_0')
+READ = ('Q2_K', 'Q3_K', 'Q4_K', 'Q5_K', 'Q6_K', 'IQ4_NL', 'IQ4_XS')
+TEXTS = (
+  'The teacher shows the student 1234 answers,  in "2" ways.',
+  "don't DON'T we'LL\n\n\tx = a[10:200]; naïve café 你好 😀",
+  ' leading and trailing ',
+)
+# Sizes that are whole blocks of every kind.
+LARGE = make_goldens.CASES['llama_untied'] | {
+  'vocab_size': 512,
+  'hidden_size': 256,
+  'intermediate_size': 256,
+  'num_hidden_layers': 1,
+}
+LLAMA3 = make_goldens.CASES['llama_scaled'] | {
+  'rope_scaling': {
+    'rope_type': 'llama3',
+    'factor': 8.0,
+    'low_freq_factor': 1.0,
+    'high_freq_factor': 4.0,
+    'original_max_position_embeddings': 8192,
+  },
+  'rope_theta': 500000.0,
+}
+CASES = {
+  name: make_goldens.CASES[name]
+  for name in (
+    'gpt2',
+    'llama_untied',
+    'qwen2_tied',
+    'qwen2_untied',
+    'qwen3_tied',
+    'qwen3_untied',
+    'gemma',
+  )
+} | {
+  # Which llama.cpp does not write: it is the head's size.
+  'gemma2': make_goldens.CASES['gemma2'] | {'query_pre_attn_scalar': 8},
+  'large': LARGE,
+}
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_is_the_model_that_it_was_made_of(name, tmp_path):
+  case = CASES[name]
+  tensors = make_goldens.tensors(case)
+  file = llama_cpp.write(case, tensors, tmp_path / 'model.gguf')
+  want = models.read_config(make_goldens.write_directory(case, tmp_path / 'hf'))
+  assert models.read_config(str(file)) == want
+  found = safetensors.numpy.load_file(
+    models.resolve(str(file)) / 'model.safetensors'
+  )
+  assert found.keys() == tensors.keys()
+  for tensor, x in tensors.items():
+    # Its norms: to 1 and back again.
+    atol = 1e-7 if case['model_type'].startswith('gemma') else 0
+    np.testing.assert_allclose(found[tensor], x, rtol=0, atol=atol)
+  ids_BT = np.arange(12).reshape(2, 6)
+  a, b = (models.load(x).logits(ids_BT) for x in (file, tmp_path / 'hf'))
+  np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize('stored', WRITTEN)
+def test_quantized_weights_are_what_llama_cpp_computes_with(stored, tmp_path):
+  tensors = make_goldens.tensors(LARGE)
+  file = llama_cpp.write(LARGE, tensors, tmp_path / 'model.gguf', stored)
+  path = models.resolve(str(file))
+  found = weight_files.tensors(path / 'model.safetensors')
+  kind = gguf.GGMLQuantizationType[stored]
+  for name, x in tensors.items():
+    got = np.asarray(found[name].mapped(), np.float32)
+    if x.ndim == 1:
+      np.testing.assert_array_equal(got, x)
+      continue
+    assert (found[name].dtype == stored) == (stored in ('F16', 'BF16'))
+    rows = gguf.quants.quantize(llama_cpp.converted(name, x, LARGE), kind)
+    want = gguf.quants.dequantize(rows, kind)
+    np.testing.assert_array_equal(
+      llama_cpp.converted(name, got, LARGE), want, name
+    )
+    assert 0 < np.abs(got - x).mean() < 0.2 * np.abs(x).mean()
+
+
+def test_rope_of_llama_3_is_known_by_its_factors(tmp_path):
+  scaling = [*LLAMA3['rope_scaling'].values()][1:]
+  factors = factors_of(LLAMA3, *scaling)
+  assert 1 == factors.min() < factors.max() == 8
+  write = lambda x: llama_cpp.write(  # noqa: E731
+    LLAMA3,
+    make_goldens.tensors(LLAMA3),
+    tmp_path / 'model.gguf',
+    more={'rope_freqs.weight': x},
+  )
+  assert models.read_config(write(factors)).rope_scaling == tuple(scaling)
+  with pytest.raises(UserError, match='not those of llama 3'):
+    models.read_config(write(factors[::-1].copy()))
+
+
+def factors_of(case, factor, low, high, length):
+  """As llama.cpp's converter computes them."""
+  half = np.arange(0, case['head_dim'], 2) / case['head_dim']
+  waves = 2 * np.pi * case['rope_theta'] ** half
+  smooth = np.clip((length / waves - low) / (high - low), 0, 1)
+  return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+  ('pre', 'number'),
+  [
+    ('gpt-2', ['Ġ1', '2', '3']),  # By merges, of which the first is best.
+    ('smollm', ['Ġ', '1', '2', '3']),
+    ('qwen2', ['Ġ', '1', '2', '3']),
+    ('llama-bpe', ['Ġ', '123']),
+  ],
+)
+def test_its_tokenizer_spells_every_text(pre, number, tmp_path):
+  case = LARGE
+  file = llama_cpp.write(
+    case,
+    make_goldens.tensors(case),
+    tmp_path / 'model.gguf',
+    pre=pre,
+    chat_template='{{ messages[0].content }}',
+    merges=['t h', 'th e', 'Ġ the', 'Ġ 1', '1 2', '12 3'],
+    tokens=pieces(case, ['th', 'the', 'Ġthe', '12', '123', 'Ġ1']),
+  )
+  tokenizer = tokenizer_lib.load(models.tokenizer_dir(str(file)))
+  for text in TEXTS:
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == text
+  assert tokenizer.tokenize('the the<|im_end|>') == [
+    'the',
+    'Ġthe',
+    '<|im_end|>',
+  ]
+  assert tokenizer.tokenize(' 123') == number
+  assert tokenizer.eos_token == '<|im_end|>'
+  assert tokenizer.chat_template == '{{ messages[0].content }}'
+
+
+def pieces(case, more):
+  tokens = ['<|endoftext|>', '<|im_end|>', *llama_cpp.ALPHABET, *more]
+  n = case['vocab_size'] - len(tokens)
+  return tokens + [f'<unused_{i}>' for i in range(n)]
+
+
+@pytest.mark.parametrize('prefix', [True, False])
+def test_its_sentencepiece_is_sentencepiece(tmp_path, prefix):
+  import sentencepiece
+
+  rows = tmp_path / 'text.txt'
+  rows.write_text('\n'.join(TEXTS * 4), 'utf-8')
+  sentencepiece.SentencePieceTrainer.train(
+    input=str(rows),
+    model_prefix=str(tmp_path / 'sp'),
+    vocab_size=400,
+    model_type='bpe',
+    byte_fallback=True,
+    add_dummy_prefix=prefix,
+    remove_extra_whitespaces=False,
+    normalization_rule_name='identity',
+    hard_vocab_limit=False,
+    minloglevel=2,
+  )
+  theirs = sentencepiece.SentencePieceProcessor(str(tmp_path / 'sp.model'))
+  n = theirs.vocab_size()
+  case = LARGE | {'vocab_size': n}
+  kinds = [2, 3, 3, *[1] * (n - 3)]
+  kinds = [6 if theirs.is_byte(i) else kind for i, kind in enumerate(kinds)]
+  file = llama_cpp.write(
+    case,
+    make_goldens.tensors(case),
+    tmp_path / 'model.gguf',
+    model='llama',
+    tokens=[theirs.id_to_piece(i) for i in range(n)],
+    scores=[theirs.get_score(i) for i in range(n)],
+    token_type=kinds,
+    unknown_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    add_space_prefix=prefix,
+  )
+  tokenizer = tokenizer_lib.load(models.tokenizer_dir(str(file)))
+  for text in (*TEXTS, 'zebra 🦓'):
+    ids = tokenizer(text).input_ids
+    assert ids == [1, *theirs.encode(text)]
+    assert tokenizer.decode(ids[1:]) == text
+
+
+def test_is_made_once_and_again_when_it_changes(tmp_path, monkeypatch):
+  case = CASES['qwen3_tied']
+  tensors = make_goldens.tensors(case)
+  file = llama_cpp.write(case, tensors, tmp_path / 'model.gguf')
+  first = models.resolve(str(file))
+  identity = models.identity(str(file))
+  monkeypatch.setattr(gguf_files, 'write', None)
+  assert models.resolve(str(file)) == first
+  monkeypatch.undo()
+  tensors['model.norm.weight'] = 2 * tensors['model.norm.weight']
+  llama_cpp.write(case, tensors, file)
+  assert models.resolve(str(file)) != first
+  assert models.identity(str(file)) != identity
+
+
+def test_a_tool_writes_its_directory(tmp_path, capsys):
+  case = CASES['qwen2_tied']
+  file = llama_cpp.write(
+    case, make_goldens.tensors(case), tmp_path / 'model.gguf'
+  )
+  there = tmp_path / 'hf'
+  convert = convert_weights.main
+  assert convert(['from_gguf', str(file), str(there)]) == 0
+  assert json.loads((there / 'config.json').read_text())['dtype'] == 'float32'
+  kept = models.resolve(str(file))
+  for name in ('model.safetensors', 'config.json', 'tokenizer.json'):
+    assert (there / name).read_bytes() == (kept / name).read_bytes()
+  small = tmp_path / 'small'
+  argv = ['from_gguf', str(file), str(small), '--dtype', 'bfloat16']
+  assert convert(argv) == 0
+  assert models.load(small).dtype == 'bfloat16'
+  assert convert(['from_gguf', str(there), str(tmp_path / 'x')]) == 2
+  assert 'not a .gguf file' in capsys.readouterr().err
+  assert sorted(x.name for x in tmp_path.iterdir()) == [
+    'hf',
+    'model.gguf',
+    'small',
+  ]
+
+
+def test_what_is_no_model_that_is_known_is_refused(tmp_path, monkeypatch):
+  file = tmp_path / 'model.gguf'
+  case = CASES['qwen2_tied']
+  tensors = make_goldens.tensors(case)
+
+  def refused(match, case=case, tensors=tensors, **said):
+    llama_cpp.write(case, tensors, file, **said)
+    with pytest.raises(UserError, match=match) as e:
+      models.load(str(file))
+    assert '\n' not in str(e.value)
+    assert str(file) in str(e.value)
+
+  refused("pre 'deepseek-llm' is not supported", pre='deepseek-llm')
+  refused("tokenizer 'bert' is not supported", model='bert')
+  refused('not expected in a qwen2: x', more={'x': np.ones(3, np.float32)})
+  few = {k: x for k, x in tensors.items() if 'layers.2.mlp' not in k}
+  refused('3 tensors are missing in a qwen2: blk.2.ffn', tensors=few)
+  bad = tensors | {'model.norm.weight': np.full(48, np.nan, np.float32)}
+  refused('values that are not finite', tensors=bad)
+  content = file.read_bytes()
+  file.write_bytes(content.replace(b'qwen2', b'mamba'))
+  with pytest.raises(UserError, match="'mamba' is not supported"):
+    models.load(str(file))
+  for n in (0, 3, 1000, len(content) // 2):
+    file.write_bytes(content[:n])
+    with pytest.raises(UserError, match=r'not a readable .gguf file'):
+      models.load(str(file))
+  assert not [x for x in gguf_files.store.default_root().parent.glob('*/*.tmp')]
+  with pytest.raises(UserError, match='no such directory'):
+    models.load(str(tmp_path / 'other.gguf'))
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize(
+  'name', [*sorted({*CASES} - {'gemma'}), *WRITTEN, *READ]
+)
+def test_transformers_reads_the_same(name, tmp_path):
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  transformers.logging.disable_progress_bar()
+  case = CASES.get(name, LARGE)
+  file = tmp_path / 'model.gguf'
+  stored = 'F32' if name in CASES else name
+  tensors = make_goldens.tensors(case)
+  if stored in READ:
+    write_blocks(case, tensors, file, stored)
+  else:
+    llama_cpp.write(case, tensors, file, stored)
+  # Of the file it reads neither GPT-2's length, nor Qwen3's head_dim, nor
+  # Gemma 2's caps; and no Gemma.
+  hf = make_goldens.write_directory(case, tmp_path / 'hf')
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path,
+    gguf_file=file.name,
+    dtype='float32',
+    config=transformers.AutoConfig.from_pretrained(hf),
+  )
+  family = families.FAMILIES[case['model_type']]
+  path = models.resolve(str(file))
+  ours = weight_files.contents(path, family)
+  want = theirs.state_dict()
+  for tensor, x in ours.items():
+    np.testing.assert_allclose(
+      np.asarray(x.mapped(), np.float32),
+      want[tensor].float().numpy(),
+      rtol=1e-6,
+      atol=1e-6,
+      err_msg=tensor,
+    )
+  ids_BT = np.arange(12).reshape(2, 6)
+  with torch.no_grad():
+    want_BTV = theirs(torch.tensor(ids_BT)).logits.numpy()
+  scale = np.abs(want_BTV).max()
+  got_BTV = models.load(str(file), 'float32').logits(ids_BT)
+  np.testing.assert_allclose(got_BTV / scale, want_BTV / scale, atol=1e-4)
+
+
+def write_blocks(case, tensors, file, stored):
+  """A file of a kind that the library reads but does not write: any blocks."""
+  kind = gguf.GGMLQuantizationType[stored]
+  n, size = gguf.GGML_QUANT_SIZES[kind]
+  rng = np.random.default_rng(0)
+  quantize = gguf.quants.quantize
+
+  def blocks(x, to):
+    if to != kind:
+      return quantize(x, to)
+    shape = (len(x), x.shape[1] // n * size)
+    # Of bytes so small, no half is infinite.
+    return rng.integers(0, 32, shape, np.uint8)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(gguf.quants, 'quantize', blocks)
+    llama_cpp.write(case, tensors, file, stored)
