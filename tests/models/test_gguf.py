@@ -138,7 +138,8 @@ def test_its_tokenizer_spells_every_text(pre, number, tmp_path):
     pre=pre,
     chat_template='{{ messages[0].content }}',
     merges=['t h', 'th e', 'Ġ the', 'Ġ 1', '1 2', '12 3'],
-    tokens=pieces(case, ['th', 'the', 'Ġthe', '12', '123', 'Ġ1']),
+    tokens=pieces(case, [*WORDS, '<think>', '<|tool|>']),
+    token_type=[3, 3, *[1] * (256 + len(WORDS)), 4, 3, *[1] * 245],
   )
   tokenizer = tokenizer_lib.load(models.tokenizer_dir(str(file)))
   for text in TEXTS:
@@ -150,8 +151,16 @@ def test_its_tokenizer_spells_every_text(pre, number, tmp_path):
     '<|im_end|>',
   ]
   assert tokenizer.tokenize(' 123') == number
+  # What no merges lead to is a token for llama 3 alone, where it is a word.
+  is_one = tokenizer.tokenize(' zoo') == ['Ġzoo']
+  assert is_one == (pre == 'llama-bpe')
+  ids = tokenizer('<think> the<|tool|>').input_ids
+  assert tokenizer.decode(ids, skip_special_tokens=True) == '<think> the'
   assert tokenizer.eos_token == '<|im_end|>'
   assert tokenizer.chat_template == '{{ messages[0].content }}'
+
+
+WORDS = ('th', 'the', 'Ġthe', '12', '123', 'Ġ1', 'Ġzoo')
 
 
 def pieces(case, more):
