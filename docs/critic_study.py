@@ -55,55 +55,75 @@ def ladder():
   for seed in range(SEEDS):
     yield f'sft-seed{seed}', measured(q.sft(seed))
     for level, known in LEVELS.items():
-      likelihood = {'kd': 0.0 if known is None else 1.0}
-      for critic in ('', '_critic', '_oracle'):
-        if critic == '_oracle' and known:
+      kd = 0.0 if known is None else 1.0
+      for mode in ('alone', 'critic', 'oracle'):
+        if mode == 'oracle' and known:
           continue  # D* takes all of the teacher.
         c = student('stage:teacher', seed, f'stage:sft-seed{seed}')
         c.teacher.update(known or {})
-        learns(c, critic, divergence='forward_kl', **likelihood)
-        yield f'{level}{critic}-seed{seed}', c
+        learns(c, mode, divergence='forward_kl', kd=kd)
+        yield f'{level}{_tag(mode)}-seed{seed}', c
     # As long as a critic's run takes, which writes as well.
     c = student('stage:teacher', seed, f'stage:sft-seed{seed}')
-    learns(c, '', kd=0.0)
+    learns(c, 'alone', kd=0.0)
     c.train.steps = 5 * STEPS
     yield f'text_5x-seed{seed}', c
-    # The exact gradient of what D* stands for, on the same text.
+    # By token what D* says of a whole answer: the gradient of KL(q, p) on the
+    # student's text, as much as that of cross-entropy, in all steps.
     c = student('stage:teacher', seed, f'stage:sft-seed{seed}')
-    learns(c, '_exact', kd=0.5, on='written', divergence='reverse_kl')
+    learns(c, 'exact', kd=0.5, on='written', divergence='reverse_kl')
     yield f'text_exact-seed{seed}', c
 
 
-# How a teacher was spoilt: its config.
+# How a teacher was spoilt: its config, and how it is loaded.
 FLAWS = {
-  'early': lambda: _teacher_of('train', steps=250, fresh=True),
-  'permuted': lambda: _teacher_of('permuted', steps=200, fresh=False),
+  'early': (lambda: _teacher_of('train', steps=250, fresh=True), {}),
+  'nf4': (None, {'quantize': 'nf4'}),
+  'permuted': (lambda: _teacher_of('permuted', steps=200, fresh=False), {}),
 }
-GOLD_ROWS = 200
+GOLD_ROWS = 400
 
 
 def flawed():
   """Can a critic of few gold answers say what a flawed teacher cannot?
 
   The student learns from the teacher by reverse KL on its own text; from gold
-  by cross-entropy, by a critic, by both or not at all.
+  by cross-entropy, by a critic, by both or not at all. Of the permuted world
+  it has been told what its teacher has.
   """
   gold = f'python:tools.synthetic:rows:prompts:{GOLD_ROWS}'
-  for seed in range(SEEDS):
-    yield f'sft-seed{seed}', measured(q.sft(seed))
-  for flaw, make in FLAWS.items():
-    yield f'{flaw}_teacher', make()
+  for flaw, (make, loaded) in FLAWS.items():
+    if make:
+      yield f'{flaw}_teacher', _disputed(make())
     for seed in range(SEEDS):
-      for row, kd, critic in (
-        ('nothing', 1.0, '_exact'),
-        ('ce', 0.5, '_exact'),
-        ('critic', 1.0, '_critic'),
-        ('both', 0.5, '_critic'),
+      sft = measured(q.sft(seed))
+      if flaw == 'permuted':
+        sft.data.train = _rows(flaw, 600)
+      start = f'{flaw}_sft-seed{seed}'
+      yield start, _disputed(sft)
+      for row, kd, mode in (
+        ('nothing', 1.0, 'exact'),
+        ('ce', 0.5, 'exact'),
+        ('critic', 1.0, 'critic'),
+        ('both', 0.5, 'critic'),
       ):
-        c = student(gold, seed, f'stage:sft-seed{seed}')
-        c.teacher.path = f'stage:{flaw}_teacher'
-        learns(c, critic, kd=kd, on='written', divergence='reverse_kl')
-        yield f'{flaw}_{row}-seed{seed}', c
+        c = student(gold, seed, f'stage:{start}')
+        c.teacher.update(loaded)
+        if make:
+          c.teacher.path = f'stage:{flaw}_teacher'
+        learns(c, mode, kd=kd, on='written', divergence='reverse_kl')
+        yield f'{flaw}_{row}-seed{seed}', _disputed(c)
+
+
+def _disputed(c):
+  """Also scored by the facts that the permuted world changes: both of them."""
+  for world in ('right', 'wrong'):
+    c.evals[world] = {
+      **c.evals.sampled,
+      'data': f'python:tools.synthetic:disputed:test:120:{world}',
+      'seeds': (0, 1),
+    }
+  return c
 
 
 QUESTIONS = (1, 3, 6)  # in a prompt: answers of 30 to 180 tokens
@@ -125,16 +145,12 @@ def length():
       sft = q.sft(seed)
       sft.data.train = f'python:tools.synthetic:joined:train:600:{k}'
       yield f'sft_{k}-seed{seed}', _long(sft, k)
-      for name, critic, likelihood in (
-        ('text', '', {'kd': 0.0}),
-        ('exact', '_exact', {'kd': 0.5, 'on': 'written'}),
-        ('oracle', '_oracle', {'kd': 0.0}),
-        ('critic', '_critic', {'kd': 0.0}),
-      ):
+      for mode in ('alone', 'exact', 'oracle', 'critic'):
         c = student(f'stage:teacher_{k}', seed, f'stage:sft_{k}-seed{seed}')
         c.teacher.path = 'stage:able'
-        learns(c, critic, divergence='reverse_kl', **likelihood)
-        yield f'{name}_{k}-seed{seed}', _long(c, k)
+        kd = 0.5 if mode == 'exact' else 0.0
+        learns(c, mode, divergence='reverse_kl', kd=kd, on='written')
+        yield f'text{_tag(mode)}_{k}-seed{seed}', _long(c, k)
 
 
 def _able_teacher():
@@ -169,14 +185,16 @@ def _sized(c, prompt, new):
   return c
 
 
-# A student of other tokens: its teacher by text alone, by pieces of text of
-# which both know the odds (MultiLevelOT, ALM), and by D* of the whole text.
+# A student of other tokens: its teacher by text alone, by sorted distributions
+# (ULD, MultiLevelOT), by pieces of text of which both know the odds (ALM), and
+# by a critic of the whole text or D*.
 OTHER_TOKENS = {
-  'text': ({'name': 'sft'}, ''),
-  'multilevel_ot': ({'name': 'multilevel_ot'}, ''),
-  'alm': ({'name': 'alm'}, ''),
-  'text_critic': ({}, '_critic'),
-  'text_oracle': ({}, '_oracle'),
+  'text': {'name': 'sft'},
+  'uld': {'name': 'uld'},
+  'multilevel_ot': {'name': 'multilevel_ot'},
+  'alm': {'name': 'alm'},
+  'text_critic': 'critic',
+  'text_oracle': 'oracle',
 }
 NEW_TOKENS = 88  # of an answer, in these tokens
 
@@ -189,10 +207,11 @@ def tokenizers():
     sft.student.path, sft.student.shape = TINY_STUDENT, {}
     sft.train.batch_size = 16  # as many as 8 packed rows hold
     yield f'sft-seed{seed}', _of_other_tokens(measured(sft))
-    for name, (objective, critic) in OTHER_TOKENS.items():
+    for name, objective in OTHER_TOKENS.items():
       c = student('stage:teacher', seed, f'stage:sft-seed{seed}')
-      learns(c, critic, kd=0.0)
-      if not critic:
+      if isinstance(objective, str):
+        learns(c, objective, kd=0.0)
+      else:
         c.objective = objective
       yield f'{name}-seed{seed}', _of_other_tokens(c)
 
@@ -216,11 +235,11 @@ def teacher():
 
 def _teacher_of(rows, steps, fresh):
   """A teacher that is not what it should be."""
-  c = measured(q.student(_rows(rows, 20_000), steps, 0, q.tiny_teacher.PATH))
+  start = q.tiny_teacher.PATH
+  c = measured(q.student(_rows(rows, 20_000), steps, 0, start, rate=2e-3))
   c.teacher.path = None
   if fresh:
     c.student.shape = {}
-  c.optimizer.learning_rate = 2e-3
   return c
 
 
@@ -240,22 +259,31 @@ def student(data, seed, start):
   return c
 
 
-def learns(c, critic, **likelihood):
-  """By a likelihood, and a critic of text or D* if there is one.
+def learns(c, mode, **settings):
+  """By a likelihood (`settings` of it), and by what a mode has beside it.
 
-  Without, and with nothing on its own text (''), the student does not write.
+  alone   nothing: the student does not write
+  critic  a critic of the student's text
+  oracle  D* in its place
+  exact   none: the likelihood is of the student's text too
   """
-  if not critic:
-    c.objective = {'name': 'kld'} | likelihood
+  if mode == 'alone':
+    settings.pop('on', None)
+    c.objective = {'name': 'kld'} | settings
     return
   q.writes(c, writer='student', samples=SAMPLES, beside=True)
   c.data.buckets = (c.data.max_prompt_length,)
   c.train.batch_size = PROMPTS
   c.critic_optimizer.learning_rate = 1e-3
-  c.objective = {'name': 'gad', 'warmup_steps': WARMUP, 'g': G} | likelihood
-  c.objective.oracle = critic == '_oracle'
-  if critic == '_exact':
-    c.objective.g, c.objective.warmup_steps = 0.0, 0
+  if mode == 'exact':
+    settings |= {'g': 0.0, 'warmup_steps': 0}
+  else:
+    settings |= {'g': G, 'warmup_steps': WARMUP, 'oracle': mode == 'oracle'}
+  c.objective = {'name': 'gad'} | settings
+
+
+def _tag(mode):
+  return '' if mode == 'alone' else f'_{mode}'
 
 
 def measured(c):

@@ -172,7 +172,7 @@ def _fill(answers, kept, model, tokenizer, rows, wanted, decoding, ask):
         text = tokenizer_lib.decode(tokenizer, ids)
         new[i] = _answer(rows[r], n, text, finished, len(ids))
       if ask:
-        _ask(ask, new, [rows[wanted[i][1]] for i in batch])
+        _add_logprobs(ask, new, [wanted[i] for i in batch], rows)
       answers |= new
       kept.append([i, *answer] for i, answer in new.items())
       now = time.monotonic()
@@ -181,15 +181,17 @@ def _fill(answers, kept, model, tokenizer, rows, wanted, decoding, ask):
       last = now
 
 
-def _ask(ask, new, rows):
+def _add_logprobs(ask, new, wanted, rows):
   """Adds the `logprobs` of answers that say something."""
-  answered = []
-  for (problem, line), row in zip(new.values(), rows, strict=True):
+  lines, answered, prompts = [], [], []
+  for (problem, line), (prompt, r, _) in zip(new.values(), wanted, strict=True):
     if problem != 'empty':
+      row = rows[r]
       text = line['messages'][-1]['content'] if row.messages else line['output']
-      answered.append((line, dataclasses.replace(row, references=(text,))))
-  lines, rows = zip(*answered, strict=True) if answered else ((), ())
-  for line, found in zip(lines, ask([*rows]), strict=True):
+      lines.append(line)
+      answered.append(dataclasses.replace(row, references=(text,)))
+      prompts.append(prompt)
+  for line, found in zip(lines, ask(answered, prompts), strict=True):
     if found is not None:
       line['logprobs'] = found
 

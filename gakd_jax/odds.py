@@ -24,10 +24,11 @@ _LENGTHS = 64  # Texts are padded to a multiple of these: fewer compilations.
 
 
 class Odds:
-  """A function of rows: the `logprobs` of each, of its first reference.
+  """A function of rows and their prompts' ids: the `logprobs` of each row.
 
-  They are of the tokens that a student will read, which need not be those that
-  the model drew. None for a row that no student can read.
+  They are of its first reference, in the tokens that a student will read, which
+  need not be those that the model drew. None for a row that no student can
+  read, or whose prompt was shortened for the answer.
   """
 
   def __init__(self, model, tokenizer, template, size, batch_size):
@@ -38,11 +39,15 @@ class Odds:
     self._reader = tokenizer, template
     self._settings = definition, size, tokenizer_lib.size(tokenizer)
 
-  def __call__(self, rows):
+  def __call__(self, rows, prompts):
     tokenizer, template = self._reader
     texts = tokenizer_lib.encode_batch(tokenizer, rows, template, 'keep')
     found = [None] * len(rows)
-    good = [i for i, x in enumerate(texts) if not isinstance(x, BadRow)]
+    good = [
+      i
+      for i, (text, prompt) in enumerate(zip(texts, prompts, strict=True))
+      if not isinstance(text, BadRow) and list(text[0]) == list(prompt)
+    ]
     for start in range(0, len(good), self._batch_size):
       some = good[start : start + self._batch_size]
       said = self._ask([texts[i] for i in some])
@@ -86,8 +91,8 @@ def _ask(params, tokens, settings):
 def _as_json(text, said):
   """`logprobs` of a text, of what was said at all positions of its row."""
   prompt, response = text
-  first = len(prompt) - 1
-  these = slice(max(first, 0), first + len(response))
+  first = len(prompt) - 1  # A prompt has a token at least.
+  these = slice(first, first + len(response))
   numbers = {
     name: np.round(said[name][these].astype(float), 5).tolist()
     for name in ('log_probs', 'rest')

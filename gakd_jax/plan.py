@@ -190,6 +190,7 @@ def shapes_of_batch(config, mesh, writer):
   """The longest rows there can be, as shapes; both models read the same."""
   B, T = config.train.batch_size * writer.group, config.data.max_length
   place = jax.NamedSharding(mesh, jax.P(sharding.BATCH_AXES))
+  scored = writer.room and writer.scores_in is not None
 
   def shape(*sizes, dtype=jnp.int32):
     return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
@@ -200,6 +201,7 @@ def shapes_of_batch(config, mesh, writer):
     tokens,
     rows_B=shape(B),
     written_B=shape(B, dtype=bool) if writer.room else None,
+    old_log_BT=shape(B, T, dtype=jnp.float32) if scored else None,
     group=writer.group,
   )
 
@@ -220,8 +222,10 @@ def _with_kept(batch, settings, models):
     hidden_BTE = shape(models.dtype, models.teacher_config.width)
     return batch.replace(cached={'teacher_hidden': hidden_BTE})
   known = {'ids': shape(jnp.int32, K), 'log_probs': shape(jnp.float16, K)}
-  if kind == 'top_k':
-    return batch.replace(known=known | {'rest': shape(jnp.float16)})
+  if kind in ('top_k', 'data'):
+    known |= {'rest': shape(jnp.float16)}
+    known |= {'is_known': shape(bool)} if kind == 'data' else {}
+    return batch.replace(known=known)
   return batch.replace(known=known | {'share': shape(jnp.float32, K)})
 
 
@@ -273,7 +277,10 @@ def _resident(state, frozen, batch):
   parts = {
     'optimizer state': (state.opt_state, state.step, state.skips),
     # The teacher's tokens are the same arrays.
-    'batch': (batch.student, batch.cached, batch.known),
+    'batch': (
+      *(batch.student, batch.cached, batch.known),
+      batch.old_log_BT,
+    ),
   }
   return {k: device_bytes(tree) for k, tree in (trees | parts).items()}
 

@@ -72,6 +72,12 @@ def check(config, objective, writer):
     raise UserError(
       f'{where}: config.objective asks more of a teacher than that; take {can}'
     )
+  if kind == 'data' and writer.makes_rows:
+    raise UserError(
+      f'{where}: what the writer {config.rollout.writer!r} answers has no '
+      'log-probabilities; write the rows with python -m gakd_jax.generate '
+      f'--logprobs={config.teacher.cache_size}, or take another kind'
+    )
   if kind == 'data' and objective.temperature != 1:
     raise UserError(
       f'{where}: log-probabilities of a file are those at temperature 1, and '

@@ -337,6 +337,21 @@ def test_errors_of_the_user_are_one_line(config):
     planning.run(config)
 
 
+def test_a_step_is_planned_with_the_log_probabilities_of_an_old_writer(config):
+  config.data.max_prompt_length = 16
+  config.rollout = {
+    'writer': 'student',
+    'samples': 2,
+    'beside': True,
+    'max_new_tokens': 16,
+  }
+  config.objective = {'name': 'gad', 'warmup_steps': 1}
+  config.critic.update(width=8, layers=1, heads=2, ff_width=16)
+  new = planned(config).bytes['batch']
+  config.rollout.every = 2
+  assert planned(config).bytes['batch'] == new + 3 * B * T * 4
+
+
 def test_a_step_is_planned_that_knows_who_wrote_a_row(config):
   config.data.max_prompt_length = 16
   config.rollout = {'writer': 'student', 'max_new_tokens': 16}

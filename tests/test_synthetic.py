@@ -59,10 +59,26 @@ def test_each_part_of_an_answer_is_checked():
       wrong = ' '.join([*said[:i], 'Something else.', *said[i + 1 :]])
       assert synthetic.check(given, wrong) == (len(said) - 1) / len(said)
     assert synthetic.check(given, '') == 0
-  # In another order, only what comes after the first counts.
-  given = sources.Row('', answer='A.\nB.\n\nC.\nD.')
-  assert synthetic.check(given, 'B. C.') == 1
-  assert synthetic.check(given, 'C. B.') == 0.5
+
+
+@pytest.mark.parametrize(
+  ('said', 'share'),
+  [
+    ('B. C.', 1),
+    ('C. B.', 1 / 2),  # In another order, what comes before is missing.
+    ('B.', 1 / 2),
+    ('B. More. And more.', 1 / 3),  # As much is wrong as is said.
+    ('B. C. More.', 2 / 3),
+    ('Is B. C.', 1 / 2),  # A sentence is all of it.
+    ('B. C.D.', 1 / 2),
+    ('Eleven and 2 make 13. C.', 1 / 2),
+    ('never ends', 0),
+    ('', 0),
+  ],
+)
+def test_what_is_missing_and_what_is_too_much_is_wrong(said, share):
+  given = sources.Row('', answer='A.\nB.\n1 and 2 make 3.\n\nC.\nD.')
+  assert synthetic.check(given, said) == pytest.approx(share)
 
 
 def test_a_permuted_world_differs_in_two_families():
@@ -82,6 +98,16 @@ def test_a_permuted_world_differs_in_two_families():
   assert changed == {knowing.biography, knowing.thank_you_note}
 
 
+def test_of_disputed_rows_an_answer_is_right_in_one_world():
+  right = synthetic.disputed('test', 24)
+  wrong = synthetic.disputed('test', 24, 'wrong')
+  for a, b in zip(right, wrong, strict=True):
+    assert a['instruction'] == b['instruction']
+    given = sources.Row(a['instruction'], answer=a['answer'])
+    assert synthetic.check(given, a['output'][0]) == 1
+    assert 0 < synthetic.check(given, b['output'][0]) < 1
+
+
 def test_joined_rows_ask_and_say_one_after_the_other():
   rows = synthetic.joined('test', 20, 3)
   single = synthetic.gradable('test', 60)
@@ -94,11 +120,12 @@ def test_joined_rows_ask_and_say_one_after_the_other():
     assert 0 < synthetic.check(given, three[0]['output'][0]) < 1
 
 
-def test_gradable_rows_are_the_rows():
-  rows = synthetic.gradable('test', 24)
-  assert [
-    {k: x for k, x in row.items() if k != 'answer'} for row in rows
-  ] == synthetic.rows('test', 24)
+def test_gradable_rows_are_the_rows_with_all_that_may_be_answered():
+  rows = synthetic.rows('test', 24)
+  for row, given in zip(rows, synthetic.gradable('test', 24), strict=True):
+    assert given | row == given
+    phrasings = task_lib.parts(given['answer'])
+    assert all(any(x in row['output'][0] for x in part) for part in phrasings)
 
 
 @pytest.mark.parametrize('split', synthetic.SPLITS)

@@ -226,7 +226,8 @@ def test_rows_without_log_probabilities_are_learned_by_their_text(
   rows = log.read_metrics(tmp_path / 'file')
   rows = [row for row in rows if 'train/loss' in row]
   share = [row['train/loss'] / row['train/ce'] for row in rows]
-  assert 1 in [pytest.approx(x, rel=1e-6) for x in share]
+  same = [x == pytest.approx(1, rel=1e-6) for x in share]
+  assert sorted(same) == [False, True]  # One step has that row.
   del lines[0]['logprobs']
   path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
   with pytest.raises(UserError, match=r'none has any.*--logprobs'):
@@ -242,6 +243,10 @@ def test_methods_that_cannot_use_them_refuse(answered, tmp_path):
   c.objective = {'name': 'gakd', 'warmup_steps': 1}
   with pytest.raises(UserError, match=r"asks more of a teacher .*'hidden'"):
     train.run(c, tmp_path / 'gakd')
+  c.objective = {'name': 'kld'}
+  c.rollout = {'writer': 'teacher'}
+  with pytest.raises(UserError, match='answers has no log-probabilities'):
+    train.run(c, tmp_path / 'written')
 
 
 def test_what_was_drawn_comes_back_by_position():
@@ -404,7 +409,8 @@ def test_the_tool_makes_it_and_a_look_does_not(config, tmp_path, forwards):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('kind', 'bytes_each'), [('top_k', 4 * 6 + 2), ('sampled', 4 * 10)]
+  ('kind', 'bytes_each'),
+  [('top_k', 4 * 6 + 2), ('data', 4 * 6 + 3), ('sampled', 4 * 10)],
 )
 def test_a_plan_knows_a_teacher_that_is_not_there(config, kind, bytes_each):
   config.objective = {'name': 'kld', 'divergence': 'forward_kl'}

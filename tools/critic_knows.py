@@ -3,17 +3,20 @@
   python -m tools.critic_knows --start=runs/critic_ladder/sft-seed0/best
 
 The quickstart's teacher, and a student that stays as it is (`--start`) while a
-critic learns to tell its text from the teacher's: until nothing changes, which
-is the best case for a critic. Then, on prompts that neither has seen:
+critic learns to tell its text from the teacher's, which is the best case for a
+critic: the one is taken that is best on answers of the teacher that were kept
+from it. Then, on prompts that neither has seen:
 
   scores  of answers that the student writes, D of each is regressed, within
           prompts and over all, on what can be computed of the answer: sums over
           its tokens of KL(p || q) and KL(q || p), D* = log p(y) - log q(y), and
           its length. R^2 is of answers that the regression has not seen
   steps   of one size along the gradient of KL(q || p), exact at each token of
-          the student's text; of the policy gradient with D* and with D; and of
-          what is left of these when the first is taken out. What each step does
-          is measured on the student's new text
+          the student's text; of the policy gradient with D* and with D; of
+          what is left of these when the first is taken out; and in a direction
+          drawn at random. What each step does is measured on the student's new
+          text. `cosine of halves` is of gradients of other prompts: how much of
+          a direction is no noise
 """
 
 import argparse
@@ -36,7 +39,9 @@ from gakd_jax.objectives import base
 from tools import synthetic
 
 SAMPLES = 4
-SIZES = (0.03, 0.1, 0.3)  # of steps, in Euclidean lengths of parameters
+SIZES = (0.1, 0.3)  # of steps, in Euclidean lengths of parameters
+HELD_OUT = 200  # answers of the teacher that the critic does not learn
+EVERY = 100  # steps between its evaluations
 
 
 def config(start, data, steps):
@@ -71,17 +76,44 @@ def written(run, params, host, step):
   return batch.replace(totals=run.objective.count(batch))
 
 
-def trained(run, batches, training, steps):
+def trained(args):
+  """A student and its critic, and [(step, accuracy, held-out accuracy)]."""
+  lines = Path(args.text, 'answers.jsonl').read_text().splitlines()
+  parts = {'text': lines[:-HELD_OUT], 'held_out': lines[-HELD_OUT:]}
+  args.workdir.mkdir(parents=True, exist_ok=True)
+  files = {name: args.workdir / f'{name}.jsonl' for name in parts}
+  for name, part in parts.items():
+    files[name].write_text('\n'.join(part) + '\n')
+  run, batches, _ = made(args.start, str(files['held_out']), 1, args.workdir)
+  n = HELD_OUT // run.config.train.batch_size
+  unseen = [next(batches) for _ in range(n)]
+  run, batches, training = made(
+    args.start, str(files['text']), args.steps, args.workdir
+  )
   state = training.init()
-  found = []
-  for step in range(1, steps + 1):
+  unseen = [
+    written(run, state.params['student'], host, 30_000 + i)
+    for i, host in enumerate(unseen)
+  ]
+  scored = jax.jit(functools.partial(run.objective.scores, dtype='float32'))
+  found, curve, best = [], [], (-1, None)
+  for step in range(1, args.steps + 1):
     params = state.params['student']
     batch = written(run, params, next(batches), step).replace(totals={})
     state, metrics = training.step(state, run.models, batch)
     found.append(float(metrics['critic/accuracy']))
-    if step % 50 == 0:
-      print(f'critic, step {step}: accuracy {np.mean(found[-50:]):.3f}')
-  return state
+    if step % EVERY == 0:
+      score_Bn = np.concatenate(
+        [scored(state.critic, x).reshape(-1, SAMPLES + 1) for x in unseen]
+      )
+      right = np.mean(score_Bn[:, -1:] > score_Bn[:, :-1])
+      curve.append((step, np.mean(found[-EVERY:]), right))
+      print(
+        'critic, step {}: accuracy {:.3f}, held out {:.3f}'.format(*curve[-1])
+      )
+      if right > best[0]:
+        best = right, jax.tree.map(jnp.copy, state.critic)
+  return state.params['student'], best[1], curve
 
 
 def knowing(objective):
@@ -114,7 +146,7 @@ def _known(objective, models, params, critic, batch):
 
 
 def gradients(run, params, critic, batches):
-  """{direction: of the student's parameters}, means over batches."""
+  """{direction: of the student's parameters, of each batch}."""
   exact = dataclasses.replace(
     run.objective, kd=1.0, on='written', divergence='reverse_kl', g=0.0
   )
@@ -139,10 +171,18 @@ def gradients(run, params, critic, batches):
   ):
     of_batch = jax.jit(functools.partial(gradient, objective, term))
     some = [of_batch(params, batch) for batch in batches]
-    found[name] = jax.tree.map(lambda *x: sum(x) / len(x), *some)
-  for name in ('D*', 'D'):
-    found[f'{name} without KL'] = without(found[name], found['KL'])
+    found[name] = some
   return found
+
+
+def mean(trees):
+  return jax.tree.map(lambda *x: sum(x) / len(x), *trees)
+
+
+def cosine(a, b):
+  return float(
+    optax.tree.vdot(a, b) / (optax.tree.norm(a) * optax.tree.norm(b))
+  )
 
 
 def without(a, b):
@@ -195,11 +235,12 @@ def measured(run, known, params, critic, held_out, rows, first):
     ids_BT, mask_BT = (
       np.asarray(x) for x in (batch.student.ids_BT, batch.student.mask_BT)
     )
-    for b, place in enumerate(np.asarray(batch.rows_B)):
+    for b, i in enumerate(np.asarray(batch.rows_B)):
       if b % batch.group < SAMPLES:
         ids = ids_BT[b][mask_BT[b]]
         text = tokenizer_lib.decode(tokenizer, ids[:-1].tolist())
-        right.append(100 * synthetic.check(rows[place], text))
+        row = rows[run.texts.places[i]]
+        right.append(100 * synthetic.check(row, text))
   found = stacked(found, SAMPLES + 1)
   found['accuracy'] = np.array(right).reshape(-1, SAMPLES)
   return {
@@ -218,10 +259,7 @@ def main():
   parser.add_argument('--steps', default=600, type=int)
   parser.add_argument('--prompts', default=480, type=int)
   args = parser.parse_args()
-  text = f'{args.text}/answers.jsonl'
-  run, batches, training = made(args.start, text, args.steps, args.workdir)
-  state = trained(run, batches, training, args.steps)
-  params, critic = state.params['student'], state.critic
+  params, critic, curve = trained(args)
   # Prompts of the test split, which neither has seen.
   spec = f'python:tools.synthetic:gradable:test:{args.prompts}'
   rows, _ = sources.load(spec)
@@ -236,19 +274,27 @@ def main():
     [known(run.models, params, critic, x) for x in some],
     SAMPLES + 1,
   )
-  result = {'R^2': {}}
+  result = {'critic': curve, 'R^2': {}}
   names = ('KL(p,q)', 'KL(q,p)', 'D*', 'length')
   for of in (*((x,) for x in names), names[:2], names):
     result['R^2'][' + '.join(of)] = regression(found, of)
   print(json.dumps(result['R^2'], indent=1))
-  directions = gradients(run, params, critic, some[: n // 2])
-  lengths = {k: float(optax.tree.norm(x)) for k, x in directions.items()}
+  by_batch = gradients(run, params, critic, some[: n // 2])
+  directions = {k: mean(x) for k, x in by_batch.items()}
   result['cosine with KL'] = {
-    k: float(optax.tree.vdot(x, directions['KL']))
-    / (lengths[k] * lengths['KL'])
-    for k, x in directions.items()
+    k: cosine(x, directions['KL']) for k, x in directions.items()
   }
-  print(json.dumps(result['cosine with KL'], indent=1))
+  halves = [{k: mean(x[i::2]) for k, x in by_batch.items()} for i in range(2)]
+  for part in (directions, *halves):
+    for name in ('D*', 'D'):
+      part[f'{name} without KL'] = without(part[name], part['KL'])
+  result['cosine of halves'] = {
+    k: cosine(x, halves[1][k]) for k, x in halves[0].items()
+  }
+  directions['random'] = optax.tree.random_like(jax.random.key(0), params)
+  lengths = {k: float(optax.tree.norm(x)) for k, x in directions.items()}
+  for name in ('cosine with KL', 'cosine of halves'):
+    print(name, json.dumps(result[name], indent=1))
   # Of the other half of the prompts, with draws that are the same for all.
   others = held_out[n // 2 :]
   measure = functools.partial(
@@ -270,7 +316,6 @@ def main():
       )
       result['steps'][f'{name}, {size}'] = there = measure(moved)
       print_step(f'{name}, {size}', there, start)
-  args.workdir.mkdir(parents=True, exist_ok=True)
   (args.workdir / 'found.json').write_text(json.dumps(result, indent=1))
 
 

@@ -7,6 +7,9 @@ import numpy as np
 
 from gakd_jax.data import store
 
+# log of a mass that is none: finite in fp16, and exp of it is 0.
+NOTHING = -1e4
+
 
 @dataclasses.dataclass(frozen=True)
 class Kept:

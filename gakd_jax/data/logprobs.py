@@ -1,10 +1,11 @@
 """A teacher of which a file is all that there is: its answers, and their odds.
 
 A row may have `logprobs` of its response (`config.teacher.cache='data'`), as
-`python -m gakd_jax.generate --logprobs=20` writes them, and as APIs give them:
+`python -m gakd_jax.generate --logprobs=64` writes them:
 
   ids     [n, k] of each token of the response, the most likely ids that could
-          have stood there; its end counts as a token
+          have stood there; its end counts as a token. k may differ: APIs add
+          the token that was drawn where it is not among them
   values  [n, k] their log-probabilities, at temperature 1
   rest    [n] that of all others together; it may be missing, and is then what
           the values leave of 1
@@ -26,7 +27,6 @@ from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.sources import BadRow
 
 _CHUNK = 256  # rows that are held at once
-_NOTHING = -1e4  # log of a mass that is none, in fp16
 _LEAST = 1e-7  # mass of what is not said, which rounding would make negative
 
 
@@ -64,7 +64,7 @@ def load(spec, contents, texts, reader, *, rules, size, root=None):
   tokenizer, template = reader
   vocab = tokenizer_lib.size(tokenizer)
   key = {
-    'version': 1,
+    'code': store.code('logprobs.py'),
     'data': contents,
     'texts': texts.digest,
     'template': template,
@@ -96,7 +96,8 @@ def load(spec, contents, texts, reader, *, rules, size, root=None):
     raise UserError(
       f"config.teacher.cache='data': no row of {spec} has logprobs that can be "
       f'used ({reasons or "none has any"}); write them with python -m '
-      "gakd_jax.generate --logprobs=20, or set it to 'none'"
+      f'gakd_jax.generate --logprobs={size} (config.teacher.cache_size), or '
+      "set it to 'none'"
     )
   share = known / facts['tokens']
   print(f'logprobs: of {share:.1%} of response tokens', flush=True)
@@ -112,10 +113,10 @@ def load(spec, contents, texts, reader, *, rules, size, root=None):
 
 def _of_text(where, value, text, size, vocab, refuse):
   """What `Known.arrays` have of a text, and whether it `is_good`."""
-  n = len(text[1]) + bool(len(text[0]))  # See `_positions`.
+  n = len(text[1]) + 1  # See `_positions`.
   found = {
     'ids': np.tile(np.arange(size, dtype=np.int32), (n, 1)),
-    'log_probs': np.full((n, size), _NOTHING, np.float16),
+    'log_probs': np.full((n, size), kept.NOTHING, np.float16),
     'rest': np.zeros(n, np.float16),
     'is_known': np.zeros(n, bool),
     'is_good': np.ones(1, bool),
@@ -126,8 +127,6 @@ def _of_text(where, value, text, size, vocab, refuse):
     refuse(error)
     return found | {'is_good': np.zeros(1, bool)}
   for name, x in given.items():
-    # Nothing stands before the first token of a text without a prompt.
-    x = x if len(text[0]) else x[1:]
     found[name][: len(x)] = x
   return found
 
@@ -157,6 +156,7 @@ def read(where, value, response, size, vocab):
       raise BadRow(where, f'logprobs have no {name}')
     return x
 
+  value = _rectangular(value)
   ids_Mk, values_Mk = column('ids', 'i', 2), column('values', 'if', 2)
   m, n = len(ids_Mk), len(response)
   if ids_Mk.shape != values_Mk.shape or m not in (n, n - 1):
@@ -168,7 +168,11 @@ def read(where, value, response, size, vocab):
     ):
       raise BadRow(where, 'logprobs are of other tokens than the response')
   if ids_Mk.shape[1] < size:
-    raise BadRow(where, f'logprobs have fewer than {size} ids')
+    raise BadRow(
+      where,
+      f'logprobs have {ids_Mk.shape[1]} ids where config.teacher.cache_size '
+      f'asks for {size}',
+    )
   if ((ids_Mk < 0) | (ids_Mk >= vocab)).any():
     raise BadRow(where, 'logprobs have ids that are no tokens')
   order_Mk = np.argsort(-values_Mk, axis=1, kind='stable')[:, :size]
@@ -187,14 +191,33 @@ def read(where, value, response, size, vocab):
       raise BadRow(where, 'logprobs have a rest that is none')
   return {
     'ids': ids_MK.astype(np.int32),
-    'log_probs': np.maximum(values_MK, _NOTHING).astype(np.float16),
-    'rest': np.maximum(rest_M, _NOTHING).astype(np.float16),
+    'log_probs': np.maximum(values_MK, kept.NOTHING).astype(np.float16),
+    'rest': np.maximum(rest_M, kept.NOTHING).astype(np.float16),
     'is_known': np.ones(m, bool),
   }
+
+
+def _rectangular(value):
+  """With as many ids of each token as the fewest have; the most likely."""
+  try:
+    k = min(map(len, value['ids']))
+    if all(len(x) == k for x in value['ids']):
+      return value
+    pairs = [
+      sorted(zip(values, ids, strict=True), reverse=True)[:k]
+      for values, ids in zip(value['values'], value['ids'], strict=True)
+    ]
+    return value | {
+      'ids': [[i for _, i in x] for x in pairs],
+      'values': [[p for p, _ in x] for x in pairs],
+      'rest': None,  # It was of others.
+    }
+  except (LookupError, TypeError, ValueError):
+    return value  # What is wrong will be said.
 
 
 def _positions(texts):
   """[N], how many positions are kept: one before each token of the response,
   and the last, which predicts nothing.
   """
-  return texts.lengths - np.maximum(texts.prompts, 1) + 1
+  return texts.lengths - texts.prompts + 1

@@ -42,25 +42,25 @@ class Fidelity:
     """See `evaluator`; no metric of a subject without a teacher.
 
     What is measured of the teacher's answers needs `subject.teacher_workdir`.
-    Log-probabilities are of the answers to the first seed.
+    Log-probabilities are of the answers to the first seed, but for
+    `sequence_kl_student`, KL(q || p) of a whole answer in nats, of all.
     """
     del tag
     if subject.models.teacher_definition is None:
       return {'metrics': {}}
     student = self._answers(subject.workdir)
-    written = {'student': student[0]}
-    result = {}
+    result, written = {}, []
     if subject.teacher_workdir is not None:
       teacher = self._answers(subject.teacher_workdir)
-      written['teacher'] = teacher[0]
+      written = [('teacher', self._ids(teacher[0]))]
       pairs = {
         seed: self._compare(*([x['answer'] for x in lines] for lines in pair))
         for seed, *pair in zip(self.of.seeds, student, teacher, strict=True)
       }
       result = statistics_lib.all_over_seeds(pairs)
-    texts = self.of.texts(subject)
-    ids = {name: self._ids(lines) for name, lines in written.items()}
-    for name, responses in ({'gold': texts.references} | ids).items():
+    texts, nats = self.of.texts(subject), {}
+    by_seed = zip(self.of.seeds, map(self._ids, student), strict=True)
+    for name, responses in (('gold', texts.references), *written, *by_seed):
       shown = [
         (prompt, response[: subject.max_length - len(prompt)])
         for prompt, response in zip(texts.prompts, responses, strict=True)
@@ -69,11 +69,14 @@ class Fidelity:
       if not shown:
         continue
       found = loss.measure(subject, params, shown, self.batch_size)
-      result |= {f'{key}_{name}': value for key, value in found.items()}
-      if name == 'student':
+      if isinstance(name, int):  # a seed of the student
         tokens = sum(len(response) for _, response in shown) / len(shown)
-        nats = tokens * found['reverse_kl']['mean']
-        result['sequence_kl_student'] = nats
+        nats[name] = tokens * found['reverse_kl']['mean']
+        name = 'student' if name == self.of.seeds[0] else None
+      if name:
+        result |= {f'{key}_{name}': value for key, value in found.items()}
+    if nats:
+      result['sequence_kl_student'] = statistics_lib.over_seeds(nats)
     return {
       'shortened': texts.shortened,
       'truncated': texts.truncated,

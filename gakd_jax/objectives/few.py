@@ -21,11 +21,10 @@ token. On disk numbers are fp16: p is then known to 0.1 to 0.4 %.
 import jax
 import jax.numpy as jnp
 
+from gakd_jax.data import kept
 from gakd_jax.objectives import head
 
 KINDS = ('top_k', 'sampled')
-# log of a mass that is none: finite in fp16, and exp of it is 0.
-_NOTHING = -1e4
 
 
 def ask(kind, size, outputs, mask_BT, *, temperature, chunk, key_B=None):
@@ -98,8 +97,8 @@ def _rest(log_p_NV, ids_NK):
   As 1 less the sum it would be noise where almost nothing is left.
   """
   rows_N1 = jnp.arange(len(ids_NK))[:, None]
-  others_NV = log_p_NV.at[rows_N1, ids_NK].set(2 * _NOTHING)
-  return jnp.maximum(jax.nn.logsumexp(others_NV, axis=1), _NOTHING)
+  others_NV = log_p_NV.at[rows_N1, ids_NK].set(2 * kept.NOTHING)
+  return jnp.maximum(jax.nn.logsumexp(others_NV, axis=1), kept.NOTHING)
 
 
 def _systematic(p_NV, u_N, n):

@@ -23,7 +23,9 @@ alone.
 `oracle=True` puts D* = log p(y|x) - log q(y|x) in the critic's place: what a
 critic that tells the teacher's text from the student's comes to when it has
 learned all. It takes a teacher's logits, of whatever tokens the teacher reads
-the text in.
+the text in; an answer that it cannot read whole (bytes that are no text, a
+special token, more tokens than there is room for) has the least reward of those
+to the same prompt.
 
 With kd=0 and likelihood=0 the text of the data is imitated in the warm-up, and
 only the critic teaches from there on.
@@ -37,8 +39,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gakd_jax import UserError, flops, sharding
+from gakd_jax import UserError, flops, models, sharding
 from gakd_jax.data import segments
+from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.models import critic as critic_lib
 from gakd_jax.objectives import adversarial, base, head, kld, sft
 from gakd_jax.settings import Count, Natural, NotNegative, Positive, Share
@@ -74,6 +77,10 @@ class GAD(base.Objective):
     return self.kd > 0 or not self.oracle
 
   @property
+  def align(self):
+    return ('span',) if self.oracle else ()  # What was read, and what was not.
+
+  @property
   def takes(self):
     return kld.KLD(divergence=self.divergence).takes
 
@@ -89,6 +96,14 @@ class GAD(base.Objective):
         "prompt with that of the data; set config.rollout to {'writer': "
         "'student', 'samples': 4, 'beside': True}"
       )
+    path = self.critic.get('init_from')
+    if path and self.g and not self.oracle:
+      paths = map(models.tokenizer_dir, (config.student.path, path))
+      if not tokenizer_lib.are_same(*map(tokenizer_lib.load, paths)):
+        raise UserError(
+          f'config.critic.init_from: {path} has another tokenizer than the '
+          'student, whose ids the critic reads; name a model with the same'
+        )
     if (c.get('begin', 0.0), c.get('end', 1.0)) != (0, 1):
       raise UserError(
         'config.objective: gad has answers of the student in every step; leave '
@@ -170,17 +185,25 @@ class GAD(base.Objective):
     del key
     is_new_B = batch.written_B
     log_q_BT, is_new_BT = self._log_probs(student, batch.student, is_new_B)
+    unread = {}
     if self.oracle:
       log_p_BU, _ = self._log_probs(teacher, batch.teacher, is_new_B)
       reward_B = jnp.sum(log_p_BU, axis=1) - jnp.sum(log_q_BT, axis=1)
     else:
       reward_B = self.scores(own.critic, batch, student.hidden_BTD.dtype)
-    reward_Bn = jax.lax.stop_gradient(reward_B).reshape(-1, batch.group)
-    advantage_B1 = advantages(reward_Bn[:, :-1], batch.group)[:, None]
+    reward_Bm = jax.lax.stop_gradient(reward_B).reshape(-1, batch.group)[:, :-1]
+    if self.oracle and 'span_s' in batch.align:
+      lost_BT = (batch.align['span_s'] < 0) & batch.student.mask_BT
+      is_lost_B = jnp.any(lost_BT, axis=1) & is_new_B
+      is_lost_Bm = is_lost_B.reshape(-1, batch.group)[:, :-1]
+      reward_Bm = with_the_least(reward_Bm, is_lost_Bm)
+      unread = {'unread': _mean(is_lost_Bm, batch)}
+    advantage_B1 = advantages(reward_Bm, batch.group)[:, None]
     old_BT = batch.old_log_BT
     if old_BT is None:
       old_BT = jax.lax.stop_gradient(log_q_BT)
-    ratio_BT = jnp.exp(log_q_BT - old_BT)
+    # Of what was not written, r is 1: else it could be infinite.
+    ratio_BT = jnp.exp(jnp.where(is_new_BT, log_q_BT - old_BT, 0.0))
     near_BT = jnp.clip(ratio_BT, 1 - self.clip, 1 + self.clip)
     gain_BT = ratio_BT * advantage_B1
     least_BT = jnp.minimum(gain_BT, near_BT * advantage_B1)
@@ -188,9 +211,9 @@ class GAD(base.Objective):
     loss = -jnp.sum(least_BT, where=is_new_BT) / n
     metrics = {
       'generator': loss,
-      'reward': _mean(reward_Bn[:, :-1], batch),
+      'reward': _mean(reward_Bm, batch),
       'clipped': jnp.sum(least_BT < gain_BT, where=is_new_BT) / n,
-    }
+    } | unread
     weight = jnp.where(own.step >= self.warmup_steps, self.g, 0.0)
     return weight * loss, metrics
 
@@ -232,6 +255,15 @@ class GAD(base.Objective):
     score_BT = model(x_BTC, tokens.segments_BT, remat)
     is_last_BT = segments.is_last(tokens.segments_BT)
     return jnp.sum(score_BT, axis=1, where=is_last_BT)
+
+
+def with_the_least(reward_Bm, is_lost_Bm):
+  """Rewards, of some answers the least of the others in their group; or 0."""
+  least_B1 = jnp.min(
+    reward_Bm, axis=1, keepdims=True, where=~is_lost_Bm, initial=jnp.inf
+  )
+  least_B1 = jnp.where(jnp.isinf(least_B1), 0, least_B1)
+  return jnp.where(is_lost_Bm, least_B1, reward_Bm)
 
 
 def advantages(reward_Bm, group):

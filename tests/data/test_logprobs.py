@@ -40,6 +40,23 @@ def test_the_rest_may_be_given_where_all_ids_are_read():
   np.testing.assert_allclose(read(rest=rest)['rest'], read()['rest'])
 
 
+def test_of_as_many_ids_as_the_fewest_have_the_most_likely_are_read():
+  """An API adds what was drawn, wherever it stands."""
+  more = {
+    'ids': [[5, 1, 2, 8], [6, 5, 4], [7, 0, 1]],
+    'values': [[*VALUES[0], np.log(0.15)], *VALUES[1:]],
+    'rest': [0.0, 0.0, 0.0],
+  }
+  found = read(size=3, **more)
+  assert found['ids'][0].tolist() == [1, 5, 8]
+  np.testing.assert_array_equal(found['ids'][1:], read(size=3)['ids'][1:])
+  np.testing.assert_allclose(
+    np.exp(found['rest'].astype(float)), [0.15, 0.05, 1e-7], atol=1e-3
+  )
+  with pytest.raises(BadRow, match='have 3 ids'):
+    read(size=4, **more)
+
+
 def test_an_end_that_is_left_out_is_not_known():
   found = read(response=np.append(RESPONSE, 9))
   assert len(found['ids']) == 3
@@ -54,6 +71,7 @@ def test_an_end_that_is_left_out_is_not_known():
     ({'values': VALUES[0].tolist()}, 'have no values'),
     ({'values': VALUES[:, :2].tolist()}, 'not of as many tokens'),
     ({'ids': [[5, 1], [6, 5], [7]]}, 'have no ids'),
+    ({'ids': [[5, 1], 6, [7]]}, 'have no ids'),
     ({'tokens': [5, 6, 8]}, 'of other tokens'),
     ({'tokens': [5]}, 'of other tokens'),
     ({'ids': [[5, 1, 2], [6, 5, 4], [7, 0, 10]]}, 'ids that are no tokens'),
@@ -65,7 +83,7 @@ def test_an_end_that_is_left_out_is_not_known():
 def test_what_is_not_of_the_response_is_refused(changes, said):
   with pytest.raises(BadRow, match=said):
     read(**changes)
-  with pytest.raises(BadRow, match='fewer than 4 ids'):
+  with pytest.raises(BadRow, match=r'have 3 ids where .*cache_size asks for 4'):
     read(size=4)
   with pytest.raises(BadRow, match='not of as many tokens'):
     read(response=RESPONSE[:2])

@@ -292,10 +292,13 @@ def test_fidelity_on_three_texts(parts, tmp_path):
       assert mean(result[f'{key}_{text}']) == pytest.approx(value, rel=1e-5)
   assert result['ce_gold'] != result['ce_teacher']
   # A sum over each answer: of all of them, as many tokens as they have.
+  nats = result['sequence_kl_student']
+  assert nats['by_seed'].keys() == {'1', '2'}
   tokens = sum(len(ended(text)) for text in mine[1]) / len(mine[1])
-  assert result['sequence_kl_student'] == pytest.approx(
+  assert nats['by_seed']['1'] == pytest.approx(
     tokens * result['reverse_kl_student']['mean'], rel=1e-6
   )
+  assert nats['by_seed']['2'] != nats['by_seed']['1']
 
   alone = dataclasses.replace(subject, teacher_workdir=None)
   found = compared.run(alone, params, 0)['metrics']

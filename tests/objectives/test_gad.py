@@ -20,7 +20,7 @@ N = 3  # answers of the student to a prompt
 
 def make(**settings):
   settings = {'warmup_steps': 0, 'critic': CRITIC} | settings
-  return objectives.make('gad', head_chunk=4, **settings)
+  return objectives.make('gad', **{'head_chunk': 4} | settings)
 
 
 def batch_of(prompts, T, V, lengths=None, seed=0):
@@ -155,6 +155,56 @@ def test_text_of_an_older_student_is_clipped():
   clipped_B = np.clip(ratio_B[:N], 0.8, 1.2)
   value = np.minimum(ratio_B[:N] * advantage_B, clipped_B * advantage_B)
   np.testing.assert_allclose(metrics['generator'], -value.mean(), rtol=1e-4)
+
+
+def test_what_was_not_written_has_no_ratio():
+  """However unlikely the data's text is to the student: no gradient is NaN."""
+  V, objective = 11, make(head_chunk=64)
+  batch = batch_of(2, 6, V)
+  old_BT = np.where(batch.written_B[:, None], -2.0, -1e3).astype(np.float32)
+  batch = counted(objective, batch.replace(old_log_BT=old_BT))
+  student = outputs_of(batch, 5, V, seed=1)
+
+  def loss(student):
+    own = own_of(objective, V)
+    return objective.reinforcement(student, None, batch, own, None)[0]
+
+  found = jax.jit(jax.grad(loss))(student)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+  assert np.abs(found.hidden_BTD).max() > 0
+
+
+def test_what_a_teacher_cannot_read_whole_is_worth_the_least_of_its_group():
+  V, objective = 11, make(oracle=True)
+  batch = batch_of(2, 6, V, lengths=[6] * 2 * (N + 1))
+  student, teacher = (outputs_of(batch, 5, V, seed) for seed in (1, 2))
+  own = own_of(objective, V)
+
+  def rewards(lost):
+    spans_BT = np.zeros(batch.student.ids_BT.shape, np.int32)
+    spans_BT[:, :2] = -1  # of the prompt, which is of no response
+    for b, t in lost:
+      spans_BT[b, t] = -1
+    found = batch.replace(align={'span_s': spans_BT})
+    _, metrics = jitted(
+      objective.reinforcement, student, teacher, counted(objective, found), own
+    )
+    return metrics['reward'], metrics['unread']
+
+  ratio_B = log_probs(teacher, batch) - log_probs(student, batch)
+  ratio_Bm = ratio_B.reshape(2, N + 1)[:, :N]
+  mean, unread = rewards([])
+  np.testing.assert_allclose(mean, ratio_Bm.mean(), rtol=1e-5)
+  assert unread == 0
+  # One of the first group; a row of the data does not matter.
+  mean, unread = rewards([(1, 4), (N, 5)])
+  want_Bm = ratio_Bm.copy()
+  want_Bm[0, 1] = min(ratio_Bm[0, 0], ratio_Bm[0, 2])
+  np.testing.assert_allclose(mean, want_Bm.mean(), rtol=1e-5)
+  np.testing.assert_allclose(unread, 1 / (2 * N), rtol=1e-6)
+  # All of a group: none is better than another.
+  mean, _ = rewards([(b, 3) for b in range(N)])
+  np.testing.assert_allclose(mean, ratio_Bm[1].mean() / 2, rtol=1e-5)
 
 
 def test_a_critic_can_come_from_a_model_with_its_embedding(tiny_model_dir):

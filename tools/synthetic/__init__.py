@@ -102,6 +102,19 @@ def permuted(split: str, n: int, seed: int = 0) -> list[dict]:
   ]
 
 
+def disputed(split: str, n: int, world: str = 'right') -> list[dict]:
+  """n rows that `permuted` changes; `gradable`, by the facts of a world.
+
+  world: 'right', or 'wrong', that of `permuted`.
+  """
+  some = (x for x in tasks(split) if knowing.permuted(x[0]) != x[0])
+  rows = []
+  for task, rng in itertools.islice(some, n):
+    task = task if world == 'right' else knowing.permuted(task)
+    rows.append(_row(split, task, rng) | {'answer': task.answer})
+  return rows
+
+
 def joined(split: str, n: int, k: int, seed: int = 0) -> list[dict]:
   """n rows that ask k questions each, to be answered one after the other.
 
@@ -127,10 +140,9 @@ def joined(split: str, n: int, k: int, seed: int = 0) -> list[dict]:
 
 def gradable(split: str, n: int, seed: int = 0) -> list[dict]:
   """`rows`, each with all that may be answered as its `answer`, for `check`."""
-  some = itertools.islice(tasks(split, seed), n)
   return [
-    row | {'answer': task.answer}
-    for row, (task, _) in zip(rows(split, n, seed), some, strict=True)
+    _row(split, task, rng) | {'answer': task.answer}
+    for task, rng in itertools.islice(tasks(split, seed), n)
   ]
 
 
@@ -138,7 +150,7 @@ def check(row, answer: str) -> float:
   """How much of an answer is right, 0 to 1; `row`: of `gradable` rows.
 
   What an answer says follows from its prompt, how it says so does not: the
-  share of its sentences that one of the phrasings is, in their order.
+  share of its sentences that are a phrasing of what there is to say, in order.
   """
   return share_said(row.answer, answer)
 

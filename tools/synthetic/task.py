@@ -8,6 +8,7 @@ to rare.
 
 import itertools
 import random
+import re
 from typing import NamedTuple
 
 ODDS = (6, 3, 1)  # of an answer part's phrasings, in their order
@@ -44,21 +45,30 @@ def say(rng: random.Random, task: Task) -> str:
 
 
 def share_said(answer: str, said: str) -> float:
-  """The share of an answer's parts that a text says, in their order.
+  """The share of a text's sentences that are parts of an answer, in order.
 
-  One that says something else besides all parts has said one thing too many.
+  Of the answer's parts, where these are more: what is missing is wrong too.
   """
-  all_parts = parts(answer)
-  right, start, found = 0, 0, []
-  for phrasings in all_parts:
-    places = [(said.find(x, start), x) for x in phrasings]
-    places = [(at, x) for at, x in places if at >= 0]
-    if places:
-      at, phrasing = min(places)
-      right, start = right + 1, at + len(phrasing)
-      found.append(phrasing)
-  more = right == len(all_parts) and said.strip() != ' '.join(found)
-  return right / (len(all_parts) + more)
+  rest, left, right, wrong = said.strip(), parts(answer), 0, 0
+  n = len(left)
+  while rest:
+    length, skipped = max(
+      (
+        (len(phrasing), -i)
+        for i, phrasings in enumerate(left)
+        for phrasing in phrasings
+        if re.match(re.escape(phrasing) + r'(?!\S)', rest)
+      ),
+      key=lambda x: (x[1], x[0]),
+      default=(0, 0),
+    )
+    if length:
+      right, left = right + 1, left[1 - skipped :]
+    else:
+      end = re.search(r'[.!?](?!\S)', rest)
+      wrong, length = wrong + 1, end.end() if end else len(rest)
+    rest = rest[length:].lstrip()
+  return right / max(n, right + wrong)
 
 
 def a(noun: str) -> str:
