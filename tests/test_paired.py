@@ -1,0 +1,82 @@
+"""tools/paired.py: rows and differences of runs with several seeds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tools import paired
+
+ROOT = Path(__file__).parents[1]
+
+
+def write(path, scores, ce):
+  """A run of scores by answer and prompt, of an evaluator `sampled`."""
+  (path / 'answers').mkdir(parents=True)
+  for seed, of_prompts in enumerate(scores):
+    lines = [json.dumps({'scores': {'rouge_l': x}}) for x in of_prompts]
+    (path / f'answers/sampled-{seed}.jsonl').write_text('\n'.join(lines))
+  evaluators = {
+    'loss': {'metrics': {'ce': ce}},
+    'sampled': {'metrics': {'rouge_l': {'mean': float(np.mean(scores))}}},
+  }
+  (path / 'results.json').write_text(
+    json.dumps({'best': {'evaluators': evaluators}})
+  )
+
+
+@pytest.fixture
+def runs(tmp_path):
+  """Two trainings, one of which has no twin, in two places."""
+  write(tmp_path / 'x/a-seed0', [[1, 2, 3], [3, 4, 5]], 1.0)
+  write(tmp_path / 'y/a-seed1', [[5, 6, 7], [5, 6, 7]], 2.0)
+  write(tmp_path / 'x/b-seed0', [[1, 1, 1], [1, 1, 1]], 1.5)
+  (tmp_path / 'x/b-seed1').mkdir()  # has not finished
+  return [tmp_path / 'x', tmp_path / 'y']
+
+
+def test_rows_are_means_and_pairs_differences(runs):
+  a, b = (paired.seeds_of(runs, name) for name in 'ab')
+  assert [*a] == ['0', '1']
+  assert [*b] == ['0']
+  assert paired.row(a, 'loss/ce') == '1.50 ± 0.71'
+  assert paired.row(b, 'loss/ce') == '1.50'
+  assert paired.row(a, 'loss/reverse_kl') == ''
+  assert paired.difference(a, b, 'loss/ce') == '-0.50'
+  found = paired.difference(a, b, 'sampled/rouge_l')
+  assert found.startswith('+2.00 (1.')
+  assert found.endswith('): +2.00')
+
+
+def test_an_interval_is_of_trainings_and_prompts():
+  rng = np.random.default_rng(0)
+  d_SN = rng.standard_normal((5, 400))
+  of_prompts = 2 * 1.96 / 2000**0.5
+  low, high = paired.interval(d_SN)
+  assert low < d_SN.mean() < high
+  # What differs by neither alone is counted with both, and as it is.
+  assert high - low == pytest.approx(3**0.5 * of_prompts, rel=0.1)
+  # What differs by training alone is as wide as these differ.
+  low, high = paired.interval(np.repeat(np.arange(5.0)[:, None], 400, axis=1))
+  assert high - low == pytest.approx(2 * 1.96 * (2 / 5) ** 0.5, rel=0.1)
+  assert [*paired.interval(np.full((3, 9), 2.0))] == [2, 2]
+
+
+def test_a_table_is_printed(runs):
+  done = subprocess.run(
+    [
+      *(sys.executable, '-m', 'tools.paired', *map(str, runs)),
+      *('--rows=a,b', '--pairs=a:b', '--metrics=loss/ce,sampled/rouge_l'),
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  lines = done.stdout.splitlines()
+  assert lines[0] == '| | loss/ce | sampled/rouge_l |'
+  assert lines[2] == '| a (2) | 1.50 ± 0.71 | 4.50 ± 2.12 |'
+  assert lines[4].startswith('| a - b | -0.50 | +2.00 (')
