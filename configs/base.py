@@ -24,6 +24,9 @@ def get_config():
   # None loads the weights. A dict makes random ones: the architecture of
   # `path` with these fields of DecoderConfig replaced, such as width.
   c.student.shape = config_dict.placeholder(object)
+  # None keeps all of the weights. A dict cuts a smaller student out of them:
+  # layers (how many, or which), ff_width, kv_heads (see gakd_jax/models/cut).
+  c.student.keep = config_dict.placeholder(object)
   c.student.dtype = 'bfloat16'  # of the exported weights; training is fp32
   # None trains all weights. A dict trains adapters of a frozen base, which is
   # kept in `dtype`: rank, alpha, dropout, targets (see gakd_jax/models/lora).

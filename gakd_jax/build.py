@@ -29,7 +29,7 @@ from gakd_jax.data import aligned
 from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import evaluator as evaluator_lib
-from gakd_jax.models import lora, pair, transformer
+from gakd_jax.models import cut, lora, pair, transformer
 from gakd_jax.models.attention import choose_backend
 
 
@@ -144,6 +144,12 @@ def build(config, workdir, mesh, force=False, weights=True):
         return None
       return models.load(part.path, dtype, mesh, blocks=False)
     shape = part.get('shape')
+    if part.get('keep') is not None:
+      keep = cut.make(part.keep)
+      some = ()
+      if keep.asks_data:
+        some = inputs.first_rows(config, tokenizers[0], keep.rows)
+      return cut.cut(models.load(part.path, **settings), keep, some, mesh)
     if shape is None:
       return models.load(part.path, **settings)
     return models.init(part.path, config.seed, **settings, **shape)
@@ -209,6 +215,8 @@ def _abstract(part, blocks=True):
   shape, adapters = part.get('shape'), part.get('lora')
   resolve = models.resolve_base if shape is None else models.resolve
   config = models.read_config(part.path, **(shape or {}))
+  if part.get('keep') is not None:
+    config = cut.make(part.keep).shape(config)
   if not blocks:
     config = models.without_blocks(config)
   return models.abstract(

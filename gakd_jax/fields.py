@@ -22,6 +22,7 @@ from gakd_jax.evals import evaluator as evaluator_lib
 from gakd_jax.models import (
   attention,
   blocks,
+  cut,
   families,
   lora,
   quantized,
@@ -77,6 +78,7 @@ FIELDS = {
   'student': {
     'path': Text | None,
     'shape': Mapping | None,
+    'keep': Mapping | None,
     'dtype': _Dtype,
     'lora': Mapping | None,
     'quantize': Literal[*quantized.KINDS] | None,
@@ -174,7 +176,9 @@ def check(config):
 
 def _check_fields(prefix, given, fields):
   # Of a teacher that a stage will write, a plan knows the shape.
-  known = fields | ({'shape': object} if prefix == 'config.teacher.' else {})
+  known = dict(fields)
+  if prefix == 'config.teacher.':
+    known |= {'shape': object, 'keep': object}
   settings_lib.named(prefix, given, known, 'a config')
   for key, kind in fields.items():
     if key not in given:
@@ -211,6 +215,14 @@ def _check_parts(config):
   if student.shape is not None:
     prefix = 'config.student.shape.'
     settings_lib.checked(prefix, student.shape, _SHAPE, 'a decoder')
+  if student.keep is not None:
+    cut.make(student.keep)
+    for other in ('shape', 'lora'):
+      if student[other] is not None:
+        raise UserError(
+          f'config.student.keep and config.student.{other} are both set: cut '
+          'the student in a stage of its own, and name that as the path'
+        )
   if student.quantize is not None and student.lora is None:
     raise UserError(
       f'config.student.quantize={student.quantize!r} is for a base that is not '

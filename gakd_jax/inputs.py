@@ -99,6 +99,29 @@ def texts(config, spec, readers, writer, kinds=()):
   return found
 
 
+def first_rows(config, tokenizer, n):
+  """[(ids_BT, segments_BT)] of the first rows of the data, a text each."""
+  c = config.data
+  texts, _ = texts_lib.load(
+    c.train,
+    sources.identity(c.train),
+    tokenizer,
+    template=c.template,
+    rules=sources.Rules(c.on_bad_row, True, c.turns),
+    thinking=c.thinking,
+    root=c.cache,
+  )
+  texts, _ = texts.fit(c.max_length, c.max_prompt_length)
+  batches = pipeline.batches(
+    texts.take(np.arange(min(n, len(texts)))),
+    batch_size=min(16, n),
+    max_length=c.max_length,
+    pad_id=tokenizer_lib.pad_id(tokenizer),
+    epochs=1,
+  )
+  return [(x.student.ids_BT, x.student.segments_BT) for x in batches]
+
+
 def _say_coverage(every, tokenizers):
   """Prints which share of tokens has a partner; refuses almost none."""
   for name, share in every.coverage().items():

@@ -100,27 +100,36 @@ def stage_shapes(config, stages, root=None):
   """
   config = config.copy_and_resolve_references()
 
-  def origin(path, shape, seen=()):
+  def origin(path, shape, keep, seen=()):
     if not str(path).startswith(STAGE):
-      return path, shape
+      return path, shape, keep
     name = path.removeprefix(STAGE)
     if name not in stages or name in seen:
       raise UserError(
         f'{path}: config.stages has no stage {name} to start from'
       )
     if root is not None and is_finished(Path(root) / name):
-      return f'{Path(root) / name}/best', shape
+      return f'{Path(root) / name}/best', shape, keep
     student = stages[name].student
     below = student.shape
     if below is not None or shape is not None:
       below = dict(below or {}) | dict(shape or {})
-    return origin(student.path, below, (*seen, name))
+    if student.keep is not None:
+      if shape is not None or keep is not None:
+        raise UserError(
+          f'{path}: what this stage cuts is cut or made anew here, and cannot '
+          'be planned before it has run'
+        )
+      keep = student.keep
+    return origin(student.path, below, keep, (*seen, name))
 
   with config.ignore_type(), config.unlocked():
     for part in (config.student, config.teacher):
-      part.path, part.shape = origin(part.path, part.get('shape'))
-    path, shape = origin(config.critic.init_from, None)
-    if shape:
+      part.path, part.shape, part.keep = origin(
+        part.path, part.get('shape'), part.get('keep')
+      )
+    path, shape, keep = origin(config.critic.init_from, None, None)
+    if shape or keep:
       raise UserError(
         f'config.critic.init_from={config.critic.init_from}: the shape of this '
         'stage is its own, and cannot be planned before the stage has run'

@@ -122,7 +122,8 @@ def _finish(config, workdir, results):
 def _is_teacher(config, contents):
   """Whether the student, as it is, is its own teacher."""
   student, teacher = contents['config.student'], contents.get('config.teacher')
-  return student == teacher and config.student.shape is None
+  is_whole = config.student.shape is None and config.student.keep is None
+  return student == teacher and is_whole
 
 
 def _write_report(config, workdir):

@@ -27,6 +27,18 @@ WRONG = {
     {'rope_scaling': ('a',)},
     {3: 1},
   ],
+  'student.keep': [
+    3,
+    {'layers': 0},
+    {'layers': (2, 1)},
+    {'layers': (1, 1)},
+    {'layers': ()},
+    {'layer': 3},
+    {'by': 'chance'},
+    {'ff_width': 2.5},
+    {'kv_heads': 0},
+    {'rows': 0},
+  ],
   'student.dtype': ['bf16', 'int8', 3],
   'student.lora': [
     'rank 4',
@@ -139,6 +151,7 @@ WRONG = {
 # Where None is a value.
 MAY_BE_NONE = {
   *('student.path', 'student.shape', 'student.lora', 'student.quantize'),
+  'student.keep',
   *('teacher.path', 'teacher.template', 'teacher.quantize'),
   *('data.train', 'data.validation', 'data.template', 'data.buckets'),
   *('data.weights', 'data.cache', 'critic.init_from'),

@@ -179,7 +179,8 @@ class Decoder(nnx.Module):
     weight = self.embedding if tied else self.head_weight
     return Head(weight[...].astype(self.dtype), self.config.head_cap)
 
-  def _embed(self, ids_BT, positions_BT):
+  def embed(self, ids_BT, positions_BT):
+    """What the first block reads."""
     x_BTD = sharding.look_up(self.embedding[...], ids_BT, self.dtype)
     if self.config.scaled_embedding:
       x_BTD *= jnp.asarray(self.config.width**0.5, x_BTD.dtype)
@@ -199,7 +200,7 @@ class Decoder(nnx.Module):
     """
     if segments_BT is None:
       segments_BT = jnp.ones_like(ids_BT)
-    x_BTD = self._embed(ids_BT, segments.positions(segments_BT))
+    x_BTD = self.embed(ids_BT, segments.positions(segments_BT))
     x_BTD = blocks_lib.run(
       self.config, self.blocks, x_BTD, segments_BT, **settings
     )
@@ -235,7 +236,7 @@ class Decoder(nnx.Module):
       rope = tuple(table_1S1h[0, positions_BT] for table_1S1h in rope)
     context = attention_lib.Context(rope, slots_BT=positions_BT)
     windows = self.config.windows or [0] * len(self.blocks)
-    x_BTD = self._embed(ids_BT, positions_BT)
+    x_BTD = self.embed(ids_BT, positions_BT)
     new_cache = []
     layers = zip(self.blocks, windows, cache, strict=True)
     for block, window, layer_cache in layers:
