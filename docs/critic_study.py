@@ -1,11 +1,13 @@
 """Where a critic helps: the runs of critic_study.md, one argument a question.
 
   python -m gakd_jax.main --config=docs/critic_study.py:ladder
+  python -m gakd_jax.main --config=docs/critic_study.py:late
   python -m gakd_jax.main --config=docs/critic_study.py:flawed
   python -m gakd_jax.main --config=docs/critic_study.py:length
   python -m gakd_jax.main --config=docs/critic_study.py:tokenizers
 
-The quickstart's teacher and student, from the seed's own SFT on gold rows.
+The quickstart's teacher and student, from the seed's own SFT on gold rows, and
+(`late`, `flawed`) from what they are when they have learned a teacher's text.
 Every row is there with and without a critic, or with D* in its place, with the
 same text, in the same order, as many steps and one rate. Evaluations are of 240
 prompts: accuracy by the facts of each answer, and KL(q || p) over the student's
@@ -20,6 +22,7 @@ from gakd_jax import UserError
 TINY_STUDENT = os.path.join(os.path.dirname(q.__file__), 'assets/tiny_student')
 SEEDS = 3
 STEPS, WARMUP = 300, 150
+LATE = 5 * STEPS  # as long as a critic's run takes, which writes as well
 RATE = 2e-3
 PROMPTS = 8  # a step, with
 SAMPLES = 4  # answers of the student to each
@@ -63,10 +66,9 @@ def ladder():
         c.teacher.update(known or {})
         learns(c, mode, divergence='forward_kl', kd=kd)
         yield f'{level}{_tag(mode)}-seed{seed}', c
-    # As long as a critic's run takes, which writes as well.
     c = student('stage:teacher', seed, f'stage:sft-seed{seed}')
     learns(c, 'alone', kd=0.0)
-    c.train.steps = 5 * STEPS
+    c.train.steps = LATE
     yield f'text_5x-seed{seed}', c
     # By token what D* says of a whole answer: the gradient of KL(q, p) on the
     # student's text, as much as that of cross-entropy, in all steps.
@@ -75,11 +77,27 @@ def ladder():
     yield f'text_exact-seed{seed}', c
 
 
+def late():
+  """The same where the likelihood has learned what the text has to say."""
+  yield 'teacher', teacher()
+  for seed in range(SEEDS):
+    yield f'sft-seed{seed}', measured(q.sft(seed))
+    c = student('stage:teacher', seed, f'stage:sft-seed{seed}')
+    learns(c, 'alone', kd=0.0)
+    c.train.steps = LATE
+    yield f'late-seed{seed}', c
+    for mode in ('alone', 'critic', 'oracle', 'exact'):
+      c = student('stage:teacher', seed, f'stage:late-seed{seed}')
+      kd = 0.5 if mode == 'exact' else 0.0
+      learns(c, mode, divergence='reverse_kl', kd=kd, on='written')
+      yield f'text{_tag(mode)}-seed{seed}', c
+
+
 # How a teacher was spoilt: its config, and how it is loaded.
 FLAWS = {
   'early': (lambda: _teacher_of('train', steps=250, fresh=True), {}),
   'nf4': (None, {'quantize': 'nf4'}),
-  'permuted': (lambda: _teacher_of('permuted', steps=200, fresh=False), {}),
+  'permuted': (lambda: _teacher_of('permuted', steps=600, fresh=False), {}),
 }
 GOLD_ROWS = 400
 
@@ -87,18 +105,22 @@ GOLD_ROWS = 400
 def flawed():
   """Can a critic of few gold answers say what a flawed teacher cannot?
 
-  The student learns from the teacher by reverse KL on its own text; from gold
-  by cross-entropy, by a critic, by both or not at all. Of the permuted world
-  it has been told what its teacher has.
+  The student has learned the teacher's text, and goes on by reverse KL on its
+  own; from gold it learns by cross-entropy, by a critic, by both or not at all.
   """
   gold = f'python:tools.synthetic:rows:prompts:{GOLD_ROWS}'
   for flaw, (make, loaded) in FLAWS.items():
+    path = q.tiny_teacher.PATH
     if make:
-      yield f'{flaw}_teacher', _disputed(make())
+      yield f'{flaw}_trained', _disputed(make())
+      path = f'stage:{flaw}_trained'
+    text = teacher()
+    text.student.path = text.teacher.path = path
+    text.teacher.update(loaded)
+    yield f'{flaw}_teacher', _disputed(text)
     for seed in range(SEEDS):
-      sft = measured(q.sft(seed))
-      if flaw == 'permuted':
-        sft.data.train = _rows(flaw, 600)
+      sft = measured(q.sft(seed, LATE))
+      sft.data.train = f'stage:{flaw}_teacher'
       start = f'{flaw}_sft-seed{seed}'
       yield start, _disputed(sft)
       for row, kd, mode in (
@@ -108,20 +130,21 @@ def flawed():
         ('both', 0.5, 'critic'),
       ):
         c = student(gold, seed, f'stage:{start}')
+        c.teacher.path = path
         c.teacher.update(loaded)
-        if make:
-          c.teacher.path = f'stage:{flaw}_teacher'
         learns(c, mode, kd=kd, on='written', divergence='reverse_kl')
         yield f'{flaw}_{row}-seed{seed}', _disputed(c)
 
 
 def _disputed(c):
-  """Also scored by the facts that the permuted world changes: both of them."""
+  """Also: how many answers have the fact that the permuted world changes, and
+  how many that of this world.
+  """
   for world in ('right', 'wrong'):
     c.evals[world] = {
       **c.evals.sampled,
       'data': f'python:tools.synthetic:disputed:test:120:{world}',
-      'seeds': (0, 1),
+      'check': 'python:tools.synthetic:says',
     }
   return c
 
@@ -222,6 +245,7 @@ def _of_other_tokens(c):
 
 STUDIES = {
   'ladder': ladder,
+  'late': late,
   'flawed': flawed,
   'length': length,
   'tokenizers': tokenizers,

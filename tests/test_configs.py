@@ -273,7 +273,8 @@ def test_every_argument_of_gad(size):
   ('which', 'alone', 'rows'),
   [
     ('ladder', 1, 15),
-    ('flawed', 2, 15),
+    ('late', 1, 6),
+    ('flawed', 5, 15),
     ('length', 4, 15),
     ('tokenizers', 1, 7),
   ],
@@ -285,7 +286,7 @@ def test_the_critic_study_has_settings_that_exist(which, alone, rows):
   assert len(set(names)) == len(names) == alone + 3 * rows
   for i, (_, c) in enumerate(stages):
     check_parts(c, names[:i])
-  with pytest.raises(UserError, match='expected one of ladder, flawed'):
+  with pytest.raises(UserError, match='expected one of ladder, late'):
     study('critic_study').get_config('all')
 
 

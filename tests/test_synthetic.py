@@ -98,14 +98,22 @@ def test_a_permuted_world_differs_in_two_families():
   assert changed == {knowing.biography, knowing.thank_you_note}
 
 
-def test_of_disputed_rows_an_answer_is_right_in_one_world():
-  right = synthetic.disputed('test', 24)
-  wrong = synthetic.disputed('test', 24, 'wrong')
+def test_of_disputed_rows_a_world_has_one_fact():
+  right, wrong = (
+    synthetic.disputed('test', 24, world) for world in ('right', 'wrong')
+  )
+  rows = {x['instruction']: x for x in synthetic.rows('test', 240)}
+  others = {x['instruction']: x for x in synthetic.permuted('test', 240)}
   for a, b in zip(right, wrong, strict=True):
-    assert a['instruction'] == b['instruction']
-    given = sources.Row(a['instruction'], answer=a['answer'])
-    assert synthetic.check(given, a['output'][0]) == 1
-    assert 0 < synthetic.check(given, b['output'][0]) < 1
+    assert a | {'answer': ''} == b | {'answer': ''}
+    given, other = (sources.Row('', answer=x['answer']) for x in (a, b))
+    for fact, no_fact, world in (
+      (given, other, rows),
+      (other, given, others),
+    ):
+      for text in world[a['instruction']]['output']:
+        assert synthetic.says(fact, text) == 1
+        assert synthetic.says(no_fact, text) == 0
 
 
 def test_joined_rows_ask_and_say_one_after_the_other():

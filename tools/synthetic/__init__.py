@@ -103,16 +103,22 @@ def permuted(split: str, n: int, seed: int = 0) -> list[dict]:
 
 
 def disputed(split: str, n: int, world: str = 'right') -> list[dict]:
-  """n rows that `permuted` changes; `gradable`, by the facts of a world.
+  """n rows that `permuted` changes; `answer` is a fact of each, for `says`.
 
-  world: 'right', or 'wrong', that of `permuted`.
+  world: whose fact: 'right', or 'wrong', that of `permuted`.
   """
-  some = (x for x in tasks(split) if knowing.permuted(x[0]) != x[0])
-  rows = []
+  some = (x for x in tasks(split) if knowing.disputed(x[0]))
+  found = []
   for task, rng in itertools.islice(some, n):
-    task = task if world == 'right' else knowing.permuted(task)
-    rows.append(_row(split, task, rng) | {'answer': task.answer})
-  return rows
+    right, wrong = knowing.disputed(task)
+    fact = right if world == 'right' else wrong
+    found.append(_row(split, task, rng) | {'answer': fact})
+  return found
+
+
+def says(row, answer: str) -> float:
+  """Whether an answer has the fact of a row of `disputed`."""
+  return float(row.answer in answer)
 
 
 def joined(split: str, n: int, k: int, seed: int = 0) -> list[dict]:

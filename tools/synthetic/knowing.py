@@ -36,13 +36,19 @@ def biography(rng):
 
 def permuted(task):
   """The task with the fact of another job or gift, if it has such a fact."""
+  if (facts := disputed(task)) is None:
+    return task
+  return task._replace(answer=task.answer.replace(*facts))
+
+
+def disputed(task):
+  """The fact of a task, and that of another job or gift; None: it has none."""
   for facts in (words.JOBS, words.GIFTS):
     names = list(facts)
     for part in task.key:
       if part in facts and facts[part] in task.answer:
-        other = facts[names[(names.index(part) + 1) % len(names)]]
-        return task._replace(answer=task.answer.replace(facts[part], other))
-  return task
+        return facts[part], facts[names[(names.index(part) + 1) % len(names)]]
+  return None
 
 
 def animal_facts(rng):
