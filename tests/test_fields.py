@@ -218,6 +218,8 @@ PARTS = [
     {'multiple_choice': {'batch_size': 0}},
     {'fidelity': {'of': 'loss', 'batch_size': 0}},
     {'comet': {'of': 'generation', 'model': ''}},
+    {'draft': {'gammas': ()}}, {'draft': {'gammas': (0,)}},
+    {'draft': {'cost': 0.0}}, {'draft': {'temperature': -1.0}},
   )],
 ]  # fmt: skip
 

@@ -24,6 +24,7 @@ from gakd_jax.data import sources
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import (
   comet,
+  draft,
   fidelity,
   generation,
   loss,
@@ -59,6 +60,7 @@ _KINDS = {
   'generation': generation.Generation,
   'multiple_choice': multiple_choice.MultipleChoice,
   'fidelity': fidelity.Fidelity,
+  'draft': draft.Draft,
   'comet': comet.Comet,
 }
 
