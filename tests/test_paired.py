@@ -17,7 +17,10 @@ def write(path, scores, ce):
   """A run of scores by answer and prompt, of an evaluator `sampled`."""
   (path / 'answers').mkdir(parents=True)
   for seed, of_prompts in enumerate(scores):
-    lines = [json.dumps({'scores': {'rouge_l': x}}) for x in of_prompts]
+    lines = [
+      json.dumps({'index': i, 'scores': {'rouge_l': x}})
+      for i, x in enumerate(of_prompts)
+    ]
     (path / f'answers/sampled-{seed}.jsonl').write_text('\n'.join(lines))
   evaluators = {
     'loss': {'metrics': {'ce': ce}},
@@ -49,6 +52,13 @@ def test_rows_are_means_and_pairs_differences(runs):
   found = paired.difference(a, b, 'sampled/rouge_l')
   assert found.startswith('+2.00 (1.')
   assert found.endswith('): +2.00')
+  # Of another evaluator, whose name begins alike; of fewer prompts.
+  answers = runs[0] / 'a-seed0/answers'
+  (answers / 'sampled-05-0.jsonl').write_text('{"index": 0, "scores": {}}')
+  assert paired.difference(a, b, 'sampled/rouge_l') == found
+  for file in answers.glob('sampled-[01].jsonl'):
+    file.write_text(file.read_text().rpartition('\n')[0])
+  assert paired.difference(a, b, 'sampled/rouge_l').endswith('same prompts)')
 
 
 def test_an_interval_is_of_trainings_and_prompts():

@@ -102,7 +102,7 @@ def trained(args):
     batch = written(run, params, next(batches), step).replace(totals={})
     state, metrics = training.step(state, run.models, batch)
     found.append(float(metrics['critic/accuracy']))
-    if step % EVERY == 0:
+    if step % EVERY == 0 or step == args.steps:
       score_Bn = np.concatenate(
         [scored(state.critic, x).reshape(-1, SAMPLES + 1) for x in unseen]
       )

@@ -41,16 +41,19 @@ def mean_of(path, metric):
 
 
 def scores_of(path, metric):
-  """[prompts], of each the mean over answers; None if it is no score."""
+  """{prompt: the mean over answers}; None if it is no score."""
   evaluator, _, name = metric.partition('/')
-  found = []
+  found = {}
   for file in sorted((path / 'answers').glob(f'{evaluator}-*.jsonl')):
-    with file.open() as lines:
-      scores = [json.loads(line).get('scores', {}).get(name) for line in lines]
-    if None in scores:
-      return None
-    found.append(scores)
-  return np.mean(found, axis=0) if found else None
+    if not file.stem.removeprefix(f'{evaluator}-').isdigit():
+      continue  # of another evaluator, whose name begins alike
+    for text in file.read_text().splitlines():
+      line = json.loads(text)
+      score = line.get('scores', {}).get(name)
+      if score is None:
+        return None
+      found.setdefault(line['index'], []).append(score)
+  return {i: statistics.fmean(scores) for i, scores in found.items()} or None
 
 
 def interval(d_SN, draws=_DRAWS):
@@ -82,7 +85,9 @@ def difference(a, b, metric):
   scores = [[scores_of(path, metric) for path in pair] for pair in both]
   if any(x is None for pair in scores for x in pair):
     return text
-  d_SN = np.array([x - y for x, y in scores])
+  if any(x.keys() != y.keys() for x, y in scores):
+    return f'{text} (not of the same prompts)'
+  d_SN = np.array([[x[i] - y[i] for i in x] for x, y in scores])
   low, high = interval(d_SN)
   return f'{d_SN.mean():+.2f} ({low:.2f} to {high:.2f}): {text}'
 

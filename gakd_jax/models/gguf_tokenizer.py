@@ -2,7 +2,8 @@
 
 Such a file has a vocabulary, merges or scores, kinds of tokens, and the name
 of the rule that cuts a text into words. Rules that are not known here are
-refused: ids would be others than those that the model was trained with.
+refused: ids would be others than those that the model was trained with. The
+first files of llama.cpp name none, and only GPT-2's are read.
 """
 
 import json
@@ -25,7 +26,7 @@ _QWEN2 = _LLAMA3.replace('{1,3}', '')
 _WORDS = {
   name: words
   for names, words in (
-    (('default', 'gpt-2'), ()),
+    (('gpt-2',), ()),
     (
       ('smollm', 'refact', 'command-r', 'starcoder'),
       (pre_tokenizers.Digits(individual_digits=True),),
@@ -50,7 +51,10 @@ def write(said, path):
       f'tokenizer {kind!r} is not supported; supported are gpt2 (of bytes) and '
       'llama (of SentencePiece)'
     )
-  tokenizer = build(said, {token: i for i, token in enumerate(tokens)})
+  vocab = {token: i for i, token in enumerate(tokens)}
+  if len(vocab) < len(tokens):
+    raise UserError('tokenizer.ggml.tokens has a token twice')
+  tokenizer = build(said, vocab)
   kinds = said.get('tokenizer.ggml.token_type') or ()
   for token, kind_of in zip(tokens, kinds, strict=False):
     if kind_of in (_CONTROL, _USER_DEFINED):
@@ -58,18 +62,24 @@ def write(said, path):
       if kind_of == _CONTROL:
         add = tokenizer.add_special_tokens
       add([tokenizers.AddedToken(token, normalized=False)])
+  if tokenizer.get_vocab_size() != len(tokens):
+    raise UserError(
+      f'its tokenizer would have {tokenizer.get_vocab_size()} tokens, and '
+      f'tokenizer.ggml.tokens has {len(tokens)}'
+    )
   special = {
-    f'{ours}_token': tokens[said[f'tokenizer.ggml.{theirs}_token_id']]
+    f'{ours}_token': tokens[i]
     for ours, theirs in (
       ('bos', 'bos'),
       ('eos', 'eos'),
       ('unk', 'unknown'),
       ('pad', 'padding'),
     )
-    if f'tokenizer.ggml.{theirs}_token_id' in said
+    if (i := special_id(said, theirs)) is not None
   }
   # llama.cpp's own defaults.
-  begins = said.get('tokenizer.ggml.add_bos_token', build is _of_pieces)
+  has_begin = build is _of_pieces or _words(said) is _LLAMA3
+  begins = said.get('tokenizer.ggml.add_bos_token', has_begin)
   ends = said.get('tokenizer.ggml.add_eos_token', False)
   _surround(
     tokenizer,
@@ -89,44 +99,61 @@ def write(said, path):
     (Path(path) / 'chat_template.jinja').write_text(template)
 
 
-def _of_bytes(said, vocab):
-  """BPE over bytes, GPT-2's alphabet."""
+def special_id(said, name):
+  """The id of 'bos', 'eos', 'unknown' or 'padding'; None: there is none."""
+  key = f'tokenizer.ggml.{name}_token_id'
+  i, n = said.get(key, -1), len(said['tokenizer.ggml.tokens'])
+  if i in (-1, 2**32 - 1):
+    return None
+  if not 0 <= i < n:
+    raise UserError(f'{key} is {i}, and there are {n} tokens')
+  return int(i)
+
+
+def _words(said):
+  """How words are cut, of `_WORDS`."""
   words = said.get('tokenizer.ggml.pre', 'default')
+  if words == 'default' and said.get('general.architecture') == 'gpt2':
+    words = 'gpt-2'
   if words not in _WORDS:
     raise UserError(
       f'tokenizer.ggml.pre {words!r} is not supported; supported are '
-      f'{", ".join(_WORDS)}'
+      f'{", ".join(_WORDS)}: take a newer file, or the Hugging Face directory'
     )
-  cut = _WORDS[words]
+  return _WORDS[words]
+
+
+def _of_bytes(said, vocab):
+  """BPE over bytes, GPT-2's alphabet."""
+  cut = _words(said)
   merges = [tuple(x.split(' ')) for x in said.get('tokenizer.ggml.merges', ())]
   tokenizer = tokenizers.Tokenizer(
     tokenizers.models.BPE(vocab, merges, ignore_merges=cut is _LLAMA3)
   )
   if isinstance(cut, str):
     split = pre_tokenizers.Split(tokenizers.Regex(cut), 'isolated')
-    cut = split, pre_tokenizers.ByteLevel(False, use_regex=False)
+    parts = split, pre_tokenizers.ByteLevel(False, use_regex=False)
   else:
-    cut = *cut, pre_tokenizers.ByteLevel(False)
-  if _WORDS[words] is _QWEN2:
+    parts = *cut, pre_tokenizers.ByteLevel(False)
+  if isinstance(cut, str) and cut is _QWEN2:
     tokenizer.normalizer = normalizers.NFC()
-  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(cut))
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(parts))
   tokenizer.decoder = decoders.ByteLevel()
   return tokenizer
 
 
 def _of_pieces(said, vocab):
   """SentencePiece's BPE: merges follow from the scores of what they make."""
-  unknown = said.get('tokenizer.ggml.unknown_token_id')
-  tokens = said['tokenizer.ggml.tokens']
+  unknown, tokens = special_id(said, 'unknown'), [*vocab]
+  scores = said.get('tokenizer.ggml.scores', ())
   if said.get('general.architecture') in ('gemma', 'gemma2'):
-    # Its runs of blanks are written as such, and its scores are no order.
-    vocab = {
-      '▁' * len(x) if x.isspace() and ' ' in x else x: i
-      for x, i in vocab.items()
-    }
-    scores = {x: -i for x, i in vocab.items()}
-  else:
-    scores = dict(zip(tokens, said['tokenizer.ggml.scores'], strict=True))
+    scores = [-i for i in range(len(tokens))]  # Its own are no order.
+  if len(scores) != len(tokens):
+    raise UserError(
+      f'tokenizer.ggml.scores has {len(scores)} numbers for {len(tokens)} '
+      'tokens'
+    )
+  scores = dict(zip(tokens, scores, strict=True))
   tokenizer = tokenizers.Tokenizer(
     tokenizers.models.BPE(
       vocab,

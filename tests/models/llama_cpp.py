@@ -73,11 +73,14 @@ def converted(name, x, case):
   return np.ascontiguousarray(x)
 
 
-def write(case, tensors, path, stored='F32', more=None, pre='gpt-2', **said):
+def write(
+  case, tensors, path, stored='F32', more=None, pre='gpt-2', keys=None, **said
+):
   """A file of a config.json and {name: array}.
 
   stored: the kind of matrices; vectors are F32, as llama.cpp has them.
   more: tensors that are written as they are.
+  keys: {llama.cpp's name: value} of the model, None to leave one out.
   said: of the tokenizer, instead of GPT-2's bytes and two control tokens.
   """
   kind = case['model_type']
@@ -105,6 +108,11 @@ def write(case, tensors, path, stored='F32', more=None, pre='gpt-2', **said):
     writer.add_attn_logit_softcapping(case['attn_logit_softcapping'])
     writer.add_final_logit_softcapping(case['final_logit_softcapping'])
     writer.add_sliding_window(case['sliding_window'])
+  for name, value in (keys or {}).items():
+    key = name.replace('{}', kind)
+    for some in writer.kv_data:
+      some.pop(key, None)
+    _add(writer, key, value)
   _add_tokenizer(writer, get('vocab_size'), pre, said)
   quantization = gguf.GGMLQuantizationType[stored]
   for name, x in tensors.items():
@@ -141,12 +149,17 @@ def _add_tokenizer(writer, vocab, pre, said):
   if template:
     writer.add_chat_template(template)
   for name, value in said.items():
-    key = f'tokenizer.ggml.{name}'
-    if isinstance(value, bool):
-      writer.add_bool(key, value)
-    elif isinstance(value, str):
-      writer.add_string(key, value)
-    elif isinstance(value, int):
-      writer.add_uint32(key, value)
-    else:
-      writer.add_array(key, value)
+    _add(writer, f'tokenizer.ggml.{name}', value)
+
+
+def _add(writer, key, value):
+  if isinstance(value, bool):
+    writer.add_bool(key, value)
+  elif isinstance(value, str):
+    writer.add_string(key, value)
+  elif isinstance(value, int):
+    writer.add_uint32(key, value)
+  elif isinstance(value, float):
+    writer.add_float32(key, value)
+  elif value is not None:
+    writer.add_array(key, value)

@@ -144,6 +144,8 @@ def test_its_tokenizer_spells_every_text(pre, number, tmp_path):
   tokenizer = tokenizer_lib.load(models.tokenizer_dir(str(file)))
   for text in TEXTS:
     ids = tokenizer(text).input_ids
+    if pre == 'llama-bpe':  # Which begins where the file does not say.
+      assert ids.pop(0) == tokenizer.bos_token_id
     assert tokenizer.decode(ids) == text
   assert tokenizer.tokenize('the the<|im_end|>') == [
     'the',
@@ -212,6 +214,59 @@ def test_its_sentencepiece_is_sentencepiece(tmp_path, prefix):
     assert tokenizer.decode(ids[1:]) == text
 
 
+@pytest.mark.parametrize('kind', ['gemma', 'gemma2'])
+def test_its_runs_of_blanks_are_tokens(kind, tmp_path):
+  """Which the converter writes as blanks, to be found in a text as they are."""
+  tokens = ['<pad>', '<eos>', '<bos>', '<unk>', '  ', '   ', '\n\n', '▁', 'a']
+  tokens += ['b', '▁a', *(f'<0x{i:02X}>' for i in range(149))]
+  case = CASES[kind]
+  file = llama_cpp.write(
+    case,
+    make_goldens.tensors(case),
+    tmp_path / 'model.gguf',
+    model='llama',
+    tokens=tokens,
+    scores=[0.0] * len(tokens),
+    token_type=[3] * 3 + [2] + [4] * 3 + [1] * 4 + [6] * 149,
+    unknown_token_id=3,
+    bos_token_id=2,
+    add_space_prefix=False,
+  )
+  tokenizer = tokenizer_lib.load(models.tokenizer_dir(str(file)))
+  assert len(tokenizer) == len(tokens)
+  ids = tokenizer('a a  b   a\n\n').input_ids
+  assert [tokens[i] for i in ids] == [
+    *('<bos>', 'a', '▁a', '  ', 'b', '   ', 'a', '\n\n'),
+  ]
+  assert tokenizer.decode(ids[1:]) == 'a a  b   a\n\n'
+
+
+@pytest.mark.parametrize('stored', ['F32', 'BF16', 'Q8_0'])
+def test_its_config_has_the_dtype_of_its_matrices(stored, tmp_path):
+  file = llama_cpp.write(
+    LARGE, make_goldens.tensors(LARGE), tmp_path / 'model.gguf', stored
+  )
+  found = json.loads((models.resolve(str(file)) / 'config.json').read_text())
+  assert found['dtype'] == {'BF16': 'bfloat16'}.get(stored, 'float32')
+
+
+def test_what_a_file_leaves_out_is_as_in_llama_cpp(tmp_path):
+  case = CASES['llama_untied'] | {'num_key_value_heads': 4}
+  left_out = dict.fromkeys(
+    ('{}.attention.head_count_kv', '{}.rope.freq_base', '{}.rope.scaling.type')
+  )
+  file = llama_cpp.write(
+    case, make_goldens.tensors(case), tmp_path / 'model.gguf', keys=left_out
+  )
+  found = models.read_config(str(file))
+  assert (found.kv_heads, found.head_dim, found.rope_theta) == (4, 12, 1e4)
+  case = CASES['gpt2']
+  file = llama_cpp.write(
+    case, make_goldens.tensors(case), tmp_path / 'gpt2.gguf', pre='default'
+  )
+  assert tokenizer_lib.load(models.tokenizer_dir(str(file)))
+
+
 def test_is_made_once_and_again_when_it_changes(tmp_path, monkeypatch):
   case = CASES['qwen3_tied']
   tensors = make_goldens.tensors(case)
@@ -265,6 +320,23 @@ def test_what_is_no_model_that_is_known_is_refused(tmp_path, monkeypatch):
     assert str(file) in str(e.value)
 
   refused("pre 'deepseek-llm' is not supported", pre='deepseek-llm')
+  refused("pre 'default' is not supported", pre='default')
+  refused('token_id is 1000, and there are 160', eos_token_id=1000)
+  refused('scores has 2 numbers', model='llama', scores=[0.0, 1.0])
+  refused('make no model', merges=['t h'])
+  refused('a token twice', tokens=['a'] * 160)
+  for key, value, said in (
+    ('split.count', 3, 'one of 3 parts; join them'),
+    ('{}.rope.scaling.factor', 4.0, "scaling 'linear' by 4.0 is not"),
+    ('{}.rope.scale_linear', 2.0, "scaling 'linear' by 2.0 is not"),
+    ('{}.rope.scaling.type', 'yarn', "scaling 'yarn' by 1.0 is not"),
+    ('{}.rope.dimension_count', 2, 'rope of 2 of 12 dimensions'),
+    ('{}.attention.head_count', None, 'has no qwen2.attention.head_count'),
+    ('{}.attention.head_count', 12, 'numbers where its metadata say'),
+    ('{}.attention.head_count', [4, 4, 4], 'make no model'),
+    ('{}.feed_forward_length', 81, 'numbers where its metadata say'),
+  ):
+    refused(said, keys={key: value})
   refused("tokenizer 'bert' is not supported", model='bert')
   refused('not expected in a qwen2: x', more={'x': np.ones(3, np.float32)})
   few = {k: x for k, x in tensors.items() if 'layers.2.mlp' not in k}
@@ -280,8 +352,9 @@ def test_what_is_no_model_that_is_known_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r'not a readable .gguf file'):
       models.load(str(file))
   assert not [x for x in gguf_files.store.default_root().parent.glob('*/*.tmp')]
-  with pytest.raises(UserError, match='no such directory'):
-    models.load(str(tmp_path / 'other.gguf'))
+  for missing in ('other.gguf', 'x' * 300 + '.gguf', '~nobody/x.gguf'):
+    with pytest.raises(UserError, match='no such directory'):
+      models.load(str(tmp_path / missing) if missing[0] != '~' else missing)
 
 
 @pytest.mark.torch
