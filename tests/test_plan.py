@@ -337,6 +337,7 @@ def test_errors_of_the_user_are_one_line(config):
     planning.run(config)
 
 
+@pytest.mark.slow
 def test_a_step_is_planned_with_the_log_probabilities_of_an_old_writer(config):
   config.data.max_prompt_length = 16
   config.rollout = {

@@ -41,7 +41,13 @@ def make(**settings):
   return cut.make(settings)
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name != 'gemma'))
+    for name in CASES
+  ],
+)
 def test_what_does_nothing_goes_first(name, model_of, tmp_path):
   """Neurons, heads and a layer without effect: logits stay what they are."""
   model = model_of(name)
@@ -79,7 +85,16 @@ def test_what_does_nothing_goes_first(name, model_of, tmp_path):
   np.testing.assert_allclose(again, want, atol=1e-4)
 
 
-@pytest.mark.parametrize('name', ['qwen3_tied', 'qwen2_tied', 'llama_untied'])
+@pytest.mark.parametrize(
+  'name',
+  [
+    'qwen2_tied',
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in ('qwen3_tied', 'llama_untied')
+    ),
+  ],
+)
 def test_heads_go_with_their_queries(name, model_of, tmp_path):
   model = model_of(name)
   c = model.config
