@@ -277,10 +277,7 @@ def _resident(state, frozen, batch):
   parts = {
     'optimizer state': (state.opt_state, state.step, state.skips),
     # The teacher's tokens are the same arrays.
-    'batch': (
-      *(batch.student, batch.cached, batch.known),
-      batch.old_log_BT,
-    ),
+    'batch': (batch.student, batch.cached, batch.known, batch.old_log_BT),
   }
   return {k: device_bytes(tree) for k, tree in (trees | parts).items()}
 

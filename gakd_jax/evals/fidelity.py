@@ -58,23 +58,30 @@ class Fidelity:
         for seed, *pair in zip(self.of.seeds, student, teacher, strict=True)
       }
       result = statistics_lib.all_over_seeds(pairs)
-    texts, nats = self.of.texts(subject), {}
-    by_seed = zip(self.of.seeds, map(self._ids, student), strict=True)
-    for name, responses in (('gold', texts.references), *written, *by_seed):
+    texts = self.of.texts(subject)
+
+    def measure(name, responses):
+      """Of one text for each prompt; and how long they are."""
       shown = [
         (prompt, response[: subject.max_length - len(prompt)])
         for prompt, response in zip(texts.prompts, responses, strict=True)
         if response
       ]
       if not shown:
-        continue
+        return {}, 0
       found = loss.measure(subject, params, shown, self.batch_size)
-      if isinstance(name, int):  # a seed of the student
-        tokens = sum(len(response) for _, response in shown) / len(shown)
-        nats[name] = tokens * found['reverse_kl']['mean']
-        name = 'student' if name == self.of.seeds[0] else None
-      if name:
-        result |= {f'{key}_{name}': value for key, value in found.items()}
+      length = sum(len(response) for _, response in shown) / len(shown)
+      return {f'{key}_{name}': value for key, value in found.items()}, length
+
+    nats = {}
+    for name, responses in (('gold', texts.references), *written):
+      result |= measure(name, responses)[0]
+    for seed, lines in zip(self.of.seeds, student, strict=True):
+      found, length = measure('student', self._ids(lines))
+      if seed == self.of.seeds[0]:
+        result |= found
+      if found:
+        nats[seed] = length * found['reverse_kl_student']['mean']
     if nats:
       result['sequence_kl_student'] = statistics_lib.over_seeds(nats)
     return {

@@ -127,11 +127,9 @@ def write(file, path, dtype=None):
     shutil.rmtree(path, ignore_errors=True)
     if isinstance(e, OSError) or not isinstance(e, Exception):
       raise
-    what = (
-      str(e)
-      if isinstance(e, UserError)
-      else (f'its metadata make no model ({type(e).__name__}: {e})')
-    )
+    what = str(e)
+    if not isinstance(e, UserError):
+      what = f'its metadata make no model ({type(e).__name__}: {e})'
     raise UserError(f'{file}: {" ".join(what.split())}') from e
 
 
@@ -228,19 +226,17 @@ def _llama3(factor_N, config):
 def _places(library, kind, config, tensors):
   """{Hugging Face's name of a tensor: the file's}; nothing is left over."""
   family = families.FAMILIES[kind]
-  n = families.config_from_hf(config, 'config.json').layers
+  decoder = families.config_from_hf(config, 'config.json')
+  n = decoder.layers
   names = library.get_tensor_name_map(library.MODEL_ARCH[kind.upper()], n)
   found = {}
-  for entry in dict.fromkeys(
-    x if isinstance(x, str) else x.tensor for x in family.names.values()
-  ):
+  for ours, entry in family.names.items():
+    if ours == 'head_weight' and decoder.tied_head:
+      continue
+    entry = entry if isinstance(entry, str) else entry.tensor
     for l in range(n if '{}' in entry else 1):
       name = entry.format(l)
-      theirs = names.get_name(name, ('.weight', '.bias'))
-      if (
-        name != family.names['head_weight'] or not config['tie_word_embeddings']
-      ):
-        found[name] = theirs
+      found[name] = names.get_name(name, ('.weight', '.bias'))
   missing = [x for x in found.values() if x not in tensors]
   extra = sorted(tensors.keys() - {*found.values(), _ROPE})
   for what, some in (('are missing', missing), ('are not expected', extra)):
@@ -248,13 +244,12 @@ def _places(library, kind, config, tensors):
       raise UserError(
         f'{len(some)} tensors {what} in a {kind}: {", ".join(some[:3])}'
       )
-  _check_shapes(family, config, found, tensors)
+  _check_shapes(family, decoder, found, tensors)
   return {ours: tensors[theirs] for ours, theirs in found.items()}
 
 
-def _check_shapes(family, config, found, tensors):
+def _check_shapes(family, decoder, found, tensors):
   """Refuses tensors of other sizes than the metadata say."""
-  decoder = families.config_from_hf(config, 'config.json')
   model = nnx.eval_shape(lambda: transformer.Decoder(decoder, nnx.Rngs(0)))
   shapes = convert.flatten(transformer.split(model)[1])
   for name, x in shapes.items():

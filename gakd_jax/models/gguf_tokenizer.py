@@ -135,7 +135,7 @@ def _of_bytes(said, vocab):
     parts = split, pre_tokenizers.ByteLevel(False, use_regex=False)
   else:
     parts = *cut, pre_tokenizers.ByteLevel(False)
-  if isinstance(cut, str) and cut is _QWEN2:
+  if cut is _QWEN2:
     tokenizer.normalizer = normalizers.NFC()
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(parts))
   tokenizer.decoder = decoders.ByteLevel()
