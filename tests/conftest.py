@@ -78,6 +78,13 @@ def pytest_runtest_setup(item):
     pytest.skip('torch is not installed (the `parity` extra)')
 
 
+@pytest.fixture(scope='module', autouse=True)
+def _programs_end_with_their_file():
+  # Each maps some twenty areas of memory, of which Linux gives a process 65530.
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture
 def free_port():
   """For processes that find each other."""
