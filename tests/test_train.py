@@ -705,6 +705,21 @@ def test_more_positions_than_were_learned_are_refused(config, tmp_path):
     train.run(config, tmp_path / 'run')
 
 
+def test_a_stage_lets_go_of_its_programs(config, tmp_path, monkeypatch):
+  traced = []
+
+  @jax.jit
+  def program(x):
+    traced.append(x)
+    return x
+
+  monkeypatch.setattr(train, 'run', lambda *_: program(1.0))
+  monkeypatch.setattr(train.page, 'write', lambda *_, **__: None)
+  config.stages = (('first', config.copy_and_resolve_references()),) * 2
+  train.run_stages(config, tmp_path)
+  assert len(traced) == 2
+
+
 @pytest.mark.slow
 def test_stages_build_on_each_other(config, data_file, tmp_path, capsys):
   def stage(**settings):
