@@ -31,6 +31,8 @@ def shrink(config, *, model, data, steps=2):
     config.data.validation = tiny(config.data.validation, data)
   if config.student.shape is not None:
     config.student.shape = {'width': 16, 'layers': 1}
+  if config.student.keep is not None:
+    config.student.keep = dict(config.student.keep) | {'layers': 1, 'rows': 2}
   if config.student.lora is not None:
     config.student.lora = dict(config.student.lora) | {'rank': 2}
   if config.objective.name == 'gakd':

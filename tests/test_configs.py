@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from configs import base, cross, gad, gakd, on_policy, skd, tiny_teacher
+from configs import (
+  base,
+  cross,
+  gad,
+  gakd,
+  on_policy,
+  skd,
+  smollm2,
+  tiny_teacher,
+)
 from gakd_jax import (
   UserError,
   binary,
@@ -47,7 +56,7 @@ ALL_FILES = [
 # Of GAKD's kinds, some are trained by default.
 LONG = re.compile(
   '^gad|quickstart|tiny_teacher|fidelity_math|skd|on_policy|pipeline|fkl_|sft_8b|'
-  'cross|rkl_|sft_0p6b'
+  'cross|rkl_|sft_0p6b|smollm2'
 )
 
 # Of configs with an argument, others than the default.
@@ -79,7 +88,7 @@ def shrunk(name, model):
   )
   # Of stages side by side, one, unless each is another method.
   kept = ('teacher', 'sft', 'rgan', 'test_rgan', 'gkd_t2', 'gakd')
-  kept += ('sft_continued', 'forward_kl', 'on_policy', 'overlap')
+  kept += ('sft_continued', 'forward_kl', 'on_policy', 'overlap', 'cut')
   config.stages = tuple(s for s in config.stages if s[0] in kept)
   for c in (config, *(stage for _, stage in config.stages)):
     c.optimizer.learning_rate = 1e-3
@@ -210,6 +219,33 @@ def check_parts(c, stages=()):
   for path in filter(None, (c.student.path, c.teacher.path)):
     name = path.removeprefix('stage:')
     assert name == path or name in stages
+
+
+def test_arguments_of_smollm2():
+  for which, layers, stages in (
+    ('20', 20, 12),
+    ('12,3', 12, 32),
+    ('tiny', 24, 5),
+  ):
+    stages_of = smollm2.get_config(which).stages
+    names = [name for name, _ in stages_of]
+    assert len({*names}) == len(names) == stages
+    for i, (name, c) in enumerate(stages_of):
+      check_parts(c, names[:i])
+      if name == 'cut':
+        assert c.student.keep['layers'] == layers
+      elif name != 'teacher':  # As many rows a step, and as many steps.
+        assert c.student.path == 'stage:cut'
+        assert c.train.batch_size * c.train.steps == (
+          192 if stages == 5 else 2560
+        )
+        new = c.rollout.get('max_new_tokens', 0)
+        assert c.data.max_prompt_length + new <= c.data.max_length
+  for wrong in ('31', '0', '20,0', 'x', '', '20,x', '²'):
+    with pytest.raises(
+      UserError, match='expected tiny, a number of layers of 30'
+    ):
+      smollm2.get_config(wrong)
 
 
 @pytest.mark.parametrize('pair', skd.PAIRS)
