@@ -106,6 +106,18 @@ def force_flag():
   )
 
 
+def check_overrides(config):
+  """Refuses settings of a command line that no stage of a config would have."""
+  if config.stages:
+    flag = flags.FLAGS['config']
+    for name in config_flags.get_override_values(flag):
+      if name not in ('stages', 'report.answers'):  # These are of all of them.
+        raise UserError(
+          f'--config.{name}: {config_flags.get_config_filename(flag)} is of '
+          'stages, which have settings of their own; change it there'
+        )
+
+
 def default_workdir():
   """runs/skd for configs/skd.py, runs/skd_math_sft for skd.py:math,sft."""
   config = config_flags.get_config_filename(flags.FLAGS['config'])

@@ -60,6 +60,7 @@ def _main(argv):
   binary.use_compilation_cache()
   config = _CONFIG.value
   fields.check(config)
+  binary.check_overrides(config)
   if _CHECK.value and _PLAN.value:
     raise UserError('--check and --plan: give one of them')
   if _PLAN.value:

@@ -533,6 +533,10 @@ def run_main(*flags):
     (['--config=configs/nothing.py'], 'configs/nothing.py'),
     (['--config=configs/rkl_0p6b.py', '--config.trian.steps=1'], 'trian'),
     (['--config=configs/rkl_0p6b.py', '--config.train.step=1'], 'step'),
+    (
+      ['--config=configs/quickstart.py', '--config.train.steps=1', '--check'],
+      '--config.train.steps: configs/quickstart.py is of stages',
+    ),
     *(
       pytest.param(*case, marks=pytest.mark.slow)
       for case in (

@@ -1,6 +1,6 @@
 """What a critic knows that a KL does not: a part of docs/critic_study.md.
 
-  python -m tools.critic_knows --start=runs/critic_ladder/sft-seed0/best
+  python -m tools.critic_knows --start=runs/critic_study_ladder/sft-seed0/best
 
 The quickstart's teacher, and a student that stays as it is (`--start`) while a
 critic learns to tell its text from the teacher's, which is the best case for a
@@ -254,7 +254,7 @@ def main():
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--start', required=True)
-  parser.add_argument('--text', default='runs/critic_ladder/teacher')
+  parser.add_argument('--text', default='runs/critic_study_ladder/teacher')
   parser.add_argument('--workdir', default='runs/critic_knows', type=Path)
   parser.add_argument('--steps', default=600, type=int)
   parser.add_argument('--prompts', default=480, type=int)
