@@ -37,8 +37,8 @@ def run_stages(config, workdir, force=False, strict_resume=False):
   for name, stage in config.stages:
     print(f'== {name}', flush=True)
     run(stage, workdir / name, workdir, force, strict_resume)
-    # A stage's programs are of no use to the next, and map some two thousand
-    # areas of memory, of which Linux gives a process 65530.
+    # A stage's programs map some two thousand areas of memory, of which Linux
+    # gives a process 65530. What the next one shares is on disk (`binary`).
     jax.clear_caches()
   runs = {name: workdir / name for name, _ in config.stages}
   hosts.only_first(

