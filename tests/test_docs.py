@@ -146,7 +146,13 @@ def leave_models(command, world):
         (model / file.name).symlink_to(file)
 
 
-@pytest.mark.parametrize('command', ALL)
+# Those that stand within a sentence.
+INLINE = {
+  x for p in PAGES for x in re.findall(r'`(python [^`]+)`', p.read_text())
+}
+
+
+@pytest.mark.parametrize('command', sorted({*ALL, *INLINE}))
 def test_what_a_command_names_is_there(command):
   for module in re.findall(r'python -m ([\w.]+)', command):
     assert importlib.util.find_spec(module), module
@@ -167,10 +173,16 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-  """Of files; the site's own build knows its headings."""
+  """To files, and to their headings."""
   for link in re.findall(r'\]\(([^)\s]+)\)', page.read_text()):
     if not link.startswith(('http', '#')):
-      assert (page.parent / link.partition('#')[0]).exists(), link
+      file, _, heading = link.partition('#')
+      assert (page.parent / file).exists(), link
+      if heading:
+        text = (page.parent / file).read_text()
+        titles = re.findall(r'^#+ (.*)$', text, re.MULTILINE)
+        slugs = [re.sub(r'[^\w -]', '', x).replace(' ', '-') for x in titles]
+        assert heading in [x.lower() for x in slugs], link
 
 
 def test_code_that_is_named_is_there():
@@ -215,6 +227,11 @@ def test_pictures_are_of_the_tables():
   for name, chart in charts.items():
     kept = (ROOT / f'docs/pictures/{name}.svg').read_text()
     assert pictures.picture(chart) == kept, 'python -m tools.pictures'
+  readme = (ROOT / 'README.md').read_text()
+  tutorial = (ROOT / 'docs/tutorials/quickstart.md').read_text()
+  scores = set(re.findall(r'\d\d\.\d ± \d\.\d', readme))
+  assert len(scores) > 4
+  assert scores <= {*re.findall(r'\d\d\.\d ± \d\.\d', tutorial)}
   [(_, bars)] = charts['quickstart']
   assert [x[1] for x in bars][:2] == [87.2, 42.0]
 
