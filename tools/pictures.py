@@ -14,7 +14,7 @@ import re
 import statistics
 
 DOCS = pathlib.Path(__file__).parents[1] / 'docs'
-WIDTH, LABEL, ROW = 720, 300, 26  # of a picture, its labels, a bar and its gap
+WIDTH, LABEL, ROW = 560, 240, 26  # of a picture, its labels, a bar and its gap
 STYLE = """<style>
   text { font: 13px Helvetica, Arial, sans-serif; fill: #222; }
   .head { font-weight: 600; }
