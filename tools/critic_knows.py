@@ -17,6 +17,9 @@ from it. Then, on prompts that neither has seen:
           drawn at random. What each step does is measured on the student's new
           text. `cosine of halves` is of gradients of other prompts: how much of
           a direction is no noise
+  frozen  the policy gradient with D, for many steps while D stays as it is:
+          does the student learn what the teacher says, or what this critic
+          likes?
 """
 
 import argparse
@@ -42,6 +45,7 @@ SAMPLES = 4
 SIZES = (0.1, 0.3)  # of steps, in Euclidean lengths of parameters
 HELD_OUT = 200  # answers of the teacher that the critic does not learn
 EVERY = 100  # steps between its evaluations
+FROZEN_RATE, FROZEN_EVERY = 3e-4, 50
 
 
 def config(start, data, steps):
@@ -258,6 +262,7 @@ def main():
   parser.add_argument('--workdir', default='runs/critic_knows', type=Path)
   parser.add_argument('--steps', default=600, type=int)
   parser.add_argument('--prompts', default=480, type=int)
+  parser.add_argument('--frozen', default=300, type=int, help='steps')
   args = parser.parse_args()
   params, critic, curve = trained(args)
   # Prompts of the test split, which neither has seen.
@@ -316,7 +321,41 @@ def main():
       )
       result['steps'][f'{name}, {size}'] = there = measure(moved)
       print_step(f'{name}, {size}', there, start)
+  result['frozen'] = {}
+  for step, moved in frozen(
+    run, params, critic, held_out[: n // 2], args.frozen
+  ):
+    result['frozen'][step] = there = measure(moved)
+    print_step(f'D frozen, {step} steps', there, start)
   (args.workdir / 'found.json').write_text(json.dumps(result, indent=1))
+
+
+def frozen(run, params, critic, batches, steps):
+  """Yields (step, parameters) under a reward that does not learn."""
+  objective = dataclasses.replace(run.objective, warmup_steps=0)
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adam(FROZEN_RATE)
+  )
+
+  @jax.jit
+  def update(params, moments, batch):
+    own = base.Own(critic=critic, step=jnp.asarray(1))
+
+    def loss(params):
+      outputs = run.models.outputs(params, batch)
+      return objective.reinforcement(*outputs, batch, own, None)[0]
+
+    gradients = jax.grad(loss)(params)
+    updates, moments = optimizer.update(gradients, moments)
+    return optax.apply_updates(params, updates), moments
+
+  moments = optimizer.init(params)
+  for step in range(1, steps + 1):
+    host = batches[step % len(batches)]
+    batch = written(run, params, host, 40_000 + step)
+    params, moments = update(params, moments, batch)
+    if step % FROZEN_EVERY == 0 or step == steps:
+      yield step, params
 
 
 def print_step(name, there, start):
