@@ -81,14 +81,15 @@ def shown(page):
   return re.search(r'```python\n(.*?)```', text, re.DOTALL)[1]
 
 
-# What keeps a command short: answers are few.
+# What keeps a command short: answers are few, devices small.
 SHORT = {
+  '--plan_memory_gb': ['--plan_memory_gb=0.1'],
   'gakd_jax.generate': ['--max_new_tokens=48'],
   'evaluate --config=configs/mine.py': [
     '--config.evals.generation.max_new_tokens=2'
   ],
   'configs/eval_instruct.py': [
-    f'--config.evals.{name}.{x}'
+    f"'--config.evals.{name}.{x}'"
     for name in eval_instruct.SETS
     for x in ('limit=2', 'max_new_tokens=2', 'seeds=(1,)')
   ],
@@ -102,6 +103,8 @@ def test_a_page_can_be_followed(page, world):
 
   Trainings are checked instead of run, and their models are there then.
   """
+  if page.name == 'README.md':  # What it says in three lines is a tutorial.
+    shutil.copytree(world / 'data/dolly', world / 'data/mine')
   for command in commands(page):
     shows = '--plan' in command or '--check' in command
     trains = command.startswith('python -m gakd_jax.main') and not shows
@@ -143,7 +146,8 @@ def leave_models(command, world):
     for model in (folder, folder / 'best'):
       model.mkdir(parents=True, exist_ok=True)
       for file in Path(tiny_teacher.PATH).iterdir():
-        (model / file.name).symlink_to(file)
+        if not (model / file.name).exists():
+          (model / file.name).symlink_to(file)
 
 
 # Those that stand within a sentence.
