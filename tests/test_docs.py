@@ -28,7 +28,7 @@ FENCED = re.compile(r'```(\w*)\n(.*?)```', re.DOTALL)
 ELSEWHERE = re.compile(
   r'pip install|pytest|sbatch|kubectl|TPU=|launch/|--coordinator|\.\.\.'
   r'|-m tools\.(bench|critic_knows|paired|soak)|make_tiny|=docs/|plan_target'
-  r'|databricks/|smollm2\.model|smollm2\.py'
+  r'|databricks/|tools/report\.py|smollm2\.model|smollm2\.py'
 )
 
 
