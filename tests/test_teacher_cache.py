@@ -157,6 +157,7 @@ def test_draws_give_the_forward_kl_about(config, tmp_path):
   assert got != want
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_known_by_few_numbers_is_not_loaded(config, tmp_path):
   config.teacher.cache, config.teacher.cache_size = 'top_k', 4
   config.train.steps = 2
@@ -190,9 +191,8 @@ def answered(config, tmp_path):
   return config
 
 
-@pytest.mark.parametrize(
-  'packing', [False, pytest.param(True, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('packing', [False, True])
 def test_a_file_with_log_probabilities_is_a_teacher(
   answered, tmp_path, packing
 ):

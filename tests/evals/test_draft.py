@@ -73,9 +73,8 @@ def test_passes_are_counted_as_blocks_are_drafted(stood, gamma, passes):
   assert draft.passes_of(np.array(stood, bool), gamma) == passes
 
 
-@pytest.mark.parametrize(
-  'temperature', [0.0, pytest.param(1.0, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
 def test_a_twin_is_never_corrected(subject_of, tiny_model_dir, temperature):
   path = tiny_model_dir()
   subject, params = subject_of(path, path)

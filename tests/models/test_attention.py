@@ -117,6 +117,7 @@ def test_cudnn_is_told_what_the_mask_says(windows, shared, packed, asked):
   _assert_close(got, want, 5e-6)
 
 
+@pytest.mark.slow
 def test_windows_hide_something():
   """Else the test above would compare what is the same anyway."""
   plain, narrow, mixed = (
