@@ -62,7 +62,6 @@ def get_config(which='20'):
   size = _size(which)
   teacher = _measured(size)
   if any('text' in METHODS[name] for name in size.methods):
-    teacher.data.train = f'python:configs.smollm2:rows:train:{16 * size.steps}'
     teacher.rollout = {
       'writer': 'teacher',
       'max_new_tokens': 192,
@@ -146,7 +145,6 @@ def _measured(size):
   """No training: the whole model, and how it is measured."""
   c = _common(size)
   c.student.path = c.teacher.path
-  c.data.train = None
   c.train.steps = 0
   return c
 
