@@ -45,6 +45,7 @@ def shrink(config, *, model, data, steps=2):
   if config.rollout.writer in ('student', 'speculative'):
     config.rollout.max_new_tokens = 16
   config.data.buckets = None
+  config.data.drop_last = False
   config.optimizer.warmup_steps = 0
   if config.train.steps != 0:
     config.train.steps, config.train.epochs = steps, None
