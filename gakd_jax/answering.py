@@ -19,7 +19,7 @@ from gakd_jax import (
   settings,
   streaming,
 )
-from gakd_jax.data import sources, templates
+from gakd_jax.data import encoding, sources, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import scores
 from gakd_jax.settings import Natural
@@ -169,7 +169,7 @@ def _fill(answers, kept, model, tokenizer, rows, wanted, decoding, ask):
       for i, ids in zip(batch, responses, strict=True):
         _, r, n = wanted[i]
         finished = len(ids) < decoding['max_new_tokens']
-        text = tokenizer_lib.decode(tokenizer, ids)
+        text = encoding.decode(tokenizer, ids)
         new[i] = _answer(rows[r], n, text, finished, len(ids))
       if ask:
         _add_logprobs(ask, new, [wanted[i] for i in batch], rows)
@@ -201,7 +201,7 @@ def _prompts(tokenizer, rows, template, max_prompt_length, on_bad_row):
   prompts, bad = {}, collections.Counter()
   for r, row in enumerate(rows):
     try:
-      prompts[r] = tokenizer_lib.fit_prompt(
+      prompts[r] = encoding.fit_prompt(
         tokenizer, row, template, max_prompt_length
       )
     except sources.BadRow as error:

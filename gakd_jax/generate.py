@@ -30,7 +30,7 @@ from gakd_jax import (
   sharding,
   streaming,
 )
-from gakd_jax.data import sources, templates
+from gakd_jax.data import encoding, sources, templates
 from gakd_jax.data import tokenizer as tokenizers
 from gakd_jax.models import caches, decoding
 from gakd_jax.settings import Natural
@@ -143,7 +143,7 @@ def answers(prompts):
   eos_ids = templates.stop_ids(template, tokenizer)
   for i, prompt in enumerate(prompts):
     try:
-      ids, _ = tokenizers.encode(tokenizer, sources.Row(prompt), template)
+      ids, _ = encoding.encode(tokenizer, sources.Row(prompt), template)
     except sources.BadRow as error:
       raise UserError(f'prompt {i + 1}: {error.reason}') from error
     response = streaming.generate(
@@ -154,7 +154,7 @@ def answers(prompts):
       valid_vocab=tokenizers.size(tokenizer),
       **_sampling(),
     )[0]
-    yield tokenizers.decode(tokenizer, response)
+    yield encoding.decode(tokenizer, response)
 
 
 def write_dataset():

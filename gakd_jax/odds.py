@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gakd_jax import sharding, streaming
-from gakd_jax.data import pipeline
+from gakd_jax.data import encoding, pipeline
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.sources import BadRow
 from gakd_jax.models import decoding, transformer
@@ -41,7 +41,7 @@ class Odds:
 
   def __call__(self, rows, prompts):
     tokenizer, template = self._reader
-    texts = tokenizer_lib.encode_batch(tokenizer, rows, template, 'keep')
+    texts = encoding.encode_batch(tokenizer, rows, template, 'keep')
     found = [None] * len(rows)
     good = [
       i

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from gakd_jax import sharding, writing
-from gakd_jax.data import aligned, pipeline, spelling
+from gakd_jax.data import aligned, encoding, pipeline, spelling
 from gakd_jax.data import tokenizer as tokenizer_lib
 
 
@@ -70,7 +70,7 @@ class Reader:
       for reading in readings
     ]
     ended = [reading.ended for reading in readings]
-    found = tokenizer_lib.encode_responses(
+    found = encoding.encode_responses(
       self.readers[1][0], texts, ended, self.readers[1][1]
     )
     for b, response, ids in zip(new, responses, found, strict=True):

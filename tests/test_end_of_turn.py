@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from gakd_jax import models, streaming
-from gakd_jax.data import templates
+from gakd_jax.data import encoding, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.sources import Row
 from gakd_jax.models import decoding, prompts
@@ -61,7 +61,7 @@ def student(tmp_path):
 
   def make(tokenizer_dir, name):
     tokenizer = tokenizer_lib.load(tokenizer_dir)
-    prompt, response = tokenizer_lib.encode(tokenizer, ROW, name)
+    prompt, response = encoding.encode(tokenizer, ROW, name)
     steps = [*response, response[0]]
     leads = dict(itertools.pairwise(steps))
     assert len(leads) == len(response), 'a token occurs twice'
@@ -99,7 +99,7 @@ def student(tmp_path):
 def our_answer(path, name):
   """Greedily, and where it ended."""
   tokenizer = tokenizer_lib.load(path)
-  ids, _ = tokenizer_lib.encode(tokenizer, ROW, name)
+  ids, _ = encoding.encode(tokenizer, ROW, name)
   stops = templates.stop_ids(name, tokenizer)
   (answer,) = streaming.generate(
     decoding.unstack(models.load(path)),
@@ -110,7 +110,7 @@ def our_answer(path, name):
     valid_vocab=tokenizer_lib.size(tokenizer),
   )
   assert len(answer) < 24
-  return tokenizer_lib.decode(tokenizer, answer)
+  return encoding.decode(tokenizer, answer)
 
 
 def their_answer(path):

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from gakd_jax import models, streaming
-from gakd_jax.data import sources, templates
+from gakd_jax.data import encoding, sources, templates
 from gakd_jax.data import tokenizer as tokenizers
 from gakd_jax.models import decoding
 
@@ -26,7 +26,7 @@ def run(*arguments, text='', **env):
 def expected_answers(path, questions, seed, **settings):
   model, tokenizer = decoding.unstack(models.load(path)), tokenizers.load(path)
   for i, question in enumerate(questions):
-    ids, _ = tokenizers.encode(tokenizer, sources.Row(question), 'chat')
+    ids, _ = encoding.encode(tokenizer, sources.Row(question), 'chat')
     response = streaming.generate(
       model,
       [ids],
@@ -35,7 +35,7 @@ def expected_answers(path, questions, seed, **settings):
       valid_vocab=len(tokenizer),
       **settings,
     )
-    yield tokenizers.decode(tokenizer, response[0])
+    yield encoding.decode(tokenizer, response[0])
 
 
 def test_each_line_and_a_single_prompt_are_answered(tiny_model_dir, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from configs import base
 from configs import smollm2 as smollm2_config
 from gakd_jax import check, models, streaming, train
-from gakd_jax.data import sources, templates
+from gakd_jax.data import encoding, sources, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.models import decoding
 from tools import synthetic
@@ -116,7 +116,7 @@ def test_it_answers_as_transformers_does(smollm2):
   file, path = smollm2
   tokenizer = tokenizer_lib.load(models.tokenizer_dir(file))
   rows = [sources.Row(prompt) for prompt in PROMPTS]
-  encoded = tokenizer_lib.encode_batch(tokenizer, rows, 'chat')
+  encoded = encoding.encode_batch(tokenizer, rows, 'chat')
   ours = streaming.generate(
     decoding.unstack(models.load(file)),
     [prompt for prompt, _ in encoded],
@@ -132,7 +132,7 @@ def test_it_answers_as_transformers_does(smollm2):
       continue
     want = their_answer(theirs, tokenizer, prompt)
     ended += want[-1] == tokenizer.eos_token_id
-    assert tokenizer_lib.decode(tokenizer, answer) == tokenizer_lib.decode(
+    assert encoding.decode(tokenizer, answer) == encoding.decode(
       tokenizer, want
     )
   assert ended >= 5

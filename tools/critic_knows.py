@@ -36,8 +36,7 @@ import optax
 from configs import quickstart as q
 from gakd_jax import build, inputs, keys, sharding
 from gakd_jax import training as training_lib
-from gakd_jax.data import sources
-from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.data import encoding, sources
 from gakd_jax.objectives import base
 from tools import synthetic
 
@@ -242,7 +241,7 @@ def measured(run, known, params, critic, held_out, rows, first):
     for b, i in enumerate(np.asarray(batch.rows_B)):
       if b % batch.group < SAMPLES:
         ids = ids_BT[b][mask_BT[b]]
-        text = tokenizer_lib.decode(tokenizer, ids[:-1].tolist())
+        text = encoding.decode(tokenizer, ids[:-1].tolist())
         row = rows[run.texts.places[i]]
         right.append(100 * synthetic.check(row, text))
   found = stacked(found, SAMPLES + 1)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gakd_jax import UserError
-from gakd_jax.data import sources, store
+from gakd_jax.data import encoding, sources, store
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.sources import BadRow
 
@@ -107,7 +107,7 @@ def load(spec, contents, tokenizer, *, template, rules, thinking, root=None):
   Args:
     spec: of `sources`, or several.
     contents: `sources.identity(spec)`.
-    tokenizer, template, thinking: see `tokenizer.encode`.
+    tokenizer, template, thinking: see `encoding.encode`.
     rules: `sources.Rules`: which rows are read, and what is a bad one.
     root: where they are kept; None: `store.default_root()`.
 
@@ -149,7 +149,7 @@ def encode(rows, tokenizer, template, thinking, refuse):
   while chunk := [*itertools.islice(rows, _CHUNK)]:
     good = [x for x in chunk if not isinstance(x[2], BadRow)]
     encoded = iter(
-      tokenizer_lib.encode_batch(
+      encoding.encode_batch(
         tokenizer, [row for _, _, row in good], template, thinking
       )
     )

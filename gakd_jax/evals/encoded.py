@@ -3,8 +3,7 @@
 import dataclasses
 
 from gakd_jax import UserError
-from gakd_jax.data import sources
-from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.data import encoding, sources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,7 +11,7 @@ class Encoded:
   """Of some rows, in their order.
 
   prompts: at most `max_prompt_length` ids each; longer ones are shortened, see
-    `tokenizer.fit_prompt`, and none is left out.
+    `encoding.fit_prompt`, and none is left out.
   references: the ids of the first reference and its end, as far as
     `max_length` has room for them.
   shortened, truncated: how many of these two lost something.
@@ -40,9 +39,7 @@ def encode(subject, rows):
   shortened = truncated = 0
   for row, found in zip(
     rows,
-    tokenizer_lib.encode_batch(
-      tokenizer, rows, subject.template, subject.thinking
-    ),
+    encoding.encode_batch(tokenizer, rows, subject.template, subject.thinking),
     strict=True,
   ):
     if isinstance(found, sources.BadRow):
@@ -50,7 +47,7 @@ def encode(subject, rows):
     prompt, reference = found
     if len(prompt) > most:
       shortened += 1
-      prompt = tokenizer_lib.fit_prompt(tokenizer, row, subject.template, most)
+      prompt = encoding.fit_prompt(tokenizer, row, subject.template, most)
     room = subject.max_length - len(prompt)
     truncated += len(reference) > room
     prompts.append(prompt)

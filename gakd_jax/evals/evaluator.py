@@ -20,8 +20,7 @@ from jax.sharding import Mesh
 
 from gakd_jax import UserError, fingerprint
 from gakd_jax import settings as settings_lib
-from gakd_jax.data import sources
-from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.data import encoding, sources
 from gakd_jax.evals import (
   comet,
   draft,
@@ -46,7 +45,7 @@ class Subject:
   head_chunk: int
   mesh: Mesh
   workdir: Path
-  thinking: str = 'refuse'  # or 'keep', see `data.tokenizer.encode`
+  thinking: str = 'refuse'  # or 'keep', see `data.encoding.encode`
   # Of an evaluation that stands alone: what tells these weights from others,
   # so that answers may go on after an interruption. It shows its progress.
   identity: str | None = None
@@ -182,7 +181,7 @@ def make(config, default_data, prompters, on_bad_row='skip', thinking='refuse'):
     prompters: a function that gives the (template, tokenizer) of all models
       to be measured, which is on the same rows: those that each can hold.
     on_bad_row: 'skip' counts the others, 'fail' raises the first.
-    thinking: as in training, see `data.tokenizer.encode`.
+    thinking: as in training, see `data.encoding.encode`.
   """
   lines = check(config)
   order = sorted(lines, key=lambda x: lines[x].get('temperature') == 0)
@@ -241,7 +240,7 @@ def _fitting(rows, prompters, thinking):
   for start in range(0, len(rows), _CHUNK):
     some = rows[start : start + _CHUNK]
     encoded = [
-      tokenizer_lib.encode_batch(tokenizer, some, template, thinking)
+      encoding.encode_batch(tokenizer, some, template, thinking)
       for template, tokenizer in prompters
     ]
     for i, row in enumerate(some):

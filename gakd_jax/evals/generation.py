@@ -29,7 +29,7 @@ from gakd_jax import (
   settings,
   streaming,
 )
-from gakd_jax.data import templates
+from gakd_jax.data import encoding, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers as answers_lib
 from gakd_jax.evals import encoded, scores, summary, tasks
@@ -131,7 +131,7 @@ class Generation:
   def _with_examples(self, subject, row):
     template, most = subject.template, subject.max_prompt_length
     shown = tasks.asked(self.task, row, turns=templates.has_turns(template))
-    ids, _ = tokenizer_lib.encode(
+    ids, _ = encoding.encode(
       subject.models.tokenizer,
       dataclasses.replace(shown, references=()),
       template,
@@ -233,7 +233,7 @@ class Generation:
 
   def _answer(self, tokenizer, ids, ends):
     """What is kept of the answer that ids spell."""
-    text = tokenizer_lib.decode(tokenizer, ids)
+    text = encoding.decode(tokenizer, ids)
     tokens = len(ids) - bool(ids and ids[-1] in ends)
     found = [(text.find(x), x) for x in self._stops() if x in text]
     if not found:
@@ -244,7 +244,7 @@ class Generation:
     tokens = bisect.bisect_left(
       range(tokens),
       True,
-      key=lambda n: tokenizer_lib.decode(tokenizer, ids[:n]).startswith(text),
+      key=lambda n: encoding.decode(tokenizer, ids[:n]).startswith(text),
     )
     kept = {'answer': text, 'tokens': tokens, 'ids': ids[:tokens]}
     return kept | {'cut_at': stop}

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from gakd_jax import sharding, stopping
-from gakd_jax.data import pipeline
+from gakd_jax.data import encoding, pipeline
 from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import answers, encoded, extract, tasks
@@ -95,7 +95,7 @@ class MultipleChoice:
       for prompt, row in zip(prompts, self.rows, strict=True)
       for text in self._options(row).values()
     ]
-    options = tokenizer_lib.encode_responses(
+    options = encoding.encode_responses(
       tokenizer,
       [text for _, text in asked],
       [False] * len(asked),

@@ -1,5 +1,8 @@
 """Tokenizers of every kind, and texts that they split in different places."""
 
+import functools
+import json
+import shutil
 import unicodedata
 
 import pytest
@@ -51,6 +54,34 @@ class Kind:
     """Without those that hold what this tokenizer reads as a special token."""
     special = self.tokenizer.all_special_tokens
     return [x for x in _TEXTS if not any(token in x for token in special)]
+
+
+@pytest.fixture
+def tiny(tiny_tokenizer_dir):
+  return tokenizer_lib.load(tiny_tokenizer_dir)
+
+
+@pytest.fixture
+def changed(tiny_tokenizer_dir, tmp_path):
+  """The tiny tokenizer, whose tokenizer.json `change` has been given."""
+
+  def load(change):
+    path = tmp_path / 'changed'
+    shutil.copytree(tiny_tokenizer_dir, path)
+    content = json.loads((path / 'tokenizer.json').read_text())
+    change(content)
+    (path / 'tokenizer.json').write_text(json.dumps(content))
+    return tokenizer_lib.load(path)
+
+  return load
+
+
+@pytest.fixture(scope='session')
+def real(shared_dir):
+  """name -> one of the real tokenizers, loaded once."""
+  return functools.cache(
+    lambda name: tokenizer_lib.load(shared_dir / 'tokenizers' / name)
+  )
 
 
 @pytest.fixture(scope='session')

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gakd_jax import UserError
-from gakd_jax.data import logprobs, sources
+from gakd_jax.data import encoding, logprobs, sources
 from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.sources import BadRow
@@ -126,7 +126,7 @@ def row_of(tokenizer, text, known=True, shift=0):
   row = {'instruction': f'Say {text}.', 'input': '', 'output': text}
   if known:
     made = sources.Row(row['instruction'], references=(text,))
-    _, response = tokenizer_lib.encode(tokenizer, made, 'chat')
+    _, response = encoding.encode(tokenizer, made, 'chat')
     ids = [[x, (x + 1) % 300, (x + 2) % 300] for x in response]
     values = [[-0.5 - shift, -1.5, -3.0]] * len(ids)
     row['logprobs'] = {'tokens': response, 'ids': ids, 'values': values}

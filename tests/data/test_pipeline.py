@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gakd_jax import UserError
-from gakd_jax.data import pipeline, sources, texts
+from gakd_jax.data import encoding, pipeline, sources, texts
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.sources import Row, Rules
 
@@ -86,7 +86,7 @@ def test_eos_is_trained_though_it_is_the_pad(tiny_tokenizer_dir):
   tokenizer = tokenizer_lib.load(tiny_tokenizer_dir)
   tokenizer.pad_token = tokenizer.eos_token
   row = Row('Name a bird', references=('Crow',))
-  pair = tokenizer_lib.encode(tokenizer, row, 'raw')
+  pair = encoding.encode(tokenizer, row, 'raw')
   tokens = next(
     make(texts.of([pair]), pad_id=tokenizer_lib.pad_id(tokenizer), buckets=None)
   ).student

@@ -15,7 +15,15 @@ import pytest
 from hypothesis import strategies as st
 
 from gakd_jax import UserError
-from gakd_jax.data import arrange, pipeline, segments, sources, store, texts
+from gakd_jax.data import (
+  arrange,
+  encoding,
+  pipeline,
+  segments,
+  sources,
+  store,
+  texts,
+)
 from gakd_jax.data import rows as rows_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.records import BadRow
@@ -172,7 +180,7 @@ def test_any_record_is_rows_or_a_bad_row(holds, tiny_tokenizer_dir):
       return
     for row, ids in zip(
       found,
-      tokenizer_lib.encode_batch(tokenizer, found, template, 'keep'),
+      encoding.encode_batch(tokenizer, found, template, 'keep'),
       strict=True,
     ):
       check_row(row)

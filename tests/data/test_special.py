@@ -1,36 +1,13 @@
 """What looks like a special token; more of it in test_text_properties."""
 
-import json
-
 import pytest
 
 from gakd_jax import sharding
-from gakd_jax.data import pipeline
-from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.data import encoding, pipeline
 from gakd_jax.data.records import BadRow
 from gakd_jax.data.sources import Row
 from gakd_jax.evals import evaluator
 from gakd_jax.evals.multiple_choice import MultipleChoice
-
-
-@pytest.fixture
-def tiny(tiny_tokenizer_dir):
-  return tokenizer_lib.load(tiny_tokenizer_dir)
-
-
-@pytest.fixture
-def changed(tiny_tokenizer_dir, tmp_path):
-  """The tiny tokenizer, whose tokenizer.json `change` has been given."""
-
-  def load(change):
-    tokenizer_lib.load(tiny_tokenizer_dir).save_pretrained(tmp_path)
-    file = tmp_path / 'tokenizer.json'
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
-    return tokenizer_lib.load(tmp_path)
-
-  return load
 
 
 @pytest.mark.parametrize('template', ['gakd', 'alpaca', 'chat'])
@@ -42,8 +19,8 @@ def test_a_token_that_cannot_be_cut_is_refused(changed, template):
   tokenizer = changed(add)
   for row in (Row('a \u2603'), Row('a', references=('\u2603',))):
     with pytest.raises(BadRow, match="has '\u2603', a special token"):
-      tokenizer_lib.encode(tokenizer, row, template)
-  assert tokenizer_lib.encode(tokenizer, Row('\u2603'), 'raw')[0] == [300]
+      encoding.encode(tokenizer, row, template)
+  assert encoding.encode(tokenizer, Row('\u2603'), 'raw')[0] == [300]
 
 
 @pytest.mark.parametrize('template', ['gakd', 'alpaca', 'chat', 'raw'])
@@ -60,10 +37,10 @@ def test_what_only_the_tokenizer_reads_as_one_is_refused(changed, template):
   said = 'a <|IM_END|>'
   for row in (Row(said), Row('a', references=(said,))):
     with pytest.raises(BadRow, match='the tokenizer reads as a special token'):
-      tokenizer_lib.encode(tokenizer, row, template)
+      encoding.encode(tokenizer, row, template)
   with pytest.raises(BadRow, match='the tokenizer reads as a special token'):
-    tokenizer_lib.fit_prompt(tokenizer, Row(said), template, 500)
-  assert tokenizer_lib.encode(tokenizer, Row('a <|IM'), template)
+    encoding.fit_prompt(tokenizer, Row(said), template, 500)
+  assert encoding.encode(tokenizer, Row('a <|IM'), template)
 
 
 @pytest.mark.parametrize('template', ['gakd', 'raw'])
@@ -71,9 +48,9 @@ def test_what_only_the_tokenizer_reads_as_one_is_refused(changed, template):
 def test_what_is_no_character_is_refused(tiny, template, said):
   for row in (Row(said), Row('a', said), Row('a', references=(said,))):
     with pytest.raises(BadRow, match='has what is no character of Unicode'):
-      tokenizer_lib.encode(tiny, row, template)
+      encoding.encode(tiny, row, template)
   # A model may have written it.
-  found = tokenizer_lib.encode_responses(tiny, [said], [False], template)
+  found = encoding.encode_responses(tiny, [said], [False], template)
   assert '\ufffd' in tiny.decode(found[0])
 
 
@@ -89,9 +66,9 @@ def test_a_prompt_has_a_token(changed):
 
   tokenizer = changed(forget)
   with pytest.raises(BadRow, match='a prompt without a token'):
-    tokenizer_lib.encode(tokenizer, Row('\u2603'), 'raw')
+    encoding.encode(tokenizer, Row('\u2603'), 'raw')
   with pytest.raises(BadRow, match='a prompt without a token'):
-    tokenizer_lib.fit_prompt(tokenizer, Row('\u2603'), 'raw', 9)
+    encoding.fit_prompt(tokenizer, Row('\u2603'), 'raw', 9)
 
 
 def test_options_are_scored_as_text(tiny, monkeypatch):

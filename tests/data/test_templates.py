@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gakd_jax import UserError
-from gakd_jax.data import templates, tokenizer
+from gakd_jax.data import encoding, templates, tokenizer
 from gakd_jax.data.sources import BadRow, Row
 
 SHORT = Row('Name a bird.', references=('Crow',))
@@ -22,11 +22,6 @@ TURNS = Row(
 )
 TASK = 'Below is an instruction that describes a task'
 REQUEST = 'Write a response that appropriately completes the request.'
-
-
-@pytest.fixture(scope='module')
-def tiny(tiny_tokenizer_dir):
-  return tokenizer.load(tiny_tokenizer_dir)
 
 
 @pytest.fixture(scope='module')
@@ -194,7 +189,7 @@ def test_a_turn_ends_as_the_template_ends_it(
   # Another template trains the EOS; an answer ends at either.
   assert templates.eos_id('alpaca', found) == eos
   assert set(templates.stop_ids('alpaca', found)) == {end, eos}
-  _, response = tokenizer.encode(found, SHORT, 'alpaca')
+  _, response = encoding.encode(found, SHORT, 'alpaca')
   assert response[-1] == eos
 
 
@@ -205,7 +200,7 @@ def test_generation_config_says_what_else_ends_a_turn(bytes_tokenizer):
   file = Path(found.name_or_path) / 'generation_config.json'
   file.write_text(json.dumps({'eos_token_id': [eos, eot]}))
   assert set(templates.stop_ids('raw', found)) == {eos, eot}
-  assert tokenizer.decode(found, found('a<|eot_id|>b').input_ids) == 'a'
+  assert encoding.decode(found, found('a<|eot_id|>b').input_ids) == 'a'
   file.write_text(json.dumps({'eos_token_id': eot, 'bos_token_id': 0}))
   assert set(templates.stop_ids('raw', found)) == {eos, eot}
   file.write_text(json.dumps({'eos_token_id': None}))
@@ -388,9 +383,9 @@ def test_a_chat_template_that_asks_as_another_does(
 @pytest.mark.parametrize('template', ['alpaca', 'gakd', 'raw'])
 def test_real_tokenizers_ask_alike(shared_dir, name, template):
   found = tokenizer.load(shared_dir / 'tokenizers' / name)
-  ids, _ = tokenizer.encode(found, SHORT, template)
+  ids, _ = encoding.encode(found, SHORT, template)
   found.chat_template = templates.as_jinja(template, found)
-  again, _ = tokenizer.encode(found, SHORT, 'chat')
+  again, _ = encoding.encode(found, SHORT, 'chat')
   # Before a text, mistral's puts a blank of its own, but not after a <s>.
   assert found.decode(again).replace('> ', '>') == found.decode(ids).replace(
     '> ', '>'

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from gakd_jax.data import align, pipeline, spelling, templates
-from gakd_jax.data import tokenizer as tokenizer_lib
+from gakd_jax.data import align, encoding, pipeline, spelling, templates
 from gakd_jax.data.records import BadRow
 from gakd_jax.data.sources import Row
 
@@ -69,7 +68,7 @@ def test_the_mask_is_of_the_response_and_nothing_else(holds, shown, kind, name):
   def check(asked, said, template):
     row = Row(asked, references=(said,))
     try:
-      prompt, response = tokenizer_lib.encode(tokenizer, row, template, 'keep')
+      prompt, response = encoding.encode(tokenizer, row, template, 'keep')
     except BadRow:
       return
     tokens = pipeline.collate(
@@ -106,15 +105,15 @@ def test_no_text_is_a_special_token(holds, shown, name):
   def check(asked, said, template):
     row = Row(asked, said, (said,))
     plain = Row('a', 'b' if said.strip() else '', ('c',))
-    prompt, response = tokenizer_lib.encode(tokenizer, row, template)
+    prompt, response = encoding.encode(tokenizer, row, template)
     assert count(response[:-1]) == 0
     assert count(prompt) == count(
-      tokenizer_lib.encode(tokenizer, plain, template)[0]
+      encoding.encode(tokenizer, plain, template)[0]
     )
-    found = tokenizer_lib.encode_responses(tokenizer, [said], [False], template)
+    found = encoding.encode_responses(tokenizer, [said], [False], template)
     assert found == [response[:-1]]
-    assert tokenizer_lib.fit_prompt(tokenizer, row, template, 9999) == prompt
-    short = tokenizer_lib.fit_prompt(tokenizer, row, template, len(prompt) - 1)
+    assert encoding.fit_prompt(tokenizer, row, template, 9999) == prompt
+    short = encoding.fit_prompt(tokenizer, row, template, len(prompt) - 1)
     assert count(short) <= count(prompt)
 
   holds(
@@ -136,7 +135,7 @@ def test_other_texts_are_read_as_they_always_were(holds, shown, name):
     if any(token in asked + said for token in tokens):
       return
     row = Row(asked, references=(said,))
-    prompt, response = tokenizer_lib.encode(tokenizer, row, template, 'keep')
+    prompt, response = encoding.encode(tokenizer, row, template, 'keep')
     text = templates.prompt_text(template, row, tokenizer)
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert prompt == templates.start(template, tokenizer) + ids
@@ -290,11 +289,9 @@ def test_a_prompt_is_cut_to_any_length(holds, kind):
   def check(asked, more, length, template):
     row = Row(asked, more if more.strip() else '', where='f:1')
     least = dataclasses.replace(row, instruction='', input='')
-    frame, _ = tokenizer_lib.encode(tokenizer, least, template)
-    whole, _ = tokenizer_lib.encode(tokenizer, row, template)
-    ids = tokenizer_lib.fit_prompt(
-      tokenizer, row, template, len(frame) + length
-    )
+    frame, _ = encoding.encode(tokenizer, least, template)
+    whole, _ = encoding.encode(tokenizer, row, template)
+    ids = encoding.fit_prompt(tokenizer, row, template, len(frame) + length)
     assert len(ids) <= max(len(frame) + length, 0)
     assert (ids == whole) == (len(whole) <= len(frame) + length)
 

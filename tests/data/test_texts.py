@@ -4,14 +4,9 @@ import numpy as np
 import pytest
 
 from gakd_jax import UserError
-from gakd_jax.data import sources, store, texts
+from gakd_jax.data import encoding, sources, store, texts
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.sources import BadRow, Rules
-
-
-@pytest.fixture(scope='module')
-def tiny(tiny_tokenizer_dir):
-  return tokenizer_lib.load(tiny_tokenizer_dir)
 
 
 @pytest.fixture
@@ -127,13 +122,13 @@ def test_thoughts_are_refused_or_kept(load):
 @pytest.fixture
 def no_encoding(monkeypatch):
   """A list of how many rows were tokenised since."""
-  calls, encode = [], tokenizer_lib.encode_batch
+  calls, encode = [], encoding.encode_batch
 
   def spy(tokenizer, rows, *args):
     calls.append(len(rows))
     return encode(tokenizer, rows, *args)
 
-  monkeypatch.setattr(tokenizer_lib, 'encode_batch', spy)
+  monkeypatch.setattr(encoding, 'encode_batch', spy)
   return calls
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gakd_jax import UserError, models, sharding
-from gakd_jax.data import sources
+from gakd_jax.data import encoding, sources
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import (
   comet,
@@ -82,7 +82,7 @@ def test_loss_is_what_full_logits_give(parts):
   long = dataclasses.replace(ROWS[0], references=('the answer ' * 5,))
   rows = (*ROWS, long)
   for row in rows:
-    ids = tokenizer_lib.encode(subject.models.tokenizer, row, 'chat')
+    ids = encoding.encode(subject.models.tokenizer, row, 'chat')
     log_q.append(log_probs(student, *ids))
     log_p.append(log_probs(teacher, *ids))
     targets += ids[1]
@@ -190,7 +190,7 @@ def test_the_option_with_the_highest_log_probability(
   if candidates == 'label':
     texts = [f'the correct answer is answer{i}' for i in (1, 2, 3)]
   for row, line in zip(CHOICES, map(json.loads, lines), strict=True):
-    prompt = tokenizer_lib.encode(subject.models.tokenizer, row, 'chat')[0]
+    prompt = encoding.encode(subject.models.tokenizer, row, 'chat')[0]
     means = []
     for text in texts:
       ids = subject.models.tokenizer.encode(text, add_special_tokens=False)
@@ -263,7 +263,7 @@ def test_fidelity_on_three_texts(parts, tmp_path):
 
   def ended(text):
     row = dataclasses.replace(ROWS[0], references=(text,))
-    return tokenizer_lib.encode(subject.models.tokenizer, row, 'chat')[1]
+    return encoding.encode(subject.models.tokenizer, row, 'chat')[1]
 
   write_answers(tmp_path / 'student', 'sums', mine, ended)
   write_answers(tmp_path / 'teacher', 'sums', theirs, ended)
@@ -316,8 +316,7 @@ def test_fidelity_is_of_the_ids_that_were_written(parts, tmp_path):
   subject, params, student, _ = parts
   subject = dataclasses.replace(subject, workdir=tmp_path)
   prompts = [
-    tokenizer_lib.encode(subject.models.tokenizer, row, 'chat')[0]
-    for row in ROWS
+    encoding.encode(subject.models.tokenizer, row, 'chat')[0] for row in ROWS
   ]
   room = subject.max_length - len(prompts[3])
   # Not as the tokenizer has them, cut off, of nothing, and too long.
@@ -509,7 +508,7 @@ def test_evaluators_of_a_set_score_the_same_rows(
     made = dataclasses.replace(made, seeds=(0,))
   found = evaluator.measure(made, subject, params, 0)
   prompts = [
-    tokenizer_lib.fit_prompt(subject.models.tokenizer, row, 'chat', 100)
+    encoding.fit_prompt(subject.models.tokenizer, row, 'chat', 100)
     for row in rows
   ]
   assert len(prompts[-1]) > 95

@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from gakd_jax import models
+from gakd_jax.data import encoding
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.sources import Row
 from gakd_jax.models import peft, prompts
@@ -91,7 +92,7 @@ def test_what_a_config_says_of_others_is_looked_at(model, field, value):
 
 
 def encode(path):
-  return tokenizer_lib.encode(
+  return encoding.encode(
     tokenizer_lib.load(path), Row('Which?', references=('This.',)), 'chat'
   )
 

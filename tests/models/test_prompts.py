@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from gakd_jax.data import templates
+from gakd_jax.data import encoding, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.data.sources import Row
 from gakd_jax.models import prompts
@@ -79,7 +79,7 @@ def test_a_directory_without_a_tokenizer_stays_as_it_is(tmp_path):
 def test_a_student_is_asked_as_it_was_trained(directory, name):
   path = directory(eos_token='<|endoftext|>', add_bos_token=False)
   trained = tokenizer_lib.load(path)
-  prompt, _ = tokenizer_lib.encode(trained, ROW, name)
+  prompt, _ = encoding.encode(trained, ROW, name)
   end = templates.eos_id(name, trained)
   prompts.say_template(path, name)
   prompts.say_ends(path)

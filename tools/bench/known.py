@@ -87,12 +87,11 @@ def noisy(model, share=0.1):
 def texts(model, tokenizer):
   """(prompt ids, response ids), answers of the model to `PROMPTS`."""
   from gakd_jax import streaming
-  from gakd_jax.data import sources, templates
-  from gakd_jax.data import tokenizer as tokenizer_lib
+  from gakd_jax.data import encoding, sources, templates
   from gakd_jax.models import decoding
 
   prompts = [
-    tokenizer_lib.fit_prompt(tokenizer, sources.Row(text, ''), 'chat', 512)
+    encoding.fit_prompt(tokenizer, sources.Row(text, ''), 'chat', 512)
     for text in PROMPTS
   ]
   responses = streaming.generate(
