@@ -46,9 +46,13 @@ def get_config(which='0p6b,gad'):
   c.train.epochs = 3.0
   if method != 'oracle':
     c.teacher.path = None
+  # One bucket, so that all have the same batches: those that are written to
+  # are bucketed by their prompts, others by their whole length.
+  c.data.buckets = (c.data.max_length,)
   if method == 'seqkd':
     c.objective = {'name': 'sft'}
     return c
+  c.data.buckets = (c.data.max_prompt_length,)
   c.objective = {'name': 'gad', 'warmup_epochs': 1.0, **METHODS[method]}
   c.rollout = {
     'writer': 'student',

@@ -1,6 +1,7 @@
 """Where a critic helps: the runs of critic_study.md, one argument a question.
 
   python -m gakd_jax.main --config=docs/critic_study.py:ladder
+  python -m gakd_jax.main --config=docs/critic_study.py:dose
   python -m gakd_jax.main --config=docs/critic_study.py:late
   python -m gakd_jax.main --config=docs/critic_study.py:flawed
   python -m gakd_jax.main --config=docs/critic_study.py:length
@@ -75,6 +76,29 @@ def ladder():
     c = student('stage:teacher', seed, f'stage:sft-seed{seed}')
     learns(c, 'exact', kd=0.5, on='written', divergence='reverse_kl')
     yield f'text_exact-seed{seed}', c
+
+
+# The ladder's critics are on while a cosine takes their student's rate down,
+# for a fifth of its sum. Here the rate stays; they are on for two thirds.
+DOSES = {
+  'text': ('alone', {}),
+  'text_critic': ('critic', {}),
+  'text_critic_1': ('critic', {'g': 1.0}),
+  'text_oracle_1': ('oracle', {'g': 1.0}),
+  'text_token_1': ('oracle', {'g': 1.0, 'credit': 'token'}),
+}
+
+
+def dose():
+  """Is a critic heard? Text again, with more of it."""
+  yield 'teacher', teacher()
+  for seed in range(SEEDS):
+    yield f'sft-seed{seed}', measured(q.sft(seed))
+    for name, (mode, settings) in DOSES.items():
+      c = student('stage:teacher', seed, f'stage:sft-seed{seed}')
+      learns(c, mode, kd=0.0, warmup_steps=STEPS // 3, **settings)
+      c.optimizer.schedule, c.optimizer.learning_rate = 'constant', RATE / 2
+      yield f'{name}-seed{seed}', c
 
 
 def late():
@@ -189,6 +213,8 @@ def _able_teacher():
 def _long(c, k):
   """For prompts of k questions."""
   c = _sized(measured(c), 60 * k + 20, 60 * k + 12)
+  del c.evals.sampled_07, c.evals.sampled_05
+  c.evals.sampled.seeds = (0, 1)
   for line in c.evals.values():
     if 'data' in line:
       line.data = f'python:tools.synthetic:joined:test:120:{k}'
@@ -245,6 +271,7 @@ def _of_other_tokens(c):
 
 STUDIES = {
   'ladder': ladder,
+  'dose': dose,
   'late': late,
   'flawed': flawed,
   'length': length,
@@ -292,18 +319,18 @@ def learns(c, mode, **settings):
   exact   none: the likelihood is of the student's text too
   """
   if mode == 'alone':
-    settings.pop('on', None)
-    c.objective = {'name': 'kld'} | settings
+    kept = {k: x for k, x in settings.items() if k in ('kd', 'divergence')}
+    c.objective = {'name': 'kld'} | kept
     return
   q.writes(c, writer='student', samples=SAMPLES, beside=True)
   c.data.buckets = (c.data.max_prompt_length,)
   c.train.batch_size = PROMPTS
   c.critic_optimizer.learning_rate = 1e-3
   if mode == 'exact':
-    settings |= {'g': 0.0, 'warmup_steps': 0}
+    critic = {'g': 0.0, 'warmup_steps': 0}
   else:
-    settings |= {'g': G, 'warmup_steps': WARMUP, 'oracle': mode == 'oracle'}
-  c.objective = {'name': 'gad'} | settings
+    critic = {'g': G, 'warmup_steps': WARMUP, 'oracle': mode == 'oracle'}
+  c.objective = {'name': 'gad'} | critic | settings
 
 
 def _tag(mode):

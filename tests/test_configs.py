@@ -88,7 +88,14 @@ def shrunk(name, model):
   )
   # Of stages side by side, one, unless each is another method.
   kept = ('teacher', 'sft', 'rgan', 'test_rgan', 'gkd_t2', 'gakd')
-  kept += ('sft_continued', 'forward_kl', 'on_policy', 'overlap', 'cut')
+  kept += (
+    'sft_continued',
+    'forward_kl',
+    'on_policy',
+    'overlap',
+    'cut',
+    'taught',
+  )
   config.stages = tuple(s for s in config.stages if s[0] in kept)
   for c in (config, *(stage for _, stage in config.stages)):
     c.optimizer.learning_rate = 1e-3
@@ -307,6 +314,9 @@ def test_every_argument_of_gad(size):
     check_parts(c)
     assert (c.teacher.path is not None) == (method == 'oracle')
     assert (c.critic.init_from is not None) == method.startswith('gad')
+    writes = c.rollout.writer == 'student'
+    length = c.data.max_prompt_length if writes else c.data.max_length
+    assert c.data.buckets == (length,)  # so that all have the same batches
   for wrong in ('0p6b', '8b,gad', '0p6b,gkd'):
     with pytest.raises(UserError, match='expected <size>,<method>, of 0p6b,'):
       gad.get_config(wrong)
@@ -316,6 +326,7 @@ def test_every_argument_of_gad(size):
   ('which', 'alone', 'rows'),
   [
     ('ladder', 1, 15),
+    ('dose', 1, 6),
     ('late', 1, 6),
     ('flawed', 5, 15),
     ('length', 4, 15),
@@ -327,9 +338,20 @@ def test_the_critic_study_has_settings_that_exist(which, alone, rows):
   names = [name for name, _ in stages]
   assert sum('-seed' not in name for name in names) == alone
   assert len(set(names)) == len(names) == alone + 3 * rows
+  twins = {}
   for i, (_, c) in enumerate(stages):
     check_parts(c, names[:i])
-  with pytest.raises(UserError, match='expected one of ladder, late'):
+    if c.train.steps and c.student.path.startswith('stage:'):
+      twins.setdefault((c.student.path, c.train.steps), []).append(c)
+  # Rows of one start have the same text in the same order, at the same rate.
+  for rows in twins.values():
+    assert len({(c.data.train, c.seed, str(c.optimizer)) for c in rows}) == 1
+    assert len({(c.train.batch_size, c.data.max_length) for c in rows}) == 1
+    for c in rows:
+      writes = c.rollout.writer == 'student'
+      length = c.data.max_prompt_length if writes else c.data.max_length
+      assert c.data.buckets == (length,)
+  with pytest.raises(UserError, match='expected one of ladder, dose'):
     study('critic_study').get_config('all')
 
 

@@ -126,9 +126,20 @@ def test_what_is_kept_of_a_teacher_serves_the_rows_of_the_data(
     ({'writer': 'dataset'}, "set config.rollout to {'writer': 'student'"),
     (STUDENT | {'samples': 1}, 'compares several answers'),
     (STUDENT | {'end': 0.5}, 'leave config.rollout.begin and end'),
+    (STUDENT | {'temperature': 0.7}, 'drawn from all of the student'),
+    (STUDENT | {'top_p': 0.9}, 'drawn from all of the student'),
+    (STUDENT | {'top_k': 20}, 'drawn from all of the student'),
+    (STUDENT | {'share': 0.5}, 'leave config.rollout.share and prefix'),
+    (STUDENT | {'prefix': 3}, 'leave config.rollout.share and prefix'),
   ],
 )
 def test_what_it_cannot_learn_from_is_refused(config, tmp_path, rollout, said):
   config.rollout = rollout
   with pytest.raises(UserError, match=said):
+    train.run(config, tmp_path / 'run')
+
+
+def test_a_critic_has_no_credit_for_tokens(config, tmp_path):
+  config.objective.credit = 'token'
+  with pytest.raises(UserError, match='a critic scores whole answers'):
     train.run(config, tmp_path / 'run')

@@ -11,9 +11,10 @@ those of an API: no logits are asked), or gold ones.
            the tokens that it wrote of -min(r A, clip(r, 1 - eps, 1 + eps) A),
            r = q(token) / q_old(token), q_old being the student that wrote it,
            A = (D(x, y) - mean) / (std + 1e-4) over the n answers to a prompt:
-           the policy gradient of GRPO (arXiv 2402.03300). For text of the
-           step's own student r is 1, and the gradient that of -A log q(token);
-           with `config.rollout.every`=k a student's text serves k steps
+           the policy gradient of GRPO (arXiv 2402.03300), with a token's weight
+           the same in all answers. For text of the step's own student r is 1,
+           and the gradient that of -A log q(token); with
+           `config.rollout.every`=k a student's text serves k steps
 
 L is over the real answers, as `kld` has it; `on='written'` takes the divergence
 over the student's. D reads prompt and answer, and its score stands at the last
@@ -25,7 +26,9 @@ critic that tells the teacher's text from the student's comes to when it has
 learned all. It takes a teacher's logits, of whatever tokens the teacher reads
 the text in; an answer that it cannot read whole (bytes that are no text, a
 special token, more tokens than there is room for) has the least reward of those
-to the same prompt.
+to the same prompt. With `credit='token'` A is that of each token, whose reward
+is its own log p - log q, over all tokens of the n answers: D* is their sum, for
+which with credit='answer' every token of the answer stands.
 
 With kd=0 and likelihood=0 the text of the data is imitated in the warm-up, and
 only the critic teaches from there on.
@@ -56,6 +59,7 @@ class GAD(base.Objective):
   g: NotNegative = 1.0  # weight of L_G; 0: no critic, the ablation
   clip: Positive = 0.2  # eps
   oracle: bool = False  # D* in the critic's place
+  credit: Literal['answer', 'token'] = 'answer'  # whose reward D* is
   warmup_epochs: NotNegative = 0.5  # in which L_G is 0
   warmup_steps: Natural | None = None  # instead of warmup_epochs
   critic_steps: Count = 1  # updates of the critic in one step
@@ -74,7 +78,7 @@ class GAD(base.Objective):
 
   @property
   def one_tokenizer(self):
-    return self.kd > 0 or not self.oracle
+    return self.kd > 0 or not self.oracle or self.credit == 'token'
 
   @property
   def align(self):
@@ -95,6 +99,23 @@ class GAD(base.Objective):
         'config.objective: gad compares several answers of the student to a '
         "prompt with that of the data; set config.rollout to {'writer': "
         "'student', 'samples': 4, 'beside': True}"
+      )
+    if (c.get('temperature', 1.0), c.get('top_p', 1.0)) != (1, 1) or c.get(
+      'top_k', 0
+    ):
+      raise UserError(
+        'config.objective: the policy gradient is that of answers drawn from '
+        'all of the student; leave config.rollout.temperature, top_p and top_k'
+      )
+    if c.get('share', 1.0) != 1 or c.get('prefix'):
+      raise UserError(
+        'config.objective: gad compares whole answers, all of them written; '
+        'leave config.rollout.share and prefix'
+      )
+    if self.credit == 'token' and not self.oracle:
+      raise UserError(
+        "config.objective: credit='token' takes D*, which is a sum over tokens;"
+        " a critic scores whole answers: set oracle=True, or credit='answer'"
       )
     path = self.critic.get('init_from')
     if path and self.g and not self.oracle:
@@ -198,15 +219,18 @@ class GAD(base.Objective):
       is_lost_Bm = is_lost_B.reshape(-1, batch.group)[:, :-1]
       reward_Bm = with_the_least(reward_Bm, is_lost_Bm)
       unread = {'unread': _mean(is_lost_Bm, batch)}
-    advantage_B1 = advantages(reward_Bm, batch.group)[:, None]
+    advantage_BT = advantages(reward_Bm, batch.group)[:, None]
+    if self.credit == 'token':
+      gain_BT = jax.lax.stop_gradient(log_p_BU - log_q_BT)
+      advantage_BT = advantages_of_tokens(gain_BT, is_new_BT, batch.group)
     old_BT = batch.old_log_BT
     if old_BT is None:
       old_BT = jax.lax.stop_gradient(log_q_BT)
     # Of what was not written, r is 1: else it could be infinite.
     ratio_BT = jnp.exp(jnp.where(is_new_BT, log_q_BT - old_BT, 0.0))
     near_BT = jnp.clip(ratio_BT, 1 - self.clip, 1 + self.clip)
-    gain_BT = ratio_BT * advantage_B1
-    least_BT = jnp.minimum(gain_BT, near_BT * advantage_B1)
+    gain_BT = ratio_BT * advantage_BT
+    least_BT = jnp.minimum(gain_BT, near_BT * advantage_BT)
     n = batch.totals['written']
     loss = -jnp.sum(least_BT, where=is_new_BT) / n
     metrics = {
@@ -273,6 +297,19 @@ def advantages(reward_Bm, group):
   advantage_Bm = (reward_Bm - mean_B1) / (std_B1 + 1e-4)
   more = group - reward_Bm.shape[1]
   return jnp.pad(advantage_Bm, ((0, 0), (0, more))).reshape(-1)
+
+
+def advantages_of_tokens(reward_BT, is_there_BT, group):
+  """Rewards of tokens, normalised over those of each group that are there."""
+  shape = reward_BT.shape
+  reward_GN, is_there_GN = (
+    x.reshape(-1, group * shape[1]) for x in (reward_BT, is_there_BT)
+  )
+  where = {'axis': 1, 'keepdims': True, 'where': is_there_GN}
+  n_G1 = jnp.maximum(jnp.sum(is_there_GN, axis=1, keepdims=True), 1)
+  away_GN = reward_GN - jnp.sum(reward_GN, **where) / n_G1
+  std_G1 = jnp.sqrt(jnp.sum(away_GN**2, **where) / n_G1)
+  return (away_GN / (std_G1 + 1e-4)).reshape(shape)
 
 
 def _mean(x_Bm, batch):

@@ -85,12 +85,13 @@ def jitted(method, *args):
   return jax.jit(method)(*args, None)
 
 
-def test_two_tokens_have_the_gradient_that_is_written_down():
+@pytest.mark.parametrize('credit', ['answer', 'token'])
+def test_two_tokens_have_the_gradient_that_is_written_down(credit):
   """Answers of one token, of two: -A (1[y = 1] - q(1)) for its logit.
 
-  Rewards are D*; the three answers are 0, 1 and 1.
+  Rewards are D*, the token's own as well; the three answers are 0, 1 and 1.
   """
-  objective = make(oracle=True)
+  objective = make(oracle=True, credit=credit)
   batch = batch_of(1, 3, 2, lengths=[3] * (N + 1))
   ids_BT = batch.student.ids_BT
   ids_BT[:, 2] = [0, 1, 1, 0]
@@ -236,6 +237,50 @@ def test_the_oracle_is_the_exact_ratio_of_both_models():
   ratio_B = log_probs(teacher, batch) - log_probs(student, batch)
   want = ratio_B[batch.written_B].mean()
   np.testing.assert_allclose(metrics['reward'], want, rtol=1e-5)
+
+
+def test_tokens_are_normalised_over_those_of_their_group():
+  random = np.random.default_rng(0)
+  reward_BT = random.normal(size=(6, 5)).astype(np.float32)
+  is_there_BT = random.random((6, 5)) < 0.6
+  is_there_BT[2] = is_there_BT[5] = False  # those of the data
+  got_BT = gad.advantages_of_tokens(reward_BT, is_there_BT, 3)
+  for rows in (slice(3), slice(3, 6)):
+    there = is_there_BT[rows]
+    of_group = reward_BT[rows][there]
+    want = (of_group - of_group.mean()) / (of_group.std() + 1e-4)
+    np.testing.assert_allclose(got_BT[rows][there], want, rtol=1e-4)
+  nothing = gad.advantages_of_tokens(reward_BT, np.zeros_like(is_there_BT), 3)
+  assert np.isfinite(nothing).all()
+
+
+def test_credit_by_token_goes_to_the_token():
+  """Of answers that differ in their last token, that alone tells them apart."""
+  V = 4
+  batch = batch_of(1, 4, V, lengths=[4] * (N + 1))
+  batch.student.ids_BT[:] = [[1, 2, 3, 0], [1, 2, 3, 1], [1, 2, 3, 2], [0] * 4]
+  batch = counted(make(oracle=True), batch)
+  student, teacher = (outputs_of(batch, 5, V, seed) for seed in (1, 2))
+  # One text before the last token, so one hidden state.
+  student, teacher = (
+    x.replace(hidden_BTD=jnp.broadcast_to(x.hidden_BTD[:1], x.hidden_BTD.shape))
+    for x in (student, teacher)
+  )
+
+  def spread(credit):
+    objective = make(oracle=True, credit=credit)
+    own = own_of(objective, V)
+    g_BTD = jax.grad(
+      lambda x: objective.reinforcement(
+        student.replace(hidden_BTD=x), teacher, batch, own, None
+      )[0]
+    )(student.hidden_BTD)[:N]
+    return np.abs(g_BTD - g_BTD[:1]).max(axis=(0, 2))
+
+  _, agreed, last, _ = spread('token')
+  assert agreed < 1e-6 < 1e-2 < last
+  _, agreed, last, _ = spread('answer')
+  assert min(agreed, last) > 1e-2
 
 
 def test_a_group_that_is_not_there_does_not_count():
