@@ -253,6 +253,7 @@ def test_settings_that_make_no_sense(settings, message):
     rollout.make('teacher', **settings)
 
 
+@pytest.mark.slow
 def test_training_goes_on_with_the_teachers_answers(
   subject, tmp_path, monkeypatch
 ):

@@ -53,10 +53,10 @@ ALL_FILES = [
   if path.stem != '__init__'
 ]
 
-# Of GAKD's kinds, some are trained by default.
+# Of GAKD's kinds, one is trained by default.
 LONG = re.compile(
-  '^gad|quickstart|tiny_teacher|fidelity_math|skd|on_policy|pipeline|fkl_|sft_8b|'
-  'cross|rkl_|sft_0p6b|smollm2'
+  '^gad|^gakd$|quickstart|tiny_teacher|fidelity_math|skd|on_policy|pipeline|'
+  'fkl_|sft_8b|cross|rkl_|sft_0p6b|smollm2'
 )
 
 # Of configs with an argument, others than the default.

@@ -302,6 +302,7 @@ def test_prints_through_the_binary(pair, tmp_path, tmp_path_factory):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_stages_are_planned_from_what_they_start_from(pair, config, capsys):
   first = config.copy_and_resolve_references()
   first.student.shape = {'layers': 1}
@@ -353,6 +354,7 @@ def test_a_step_is_planned_with_the_log_probabilities_of_an_old_writer(config):
   assert planned(config).bytes['batch'] == new + 3 * B * T * 4
 
 
+@pytest.mark.slow
 def test_a_step_is_planned_that_knows_who_wrote_a_row(config):
   config.data.max_prompt_length = 16
   config.rollout = {'writer': 'student', 'max_new_tokens': 16}

@@ -255,6 +255,7 @@ def test_a_prompt_has_several_responses_and_that_of_the_data_beside_them():
   )
 
 
+@pytest.mark.slow
 def test_groups_are_written_ahead_and_on_devices_of_their_own():
   group = [batch_of(ROWS), batch_of((9, 10, 11, 12, 0, 1, 2, 3), 14)]
   ahead = dataclasses.replace(SEVERAL, every=2)

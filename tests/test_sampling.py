@@ -250,6 +250,7 @@ def test_a_sharded_model_says_the_same(model):
   assert generate(sharded, SHORT) == generate(model, SHORT)
 
 
+@pytest.mark.slow
 def test_devices_refill_their_own_rows(model):
   """Eight rows on each of two, whose responses end apart; 40 prompts."""
   definition, params = transformer.split(model)

@@ -521,6 +521,7 @@ def test_a_text_does_not_depend_on_how_far_is_drafted(gamma):
   assert trace.kept_BJ.sum() + own == tokens
 
 
+@pytest.mark.slow
 def test_a_teacher_that_accepts_all_leaves_the_student_alone():
   student = Sampler(0.9, top_p=0.9)
   got, trace = texts(drafting(Rank(V), 5, N, EOS, student=student))
@@ -534,6 +535,7 @@ def test_only_the_teachers_first_choice_is_greedy_decoding_by_the_teacher():
   assert 0 < trace.kept_BJ.sum() < sum(map(len, got)), 'some are drafted'
 
 
+@pytest.mark.slow
 def test_a_row_is_the_same_alone_and_beside_longer_prompts():
   settings = SETTINGS[5]
   want, trace = texts(settings)

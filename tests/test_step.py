@@ -291,11 +291,11 @@ def test_steps_count_and_learn():
   [
     ({'microbatches': 2, 'remat': 'blocks'}, 1e-6),
     ({'microbatches': 4}, 1e-6),
-    ({'mesh': (('data', 8),)}, 1e-5),
     ({'mesh': (('data', 2), ('fsdp', 2), ('tensor', 2))}, 1e-5),
     *(
       pytest.param(variant, 1e-5, marks=pytest.mark.slow)
       for variant in (
+        {'mesh': (('data', 8),)},
         {'mesh': (('data', 1), ('tensor', 8))},
         {'mesh': (('data', 1), ('fsdp', 4)), 'microbatches': 2},
       )

@@ -210,6 +210,7 @@ def test_a_file_with_log_probabilities_is_a_teacher(
   np.testing.assert_allclose(got, want, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_rows_without_log_probabilities_are_learned_by_their_text(
   answered, tmp_path
 ):
@@ -283,6 +284,7 @@ def test_what_is_known_depends_on_temperature_and_size(
     del forwards[:]
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_made_again(config, tmp_path, forwards):
   first = _losses(config, tmp_path / 'first')
   del forwards[:]

@@ -74,6 +74,7 @@ def write_and_be_killed(name, workdir, first, last, resume_step):
   assert done.returncode == -signal.SIGKILL, done.stderr
 
 
+@pytest.mark.slow
 def test_tensorboard_has_every_step_once_after_kills(tmp_path):
   write_and_be_killed('tensorboard', tmp_path, 1, 7, 0)
   folder = tmp_path / 'tensorboard'

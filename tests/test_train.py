@@ -251,9 +251,8 @@ def same_run(workdir, results, whole_run):
 TIMES = ('train/seconds', 'train/tokens_per_second')
 
 
-@pytest.mark.parametrize(
-  ('evaluation', 'step'), [(1, 3), pytest.param(2, 6, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(('evaluation', 'step'), [(1, 3), (2, 6)])
 def test_an_evaluation_does_not_hold_up_a_stop(
   whole_run, config, tmp_path, monkeypatch, evaluation, step
 ):

@@ -223,6 +223,7 @@ def test_a_run_cuts_its_student(config, tmp_path, shards):
   assert ce[1] < ce[0] - 0.5
 
 
+@pytest.mark.slow
 def test_a_plan_is_of_what_is_kept(config):
   mesh = sharding.make_mesh(**config.mesh)
   found = plan.make(config, mesh).parameters['student']

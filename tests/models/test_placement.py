@@ -125,6 +125,7 @@ def test_rows_stay_on_their_device(part, mesh, capfd):
   assert 'rematerialization' not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_do_not_sum_over_tensor_again():
   """What attention put out is kept."""
 
