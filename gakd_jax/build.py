@@ -149,7 +149,9 @@ def build(config, workdir, mesh, force=False, weights=True):
       some = ()
       if keep.asks_data:
         some = inputs.first_rows(config, tokenizers[0], keep.rows)
-      return cut.cut(models.load(part.path, **settings), keep, some, mesh)
+      model = models.load(part.path, **settings)
+      lora.merge(model)
+      return cut.cut(model, keep, some, mesh)
     if shape is None:
       return models.load(part.path, **settings)
     return models.init(part.path, config.seed, **settings, **shape)

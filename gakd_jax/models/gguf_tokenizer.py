@@ -99,10 +99,16 @@ def write(said, path):
     (Path(path) / 'chat_template.jinja').write_text(template)
 
 
+# What llama.cpp takes them to be where a file of SentencePiece does not say.
+_OF_PIECES = {'unknown': 0, 'bos': 1, 'eos': 2}
+
+
 def special_id(said, name):
   """The id of 'bos', 'eos', 'unknown' or 'padding'; None: there is none."""
   key = f'tokenizer.ggml.{name}_token_id'
-  i, n = said.get(key, -1), len(said['tokenizer.ggml.tokens'])
+  n = len(said['tokenizer.ggml.tokens'])
+  is_pieces = said.get('tokenizer.ggml.model') == 'llama'
+  i = said.get(key, _OF_PIECES.get(name, -1) if is_pieces else -1)
   if i in (-1, 2**32 - 1):
     return None
   if not 0 <= i < n:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from configs import base
 from gakd_jax import UserError, build, models, plan, rundir, sharding, train
-from gakd_jax.models import convert, cut
+from gakd_jax.models import convert, cut, lora
 from gakd_jax.models.transformer import split
 from tools import make_goldens
 
@@ -250,3 +250,23 @@ def test_a_cut_is_no_base_of_adapters_and_has_no_other_shape(config, tmp_path):
     other.student[name] = value
     with pytest.raises(UserError, match=f'keep and config.student.{name} are'):
       train.run(other, tmp_path / 'run')
+
+
+@pytest.mark.slow
+def test_adapters_are_merged_into_what_is_cut(config, tmp_path):
+  whole = models.load(config.student.path)
+  lora.attach(whole, lora.make_config({'rank': 2}), seed=0)
+  for adapter in lora.adapters(whole).values():
+    adapter.b = jax.tree.map(lambda x: x + 0.1, adapter.b)
+  models.save(whole, tmp_path / 'adapter')
+  config.student.path = str(tmp_path / 'adapter')
+  config.student.keep = {'layers': [0, 3]}
+  mesh = sharding.make_mesh(**config.mesh)
+  with jax.set_mesh(mesh):
+    got = build.build(config, tmp_path / 'run', mesh).start()
+  lora.merge(whole)
+  small = cut.cut(whole, cut.make(config.student.keep))
+  for a, b in zip(
+    *(jax.tree.leaves(x) for x in (got, split(small)[1])), strict=True
+  ):
+    np.testing.assert_allclose(a, b, atol=1e-6)

@@ -171,8 +171,16 @@ def pieces(case, more):
   return tokens + [f'<unused_{i}>' for i in range(n)]
 
 
-@pytest.mark.parametrize('prefix', [True, False])
-def test_its_sentencepiece_is_sentencepiece(tmp_path, prefix):
+@pytest.mark.parametrize(
+  ('prefix', 'said'),
+  [
+    (True, {'unknown_token_id': 0, 'bos_token_id': 1, 'eos_token_id': 2}),
+    (False, {'unknown_token_id': 0, 'bos_token_id': 1, 'eos_token_id': 2}),
+    # So they are where a file does not say.
+    (True, {'bos_token_id': None, 'eos_token_id': None}),
+  ],
+)
+def test_its_sentencepiece_is_sentencepiece(tmp_path, prefix, said):
   import sentencepiece
 
   rows = tmp_path / 'text.txt'
@@ -202,16 +210,15 @@ def test_its_sentencepiece_is_sentencepiece(tmp_path, prefix):
     tokens=[theirs.id_to_piece(i) for i in range(n)],
     scores=[theirs.get_score(i) for i in range(n)],
     token_type=kinds,
-    unknown_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
     add_space_prefix=prefix,
+    **said,
   )
   tokenizer = tokenizer_lib.load(models.tokenizer_dir(str(file)))
   for text in (*TEXTS, 'zebra 🦓'):
     ids = tokenizer(text).input_ids
     assert ids == [1, *theirs.encode(text)]
     assert tokenizer.decode(ids[1:]) == text
+  assert tokenizer.eos_token == theirs.id_to_piece(2)
 
 
 @pytest.mark.parametrize('kind', ['gemma', 'gemma2'])

@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from gakd_jax import models
+from gakd_jax.models import cut
 from gakd_jax.models.transformer import split
 from tools import make_goldens
 
@@ -90,6 +91,22 @@ def test_save_writes_what_transformers_reads(
   np.testing.assert_allclose(
     make_goldens.reference_logits(tmp_path / 'saved'),
     make_goldens.reference_logits(source),
+    atol=1e-4,
+    rtol=0,
+  )
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize('name', CASES)
+def test_transformers_reads_what_was_cut(name, tmp_path, quiet_transformers):
+  case = make_goldens.CASES[name]
+  whole = models.load(make_goldens.write_directory(case, tmp_path / 'whole'))
+  texts = [(make_goldens.IDS_BT, make_goldens.SEGMENTS_BT)]
+  keep = {'layers': (0, 2), 'ff_width': whole.config.ff_width - 9}
+  models.save(cut.cut(whole, cut.make(keep), texts), tmp_path / 'small')
+  np.testing.assert_allclose(
+    our_logits(tmp_path / 'small')[IS_TEXT_BT],
+    make_goldens.reference_logits(tmp_path / 'small')[IS_TEXT_BT],
     atol=1e-4,
     rtol=0,
   )
