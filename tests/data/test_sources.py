@@ -504,6 +504,16 @@ def test_a_function_gives_rows():
       sources.load(f'python:{bad}')
 
 
+def test_what_a_function_says_to_its_user_is_all(tmp_path, monkeypatch):
+  (tmp_path / 'lacking.py').write_text(
+    'from gakd_jax import UserError\n\n'
+    "def rows():\n  raise UserError('fetch it')\n"
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  with pytest.raises(UserError, match='^fetch it$'):
+    sources.load('python:lacking:rows')
+
+
 @pytest.mark.parametrize(
   ('path', 'count', 'references'),
   [
