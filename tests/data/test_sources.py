@@ -510,7 +510,7 @@ def test_what_a_function_says_to_its_user_is_all(tmp_path, monkeypatch):
     "def rows():\n  raise UserError('fetch it')\n"
   )
   monkeypatch.syspath_prepend(tmp_path)
-  with pytest.raises(UserError, match='^fetch it$'):
+  with pytest.raises(UserError, match=r'^fetch it$'):
     sources.load('python:lacking:rows')
 
 
