@@ -9,8 +9,9 @@ from it. Then, on prompts that neither has seen:
 
   scores  of answers that the student writes, D of each is regressed, within
           prompts and over all, on what can be computed of the answer: sums over
-          its tokens of KL(p || q) and KL(q || p), D* = log p(y) - log q(y), and
-          its length. R^2 is of answers that the regression has not seen
+          its tokens of KL(p || q) and KL(q || p), D* = log p(y) - log q(y), its
+          length, and how much of it is right. R^2 is of answers that the
+          regression has not seen
   steps   of one size along the gradient of KL(q || p), exact at each token of
           the student's text; of the policy gradient with D* and with D; of
           what is left of these when the first is taken out; and in a direction
@@ -120,12 +121,32 @@ def trained(args):
 
 
 def knowing(objective):
-  """A function of (models, params, critic, batch); see `_known`."""
-  return jax.jit(functools.partial(_known, objective))
+  """A function: what is known of each answer of a batch, {name: [B]}."""
+  numbers = jax.jit(functools.partial(_numbers, objective))
+
+  def known(run, params, critic, batch, rows):
+    found = numbers(run.models, params, critic, batch)
+    return found | {'accuracy': accuracy(run, batch, rows)}
+
+  return known
 
 
-def _known(objective, models, params, critic, batch):
-  """{name: [B]} of each answer, sums over its tokens."""
+def accuracy(run, batch, rows):
+  """The percentage of each answer that is right, [B]; see synthetic.check."""
+  found = []
+  for ids_T, mask_T, i in zip(
+    *map(np.asarray, (batch.student.ids_BT, batch.student.mask_BT)),
+    np.asarray(batch.rows_B),
+    strict=True,
+  ):
+    ids = ids_T[mask_T][:-1]
+    text = encoding.decode(run.models.tokenizer, ids.tolist())
+    found.append(100 * synthetic.check(rows[run.texts.places[i]], text))
+  return np.array(found)
+
+
+def _numbers(objective, models, params, critic, batch):
+  """Sums over the tokens of each answer, and its score."""
   outputs = models.outputs(params, batch)
   log_q, log_p = (
     jax.nn.log_softmax(jax.vmap(x.head)(x.hidden_BTD)) for x in outputs
@@ -217,35 +238,22 @@ def regression(rows, names):
   return found
 
 
-def stacked(found, group):
-  """{name: [prompts, samples]} of `known` of several batches."""
-  names = found[0]
+def stacked(found):
+  """{name: [prompts, samples]} of what is known of several batches."""
   return {
     name: np.concatenate(
-      [np.asarray(x[name]).reshape(-1, group)[:, :-1] for x in found]
+      [np.asarray(x[name]).reshape(-1, SAMPLES + 1)[:, :-1] for x in found]
     )
-    for name in names
+    for name in found[0]
   }
 
 
 def measured(run, known, params, critic, held_out, rows, first):
   """What the student's new text is worth: means, and standard errors."""
-  found, right = [], []
-  tokenizer = run.models.tokenizer
-  for i, host in enumerate(held_out):
-    batch = written(run, params, host, first + i)
-    found.append(known(run.models, params, critic, batch))
-    ids_BT, mask_BT = (
-      np.asarray(x) for x in (batch.student.ids_BT, batch.student.mask_BT)
-    )
-    for b, i in enumerate(np.asarray(batch.rows_B)):
-      if b % batch.group < SAMPLES:
-        ids = ids_BT[b][mask_BT[b]]
-        text = encoding.decode(tokenizer, ids[:-1].tolist())
-        row = rows[run.texts.places[i]]
-        right.append(100 * synthetic.check(row, text))
-  found = stacked(found, SAMPLES + 1)
-  found['accuracy'] = np.array(right).reshape(-1, SAMPLES)
+  texts = (
+    written(run, params, host, first + i) for i, host in enumerate(held_out)
+  )
+  found = stacked([known(run, params, critic, x, rows) for x in texts])
   return {
     name: (float(x.mean()), float(x.mean(1).std() / len(x) ** 0.5))
     for name, x in found.items()
@@ -274,12 +282,9 @@ def main():
   some = [
     written(run, params, host, 10_000 + i) for i, host in enumerate(held_out)
   ]
-  found = stacked(
-    [known(run.models, params, critic, x) for x in some],
-    SAMPLES + 1,
-  )
+  found = stacked([known(run, params, critic, x, rows) for x in some])
   result = {'critic': curve, 'R^2': {}}
-  names = ('KL(p,q)', 'KL(q,p)', 'D*', 'length')
+  names = ('KL(p,q)', 'KL(q,p)', 'D*', 'length', 'accuracy')
   for of in (*((x,) for x in names), names[:2], names):
     result['R^2'][' + '.join(of)] = regression(found, of)
   print(json.dumps(result['R^2'], indent=1))

@@ -8,7 +8,9 @@ standard deviation over them; a metric is that of an evaluator in results.json
 (EVALUATOR/METRIC). Of a pair there is the difference, by seed, and where the
 evaluator wrote answers and the metric is a score of each, its 95 % interval:
 prompts and trainings are both drawn with replacement (Owen 2007, "The
-pigeonhole bootstrap"), which is wide where neither explains a difference.
+pigeonhole bootstrap"), which is wide where neither explains a difference, and
+short where trainings do and are few: of three it then holds the true difference
+in about 75 of 100 cases, of five in 83.
 """
 
 import argparse

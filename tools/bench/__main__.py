@@ -38,6 +38,7 @@ BENCHMARKS = {
   'gakd_step': ('critic', ()),
   'gakd_step_of_16_rows': ('critic', ('--rows=16', '--rounds=2')),
   'on_policy_step': ('on_policy', ()),
+  'gad_step': ('gad', ()),
   'cross_step': ('cross', ()),
   'lora_step': ('lora', ()),
   'attention': ('attention', ()),
