@@ -176,11 +176,16 @@ def _disputed(c):
 QUESTIONS = (1, 3, 6)  # in a prompt: answers of 30 to 180 tokens
 
 
-def length():
-  """Does credit for a whole answer fade as answers grow?
+# D* beside the text, for a whole answer or by token: else the same.
+CREDITS = {
+  'text': ('alone', {}),
+  'text_answer': ('oracle', {'g': 1.0}),
+  'text_token': ('oracle', {'g': 1.0, 'credit': 'token'}),
+}
 
-  KL by token (`exact`), D* and D by answer, on the student's own text.
-  """
+
+def length():
+  """Does credit for a whole answer fade as answers grow?"""
   yield 'able', _long(_able_teacher(), max(QUESTIONS))
   for k in QUESTIONS:
     c = _long(q.teacher(0), k)
@@ -192,12 +197,12 @@ def length():
       sft = q.sft(seed)
       sft.data.train = f'python:tools.synthetic:joined:train:600:{k}'
       yield f'sft_{k}-seed{seed}', _long(sft, k)
-      for mode in ('alone', 'exact', 'oracle', 'critic'):
+      for name, (mode, settings) in CREDITS.items():
         c = student(f'stage:teacher_{k}', seed, f'stage:sft_{k}-seed{seed}')
         c.teacher.path = 'stage:able'
-        kd = 0.5 if mode == 'exact' else 0.0
-        learns(c, mode, divergence='reverse_kl', kd=kd, on='written')
-        yield f'text{_tag(mode)}_{k}-seed{seed}', _long(c, k)
+        learns(c, mode, kd=0.0, warmup_steps=STEPS // 3, **settings)
+        c.optimizer.schedule, c.optimizer.learning_rate = 'constant', RATE / 2
+        yield f'{name}_{k}-seed{seed}', _long(c, k)
 
 
 def _able_teacher():
