@@ -228,7 +228,8 @@ def read(runs):
     cells = {}
     for name, evaluator in found.items():
       for metric, x in evaluator['metrics'].items():
-        for bucket, part in ({None: x} | x.get('by_length', {})).items():
+        parts = x.get('by_length', {}) | x.get('by_position', {})
+        for bucket, part in ({None: x} | parts).items():
           key = titles[run][name], metric, bucket
           cells[key] = Cell(_number(part['mean']), part.get('std'))
     groups.setdefault(label[run], []).append(cells)
@@ -277,10 +278,31 @@ def by_length(groups):
   found = {}
   for name, runs in groups.items():
     for where, metric, bucket in {key: 0 for cells in runs for key in cells}:
-      if bucket is not None and metric in NAMES:
+      if bucket in BUCKETS and metric in NAMES:
         row = found.setdefault((where, metric), {})
         row[name] = [_cell(runs, (where, metric, b)) for b in BUCKETS]
   return found
+
+
+def by_position(groups, teachers=frozenset()):
+  """{(set, metric): a `Table` by where in an answer tokens are}."""
+  places = {}
+  for where, metric, bucket in {
+    key: 0 for runs in groups.values() for cells in runs for key in cells
+  }:
+    if bucket is not None and bucket not in BUCKETS:
+      places.setdefault((where, metric), []).append(bucket)
+  return {
+    (where, metric): Table(
+      tuple((bucket, metric) for bucket in buckets),
+      tuple(
+        (name, tuple(_cell(runs, (where, metric, b)) for b in buckets))
+        for name, runs in groups.items()
+      ),
+      teachers,
+    )
+    for (where, metric), buckets in places.items()
+  }
 
 
 def _table(groups, columns, teachers):

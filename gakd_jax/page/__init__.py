@@ -34,7 +34,8 @@ def write(path, runs, answers=6, comparisons=()):
       (a - b), its interval 'low' and 'high', and 'p'.
   """
   groups = results.read(runs)
-  first, rest = results.tables(groups, results.teachers(runs))
+  teachers = results.teachers(runs)
+  first, rest = results.tables(groups, teachers)
   label = results.labels(runs)
   metrics = {
     name: (label[name], log.read_metrics(directory))
@@ -53,6 +54,13 @@ def write(path, runs, answers=6, comparisons=()):
       _by_length(groups, palette, metrics=first.columns)
       + parts.details(
         'Other scores', _by_length(groups, palette, metrics=rest.columns)
+      ),
+    ),
+    (
+      'By position',
+      ''.join(
+        _table(table, f'{where}, by the place of a token in its answer')
+        for (where, _), table in results.by_position(groups, teachers).items()
       ),
     ),
     ('Training', parts.grid(training.curves(metrics, palette))),
@@ -85,7 +93,7 @@ def _about(runs, sets):
   return about
 
 
-def _table(table):
+def _table(table, caption=''):
   if not table.columns:
     return ''
   columns, rows = tables.plain(table)
@@ -99,7 +107,7 @@ def _table(table):
   ):
     notes.append(_SPREAD)
   return parts.table(
-    '', ['run', *columns], rows, note=' '.join(notes), best=best
+    caption, ['run', *columns], rows, note=' '.join(notes), best=best
   )
 
 

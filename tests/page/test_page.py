@@ -161,6 +161,33 @@ def test_scores_by_length_need_two_lengths(tmp_path):
   assert '<h3>y ROUGE-L</h3>' not in html
 
 
+def test_divergences_by_position_are_tables(tmp_path):
+  def reverse_kl(*means):
+    places = {
+      place: {'mean': x}
+      for place, x in zip(('1-8', '9-16'), means, strict=False)
+    }
+    return {'loss/reverse_kl': {'mean': means[0], 'by_position': places}}
+
+  runs = {
+    'a': _run(tmp_path / 'a', reverse_kl(0.5, 0.25)),
+    'b': _run(tmp_path / 'b', reverse_kl(0.75)),
+  }
+  page.write(tmp_path / 'report.html', runs)
+  html = (tmp_path / 'report.html').read_text()
+  assert 'By position' in _headings(html)
+  assert 'By length' not in _headings(html)
+  part = html.partition('By position</h2>')[2]
+  assert '<h3>loss, by the place of a token in its answer</h3>' in part
+  rows = re.findall('<tr>.*?</tr>', part)[:3]
+  texts = [re.sub('<[^>]*>', ' ', row).split() for row in rows]
+  assert texts[0][1] == '1-8'
+  assert '9-16' in texts[0]
+  assert [text[0] for text in texts[1:]] == ['a', 'b']
+  assert texts[1][1:] == ['0.500', '0.250']
+  assert texts[2][1] == '0.750'
+
+
 def test_comparisons_say_where_luck_is_no_explanation(tmp_path):
   runs = {'a': _run(tmp_path / 'a', {'loss/ce': 1.0})}
   sure = {'set': 'x', 'metric': 'rouge_l', 'a': 'a', 'b': 'b'}
