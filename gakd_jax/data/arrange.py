@@ -39,6 +39,12 @@ class Plan:
     """Tokens that all batches could hold."""
     return int(self.lengths_S.sum()) * self.bins_SB.shape[1]
 
+  def tokens(self, lengths):
+    """Those of all batches; `lengths` of all documents."""
+    until = np.concatenate([[0], np.cumsum(lengths[self.documents])])
+    of_bin = np.diff(until[self.starts])
+    return int(of_bin[self.bins_SB[self.bins_SB >= 0]].sum())
+
   @property
   def empty(self):
     """Bins without a document."""

@@ -167,7 +167,7 @@ class Batches:
     self.steps_per_epoch = len(first)
     self.empty = first.empty
     slots = first.slots + room * first.bins_SB.size
-    self.padding = 1 - texts.lengths[first.documents].sum() / slots
+    self.padding = 1 - first.tokens(texts.lengths) / slots
 
   def __iter__(self):
     return self

@@ -128,8 +128,10 @@ def test_an_epoch_holds_every_example_once(packing):
   assert 0 < batches.padding < 0.5
 
 
-def test_padding_is_what_the_batches_show():
-  batches = make(some_texts(), epochs=1)
+@pytest.mark.parametrize('packing', [False, True])
+@pytest.mark.parametrize('drop_last', [False, True])
+def test_padding_is_what_the_batches_show(packing, drop_last):
+  batches = make(some_texts(), packing=packing, drop_last=drop_last, epochs=1)
   segments = [batch.student.segments_BT for batch in batches]
   empty = sum((s == 0).sum() for s in segments) / sum(s.size for s in segments)
   assert batches.padding == pytest.approx(empty)
