@@ -125,12 +125,12 @@ def test_what_is_kept_of_a_teacher_serves_the_rows_of_the_data(
   [
     ({'writer': 'dataset'}, "set config.rollout to {'writer': 'student'"),
     (STUDENT | {'samples': 1}, 'compares several answers'),
-    (STUDENT | {'end': 0.5}, 'leave config.rollout.begin and end'),
+    (STUDENT | {'end': 0.5}, r'rollout\.end=0\.5: gad learns from whole'),
     (STUDENT | {'temperature': 0.7}, 'drawn from all of the student'),
     (STUDENT | {'top_p': 0.9}, 'drawn from all of the student'),
     (STUDENT | {'top_k': 20}, 'drawn from all of the student'),
-    (STUDENT | {'share': 0.5}, 'leave config.rollout.share and prefix'),
-    (STUDENT | {'prefix': 3}, 'leave config.rollout.share and prefix'),
+    (STUDENT | {'share': 0.5}, r'rollout\.share=0\.5: gad learns'),
+    (STUDENT | {'prefix': 3}, r'rollout\.prefix=3: gad learns'),
   ],
 )
 def test_what_it_cannot_learn_from_is_refused(config, tmp_path, rollout, said):

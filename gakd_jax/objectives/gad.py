@@ -49,6 +49,17 @@ from gakd_jax.models import critic as critic_lib
 from gakd_jax.objectives import adversarial, base, head, kld, sft
 from gakd_jax.settings import Count, Natural, NotNegative, Positive, Share
 
+# Of `rollout.Student`, what else would not be the student that is rewarded.
+_WHOLE = {
+  'share': 1.0,
+  'begin': 0.0,
+  'end': 1.0,
+  'prefix': None,
+  'temperature': 1.0,
+  'top_k': 0,
+  'top_p': 1.0,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class GAD(base.Objective):
@@ -100,18 +111,13 @@ class GAD(base.Objective):
         "prompt with that of the data; set config.rollout to {'writer': "
         "'student', 'samples': 4, 'beside': True}"
       )
-    if (c.get('temperature', 1.0), c.get('top_p', 1.0)) != (1, 1) or c.get(
-      'top_k', 0
-    ):
-      raise UserError(
-        'config.objective: the policy gradient is that of answers drawn from '
-        'all of the student; leave config.rollout.temperature, top_p and top_k'
-      )
-    if c.get('share', 1.0) != 1 or c.get('prefix'):
-      raise UserError(
-        'config.objective: gad compares whole answers, all of them written; '
-        'leave config.rollout.share and prefix'
-      )
+    for name, all_of_it in _WHOLE.items():
+      if c.get(name, all_of_it) != all_of_it:
+        raise UserError(
+          f'config.rollout.{name}={c[name]}: gad learns from whole answers, '
+          'drawn from all of the student, in every step; leave it (a '
+          'likelihood alone is what warmup_steps is for)'
+        )
     if self.credit == 'token' and not self.oracle:
       raise UserError(
         "config.objective: credit='token' takes D*, which is a sum over tokens;"
@@ -125,11 +131,6 @@ class GAD(base.Objective):
           f'config.critic.init_from: {path} has another tokenizer than the '
           'student, whose ids the critic reads; name a model with the same'
         )
-    if (c.get('begin', 0.0), c.get('end', 1.0)) != (0, 1):
-      raise UserError(
-        'config.objective: gad has answers of the student in every step; leave '
-        'config.rollout.begin and end, and set warmup_steps'
-      )
 
   def for_run(self, steps_per_epoch, total_steps):
     return adversarial.with_warmup(self, steps_per_epoch, total_steps)
@@ -206,23 +207,9 @@ class GAD(base.Objective):
     del key
     is_new_B = batch.written_B
     log_q_BT, is_new_BT = self._log_probs(student, batch.student, is_new_B)
-    unread = {}
-    if self.oracle:
-      log_p_BU, _ = self._log_probs(teacher, batch.teacher, is_new_B)
-      reward_B = jnp.sum(log_p_BU, axis=1) - jnp.sum(log_q_BT, axis=1)
-    else:
-      reward_B = self.scores(own.critic, batch, student.hidden_BTD.dtype)
-    reward_Bm = jax.lax.stop_gradient(reward_B).reshape(-1, batch.group)[:, :-1]
-    if self.oracle and 'span_s' in batch.align:
-      lost_BT = (batch.align['span_s'] < 0) & batch.student.mask_BT
-      is_lost_B = jnp.any(lost_BT, axis=1) & is_new_B
-      is_lost_Bm = is_lost_B.reshape(-1, batch.group)[:, :-1]
-      reward_Bm = with_the_least(reward_Bm, is_lost_Bm)
-      unread = {'unread': _mean(is_lost_Bm, batch)}
-    advantage_BT = advantages(reward_Bm, batch.group)[:, None]
-    if self.credit == 'token':
-      gain_BT = jax.lax.stop_gradient(log_p_BU - log_q_BT)
-      advantage_BT = advantages_of_tokens(gain_BT, is_new_BT, batch.group)
+    advantage_BT, metrics = self._advantages(
+      log_q_BT, is_new_BT, student, teacher, batch, own
+    )
     old_BT = batch.old_log_BT
     if old_BT is None:
       old_BT = jax.lax.stop_gradient(log_q_BT)
@@ -233,13 +220,34 @@ class GAD(base.Objective):
     least_BT = jnp.minimum(gain_BT, near_BT * advantage_BT)
     n = batch.totals['written']
     loss = -jnp.sum(least_BT, where=is_new_BT) / n
-    metrics = {
+    metrics |= {
       'generator': loss,
-      'reward': _mean(reward_Bm, batch),
       'clipped': jnp.sum(least_BT < gain_BT, where=is_new_BT) / n,
-    } | unread
+    }
     weight = jnp.where(own.step >= self.warmup_steps, self.g, 0.0)
     return weight * loss, metrics
+
+  def _advantages(self, log_q_BT, is_new_BT, student, teacher, batch, own):
+    """A of each token, [B, T] or [B, 1], and what rewards are."""
+    if not self.oracle:
+      score_B = self.scores(own.critic, batch, student.hidden_BTD.dtype)
+      reward_Bm = jax.lax.stop_gradient(_written(score_B, batch))
+      metrics = {'reward': _mean(reward_Bm, batch)}
+      return advantages(reward_Bm, batch.group)[:, None], metrics
+    log_p_BU, _ = self._log_probs(teacher, batch.teacher, batch.written_B)
+    reward_B = jnp.sum(log_p_BU, axis=1) - jnp.sum(log_q_BT, axis=1)
+    reward_Bm, metrics = _written(jax.lax.stop_gradient(reward_B), batch), {}
+    if 'span_s' in batch.align:
+      lost_BT = (batch.align['span_s'] < 0) & batch.student.mask_BT
+      is_lost_B = jnp.any(lost_BT, axis=1) & batch.written_B
+      is_lost_Bm = _written(is_lost_B, batch)
+      reward_Bm = with_the_least(reward_Bm, is_lost_Bm)
+      metrics = {'unread': _mean(is_lost_Bm, batch)}
+    metrics |= {'reward': _mean(reward_Bm, batch)}
+    if self.credit == 'token':
+      reward_BT = jax.lax.stop_gradient(log_p_BU - log_q_BT)
+      return advantages_of_tokens(reward_BT, is_new_BT, batch.group), metrics
+    return advantages(reward_Bm, batch.group)[:, None], metrics
 
   def _log_probs(self, outputs, tokens, is_row_B):
     """log-probabilities of the responses of some rows, [B, T], and where."""
@@ -251,8 +259,8 @@ class GAD(base.Objective):
   def critic_loss(self, student, teacher, batch, own, key):
     del teacher, key
     score_B = self.scores(own.critic, batch, student.hidden_BTD.dtype)
-    score_Bn = score_B.reshape(-1, batch.group)
-    real_B1, score_Bm = score_Bn[:, -1:], score_Bn[:, :-1]
+    real_B1 = score_B.reshape(-1, batch.group)[:, -1:]
+    score_Bm = _written(score_B, batch)
     margin_Bm = real_B1 - score_Bm
     loss = _mean(jax.nn.softplus(-margin_Bm), batch)
     return loss, {
@@ -310,6 +318,11 @@ def advantages_of_tokens(reward_BT, is_there_BT, group):
   away_GN = reward_GN - jnp.sum(reward_GN, **where) / n_G1
   std_G1 = jnp.sqrt(jnp.sum(away_GN**2, **where) / n_G1)
   return (away_GN / (std_G1 + 1e-4)).reshape(shape)
+
+
+def _written(x_B, batch):
+  """Of each group, what is of the student's answers."""
+  return x_B.reshape(-1, batch.group)[:, :-1]
 
 
 def _mean(x_Bm, batch):
