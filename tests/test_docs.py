@@ -257,3 +257,9 @@ def test_docstrings_become_pages():
   text = 'Of <name>.\n\n  a < b\n    c\n\nIn `<x>`.'
   expected = 'Of &lt;name>.\n\n```text\na < b\n  c\n```\n\nIn `<x>`.'
   assert site_docstrings.as_markdown(text) == expected
+
+
+def test_the_page_of_settings_has_them_all():
+  """By a block of its own, which no formatter takes for Python."""
+  text = (ROOT / 'docs/guide/settings.md').read_text()
+  assert '```python\n--8<--\nconfigs/base.py\n--8<--\n```' in text

@@ -139,6 +139,7 @@ def test_responses_come_as_they_end_and_go_on_where_they_were(model):
   assert not list(streaming.stream(model, PROMPTS, **settings, done=everything))
 
 
+@pytest.mark.slow
 def test_a_long_response_does_not_hold_the_others(model, monkeypatch):
   """A row that has ended is another's: tokens are read for few that rest."""
   prompts = [[n % V, (5 * n) % V, (3 * n + 1) % V] for n in range(24)]

@@ -397,6 +397,7 @@ def test_where_it_cannot_stand_in_it_is_refused(
     _built(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_tool_makes_it_and_a_look_does_not(config, tmp_path, forwards):
   check.run(config, tmp_path / 'run')
   assert forwards == []

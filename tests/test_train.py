@@ -282,6 +282,7 @@ def test_an_evaluation_does_not_hold_up_a_stop(
   same_run(workdir, train.run(config, workdir), whole_run)
 
 
+@pytest.mark.slow
 def test_a_killed_run_repeats_the_steps_after_its_checkpoint(
   whole_run, config, tmp_path, monkeypatch
 ):

@@ -164,12 +164,13 @@ CHOICES = tuple(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('candidates', 'normalise'),
   [
-    pytest.param('text', 'tokens', marks=pytest.mark.slow),
-    pytest.param('label', 'tokens', marks=pytest.mark.slow),
-    pytest.param('text', 'bytes', marks=pytest.mark.slow),
+    ('text', 'tokens'),
+    ('label', 'tokens'),
+    ('text', 'bytes'),
     ('text', 'none'),
   ],
 )
@@ -312,6 +313,7 @@ def test_fidelity_on_three_texts(parts, tmp_path):
     fidelity.Fidelity('fidelity', of).run(lost, params, 0)
 
 
+@pytest.mark.slow
 def test_fidelity_is_of_the_ids_that_were_written(parts, tmp_path):
   subject, params, student, _ = parts
   subject = dataclasses.replace(subject, workdir=tmp_path)

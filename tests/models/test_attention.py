@@ -156,6 +156,7 @@ def test_a_small_critic_has_one_loop_of_attention(monkeypatch):
     assert text.count('scan[') == 1 + groups  # and that over layers
 
 
+@pytest.mark.slow
 def test_cudnn_gets_no_mask_that_is_long_or_odd(asked, monkeypatch):
   _run(CONFIG, _tokens(9), backend='cudnn')
   monkeypatch.setattr(attention, 'LONGEST_MASK', T - 1)

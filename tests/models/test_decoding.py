@@ -64,6 +64,7 @@ def read_a_draft_twice(readers, ids_BT, prompt):
   return positions_BT, hiddens
 
 
+@pytest.mark.slow
 def test_readers_go_back_and_do_not_disturb_each_other(model, other):
   """A student and its teacher: each with its own layers, heads and cache."""
   readers = [

@@ -152,6 +152,7 @@ def test_recomputed_blocks_do_not_sum_over_tensor_again():
   assert len(sums) == 7
 
 
+@pytest.mark.slow
 def test_values_are_those_of_one_device():
   """With learned positions: a second table to look up in."""
   config = dataclasses.replace(CONFIG, learned_positions=True)
