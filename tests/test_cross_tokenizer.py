@@ -186,7 +186,6 @@ def test_the_best_critic_of_text_crosses_tokenizers(
     'samples': 2,
     'beside': True,
     'max_new_tokens': 3,
-    'top_k': 100,
   }
   config.data.buckets = None
   config.train.batch_size = 8
