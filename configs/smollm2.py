@@ -145,7 +145,7 @@ def _common(size):
     'data': test,
     'max_new_tokens': size.new,
     'batch_size': size.prompts,
-    'seeds': (10, 20) if size.taught else (10,),
+    'seeds': (10, 20),
   }
   c.evals = {
     'sampled': sampled,

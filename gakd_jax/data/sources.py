@@ -344,5 +344,7 @@ def _given(spec, records):
   """Yields (where, record) of what a function or the hub gives."""
   try:
     yield from files_lib.indexed(spec, records)
+  except UserError:
+    raise
   except (Exception, SystemExit) as error:  # A generator may raise anything.
     raise _raised(spec, error) from error

@@ -111,7 +111,7 @@ def cut(model, keep, batches=(), mesh=None):
   """A model with what `keep` keeps; its weights are those of `model`.
 
   Args:
-    model: a `Decoder`, not quantized.
+    model: a `Decoder`, not quantized and without adapters.
     keep: a `Keep`.
     batches: (ids_BT, segments_BT) of texts, where importance is asked for.
     mesh: where its weights are; None is one device.

@@ -507,11 +507,13 @@ def test_a_function_gives_rows():
 def test_what_a_function_says_to_its_user_is_all(tmp_path, monkeypatch):
   (tmp_path / 'lacking.py').write_text(
     'from gakd_jax import UserError\n\n'
-    "def rows():\n  raise UserError('fetch it')\n"
+    "def rows():\n  raise UserError('fetch it')\n\n"
+    'def later():\n  yield from rows()\n'
   )
   monkeypatch.syspath_prepend(tmp_path)
-  with pytest.raises(UserError, match=r'^fetch it$'):
-    sources.load('python:lacking:rows')
+  for name in ('rows', 'later'):
+    with pytest.raises(UserError, match=r'^fetch it$'):
+      sources.load(f'python:lacking:{name}')
 
 
 @pytest.mark.parametrize(
