@@ -4,8 +4,9 @@
   python -m tools.bench.teacher_cache --objective=forward_kl
   python -m tools.bench.teacher_cache --scale=2 --rounds=1  # 14 GB of memory
 
-Qwen3-8B and 0.6B at a quarter of their widths (`--scale=4`): teacher 36 layers
-x 1024, student 28 x 256, V = 37984; 4 rows of 256 tokens, fp32, AdamW. The
+Qwen3-8B and 0.6B with widths divided by `--scale`, by default a quarter:
+teacher 36 layers x 1024, student 28 x 256, V = 37984 (with 2, twice these
+numbers but layers); 4 rows of 256 tokens, fp32, AdamW. The
 products of a student that narrow are far from their speed, so the smaller the
 models are, the less a kept teacher is seen to save. The others read each batch
 from files, as every epoch does once they are there: its last hidden states, its
