@@ -119,7 +119,7 @@ def late():
 
 # How a teacher was spoilt: its config, and how it is loaded.
 FLAWS = {
-  'early': (lambda: _teacher_of('train', steps=250, fresh=True), {}),
+  'early': (lambda: _teacher_of('train', steps=800, fresh=True), {}),
   'nf4': (None, {'quantize': 'nf4'}),
   'permuted': (lambda: _teacher_of('permuted', steps=600, fresh=False), {}),
 }
@@ -186,7 +186,9 @@ CREDITS = {
 
 def length():
   """Does credit for a whole answer fade as answers grow?"""
-  yield 'able', _long(_able_teacher(), max(QUESTIONS))
+  able = _long(_able_teacher(), max(QUESTIONS))
+  able.data.packing, able.data.buckets = True, None  # rows of all three lengths
+  yield 'able', able
   for k in QUESTIONS:
     c = _long(q.teacher(0), k)
     c.student.path = c.teacher.path = 'stage:able'
@@ -210,7 +212,7 @@ def _able_teacher():
   data = tuple(
     f'python:tools.synthetic:joined:train:6000:{k}:1' for k in QUESTIONS
   )
-  c = q.student(data, 600, 0, q.tiny_teacher.PATH, 2e-3)
+  c = q.student(data, 200, 0, q.tiny_teacher.PATH, 2e-3)
   c.teacher.path = None
   return c
 
