@@ -176,16 +176,20 @@ def _disputed(c):
 QUESTIONS = (1, 3, 6)  # in a prompt: answers of 30 to 180 tokens
 
 
-# D* beside the text, for a whole answer or by token: else the same.
+# D* beside the text, for a whole answer, divided by its tokens, or by token.
 CREDITS = {
   'text': ('alone', {}),
   'text_answer': ('oracle', {'g': 1.0}),
+  'text_mean': ('oracle', {'g': 1.0, 'credit': 'mean'}),
   'text_token': ('oracle', {'g': 1.0, 'credit': 'token'}),
 }
 
 
 def length():
-  """Does credit for a whole answer fade as answers grow?"""
+  """Does credit for a whole answer fade as answers grow?
+
+  A step has as many questions at any length, and so about as many tokens.
+  """
   able = _long(_able_teacher(), max(QUESTIONS))
   able.data.packing, able.data.buckets = True, None  # rows of all three lengths
   yield 'able', able
@@ -198,11 +202,13 @@ def length():
     for seed in range(SEEDS):
       sft = q.sft(seed)
       sft.data.train = f'python:tools.synthetic:joined:train:600:{k}'
+      sft.train.batch_size = 24 // k
       yield f'sft_{k}-seed{seed}', _long(sft, k)
       for name, (mode, settings) in CREDITS.items():
         c = student(f'stage:teacher_{k}', seed, f'stage:sft_{k}-seed{seed}')
         c.teacher.path = 'stage:able'
-        learns(c, mode, kd=0.0, warmup_steps=STEPS // 3, **settings)
+        learns(c, mode, kd=0.0, warmup_steps=0, **settings)
+        c.train.steps, c.train.batch_size = 200, 12 // k
         c.optimizer.schedule, c.optimizer.learning_rate = 'constant', RATE / 2
         yield f'{name}_{k}-seed{seed}', _long(c, k)
 

@@ -139,7 +139,8 @@ def test_what_it_cannot_learn_from_is_refused(config, tmp_path, rollout, said):
     train.run(config, tmp_path / 'run')
 
 
-def test_a_critic_has_no_credit_for_tokens(config, tmp_path):
-  config.objective.credit = 'token'
+@pytest.mark.parametrize('credit', ['mean', 'token'])
+def test_a_critic_has_no_credit_for_tokens(config, tmp_path, credit):
+  config.objective.credit = credit
   with pytest.raises(UserError, match='a critic scores whole answers'):
     train.run(config, tmp_path / 'run')

@@ -28,7 +28,8 @@ the text in; an answer that it cannot read whole (bytes that are no text, a
 special token, more tokens than there is room for) has the least reward of those
 to the same prompt. With `credit='token'` A is that of each token, whose reward
 is its own log p - log q, over all tokens of the n answers: D* is their sum, for
-which with credit='answer' every token of the answer stands.
+which with credit='answer' every token of the answer stands. A sum is nearest to
+0 where there is little to add up; `credit='mean'` divides it by the tokens.
 
 With kd=0 and likelihood=0 the text of the data is imitated in the warm-up, and
 only the critic teaches from there on.
@@ -70,7 +71,8 @@ class GAD(base.Objective):
   g: NotNegative = 1.0  # weight of L_G; 0: no critic, the ablation
   clip: Positive = 0.2  # eps
   oracle: bool = False  # D* in the critic's place
-  credit: Literal['answer', 'token'] = 'answer'  # whose reward D* is
+  # Whose reward D* is: an answer's, its mean over tokens, or each token's.
+  credit: Literal['answer', 'mean', 'token'] = 'answer'
   warmup_epochs: NotNegative = 0.5  # in which L_G is 0
   warmup_steps: Natural | None = None  # instead of warmup_epochs
   critic_steps: Count = 1  # updates of the critic in one step
@@ -118,10 +120,11 @@ class GAD(base.Objective):
           'drawn from all of the student, in every step; leave it (a '
           'likelihood alone is what warmup_steps is for)'
         )
-    if self.credit == 'token' and not self.oracle:
+    if self.credit != 'answer' and not self.oracle:
       raise UserError(
-        "config.objective: credit='token' takes D*, which is a sum over tokens;"
-        " a critic scores whole answers: set oracle=True, or credit='answer'"
+        f'config.objective: credit={self.credit!r} takes D*, which is a sum '
+        'over tokens; a critic scores whole answers: set oracle=True, or '
+        "credit='answer'"
       )
     path = self.critic.get('init_from')
     if path and self.g and not self.oracle:
@@ -236,6 +239,8 @@ class GAD(base.Objective):
       return advantages(reward_Bm, batch.group)[:, None], metrics
     log_p_BU, _ = self._log_probs(teacher, batch.teacher, batch.written_B)
     reward_B = jnp.sum(log_p_BU, axis=1) - jnp.sum(log_q_BT, axis=1)
+    if self.credit == 'mean':
+      reward_B /= jnp.maximum(jnp.sum(is_new_BT, axis=1), 1)
     reward_Bm, metrics = _written(jax.lax.stop_gradient(reward_B), batch), {}
     if 'span_s' in batch.align:
       lost_BT = (batch.align['span_s'] < 0) & batch.student.mask_BT

@@ -85,7 +85,7 @@ def jitted(method, *args):
   return jax.jit(method)(*args, None)
 
 
-@pytest.mark.parametrize('credit', ['answer', 'token'])
+@pytest.mark.parametrize('credit', ['answer', 'mean', 'token'])
 def test_two_tokens_have_the_gradient_that_is_written_down(credit):
   """Answers of one token, of two: -A (1[y = 1] - q(1)) for its logit.
 
@@ -237,6 +237,28 @@ def test_the_oracle_is_the_exact_ratio_of_both_models():
   ratio_B = log_probs(teacher, batch) - log_probs(student, batch)
   want = ratio_B[batch.written_B].mean()
   np.testing.assert_allclose(metrics['reward'], want, rtol=1e-5)
+
+
+def test_the_mean_of_a_token_says_nothing_of_length():
+  """Of one text said once, twice and three times, no answer is the better."""
+  V = 5
+  batch = batch_of(1, 8, V, lengths=[4, 6, 8, 8])
+  batch.student.ids_BT[:] = [[1, 2] * 4] * (N + 1)
+  hidden_BTD = jnp.tile(jnp.eye(2), (N + 1, 4, 1))  # by what a token follows
+  heads = [np.random.default_rng(i).normal(size=(V, 2)) for i in (1, 2)]
+  student, teacher = (Outputs(hidden_BTD, Head(jnp.float32(h))) for h in heads)
+
+  def gain(credit):
+    objective = make(oracle=True, credit=credit)
+    full = counted(objective, batch)
+    g_BTD = jax.grad(
+      lambda x: objective.reinforcement(
+        student.replace(hidden_BTD=x), teacher, full, own_of(objective, V), None
+      )[0]
+    )(hidden_BTD)
+    return np.abs(g_BTD).max()
+
+  assert gain('mean') < 1e-3 < 1e-2 < gain('answer')
 
 
 def test_tokens_are_normalised_over_those_of_their_group():
