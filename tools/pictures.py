@@ -30,11 +30,11 @@ SAMPLED = 'sampled ROUGE-L'  # a column of it
 QUICKSTART = {
   'teacher': 'teacher',
   'SFT on 600 gold rows': 'SFT',
-  'its best step': 'SFT, continued',
-  'SeqKD': "SFT on the teacher's answers (SeqKD)",
+  'the best of its': 'SFT, continued',
+  'SeqKD': "SFT, and on the teacher's answers (SeqKD)",
   '0.5 CE + 0.5 forward KL': 'forward KL on the same text',
   'then reverse KL': 'then reverse KL, half on its own text',
-  '0.5 CE + 0.5 reverse KL': "reverse KL on the teacher's text",
+  '0.5 CE + 0.5 reverse KL': 'reverse KL on the same text',
   'GAKD': 'GAKD: that, with a critic',
 }
 SIDES = {
@@ -66,7 +66,11 @@ def quickstart():
     [cells] = [row for row in rows if row[0].startswith(begins)]
     mean, *spread = map(float, re.findall(r'[\d.]+', cells[column]))
     spread = spread[0] if spread else 0
-    taught = begins not in ('teacher', 'SFT on 600 gold rows', 'its best step')
+    taught = begins not in (
+      'teacher',
+      'SFT on 600 gold rows',
+      'the best of its',
+    )
     bars.append((label, mean, mean - spread, mean + spread, taught))
   return [('sampled ROUGE-L, mean and deviation of three seeds', bars)]
 
