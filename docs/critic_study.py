@@ -201,6 +201,7 @@ def length():
     yield f'teacher_{k}', c
     for seed in range(SEEDS):
       sft = q.sft(seed)
+      sft.teacher.path = 'stage:able'  # KL is to it
       sft.data.train = f'python:tools.synthetic:joined:train:600:{k}'
       sft.train.batch_size = 24 // k
       yield f'sft_{k}-seed{seed}', _long(sft, k)

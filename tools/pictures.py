@@ -31,7 +31,7 @@ QUICKSTART = {
   'teacher': 'teacher',
   'SFT on 600 gold rows': 'SFT',
   'the best of its': 'SFT, continued',
-  'SeqKD': "SFT, and on the teacher's answers (SeqKD)",
+  'SeqKD': "SeqKD: the teacher's answers too",
   '0.5 CE + 0.5 forward KL': 'forward KL on the same text',
   'then reverse KL': 'then reverse KL, half on its own text',
   '0.5 CE + 0.5 reverse KL': 'reverse KL on the same text',

@@ -8,7 +8,7 @@ where it does. The student's hidden states go through the teacher's head (s2t),
 with D(teacher, s2t).
 
 With W_s and W_t the rows of the heads of tokens that both have, t2s starts from
-the least squares of W_s P = W_t, which leaves the teacher's logits as they are,
+the least squares of W_s P = W_t, which comes nearest to the teacher's logits,
 and learns; s2t is the least squares of W_t P = W_s, at every step anew. With
 `pinv=False` both are affine maps without offset that learn from random ones.
 

@@ -5,8 +5,9 @@ their `log_probs` [N, K], and what these ids are:
 
   top_k    the most likely ones, beside the log-probability `rest` [N] of all
            others together. A divergence is then over K + 1 outcomes, and never
-           more than the one over V: nothing is renormalised, so the student's
-           mass outside of the K ids is held against it, but not where it lies.
+           more than the one over V (`adaptive` may be). Nothing is
+           renormalised: how much mass the student has outside of the K ids
+           counts, but not on which ids.
   sampled  n draws from the teacher; `share` [N, K] of them are each id. The sum
            of share (log p - log q) and its gradient are, on average over draws,
            those of the forward KL (arXiv 2503.16870). Draws are systematic, at

@@ -7,12 +7,14 @@ data says: a teacher's answers (`python -m gakd_jax.generate --dataset`, or
 those of an API: no logits are asked), or gold ones.
 
   critic   -log sigmoid(D(x, real) - D(x, y)), Bradley-Terry over all pairs
-  student  L + g L_G, where L is (1 - kd) CE + kd D(p, q), and L_G the mean over
-           the tokens that it wrote of -min(r A, clip(r, 1 - eps, 1 + eps) A),
+  student  w L + g L_G, w being 1 in the warm-up and `likelihood` after it, L
+           (1 - kd) CE + kd D(p, q), and L_G the mean over the tokens that it
+           wrote of -min(r A, clip(r, 1 - eps, 1 + eps) A),
            r = q(token) / q_old(token), q_old being the student that wrote it,
            A = (D(x, y) - mean) / (std + 1e-4) over the n answers to a prompt:
-           the policy gradient of GRPO (arXiv 2402.03300), with a token's weight
-           the same in all answers. For text of the step's own student r is 1,
+           the policy gradient of GRPO (arXiv 2402.03300), but a token's weight
+           is the same in all answers, and there is no KL to a reference model.
+           For text of the step's own student r is 1,
            and the gradient that of -A log q(token); with
            `config.rollout.every`=k a student's text serves k steps
 

@@ -17,8 +17,8 @@ norm over the vocabulary is exact at the critic's width: with G = W'W and
 gradient u at W z, |dD/dz|^2 = u' G u. (z is what the critic reads: with
 input='probs', these are the probabilities, in penalties and mixtures as well.)
 
-The critic is updated first; L_G uses the updated one, and both use one forward
-pass of student and teacher.
+The critic is updated first; L_G uses the updated one. Both use one forward pass
+of student and teacher; with several microbatches the student runs once more.
 
 `reference=True` is what GAKD's authors ran, where that differs: raw logits in;
 prompt and padding read as well, and the score taken at the last position (rows

@@ -1,16 +1,16 @@
 """The vocabulary head, streamed: functions of logits that never exist whole.
 
-A (B, T, 151936) array of logits is the memory and time problem of this field.
+A (B, T, 151936) array of logits is most of the memory and time of a loss.
 Here the head runs over chunks of the tokens that count: peak memory is one
 chunk, whatever B and T are, and prompt and padding cost nothing. There is one
 loop over chunks, and some things to do with one:
 
   weighted_sum  a loss of each token, summed. The gradient of a chunk is
                 computed *in the forward pass*, while its logits are there.
-  token_map     a few numbers of each token, kept and differentiable; logits
-                are computed once more in the backward pass.
   sum_over_ids  the same of a loss that is a sum over the vocabulary, in less
                 time and memory.
+  token_map     a few numbers of each token, kept and differentiable; logits
+                are computed once more in the backward pass.
   log_probs     log q(target) of each token.
   largest       the largest logits of each token.
   row_sums      sums over the tokens of each row.

@@ -5,11 +5,11 @@ Distillation"): KD are the terms of `dskd_cma`, with forward KL; each OT moves
 the teacher's tokens of a text, prompt and response, to the student's, at a cost
 that is a weighted sum of three (`mcw_costs`):
 
-  logits  of the `top` largest, ranked, at temperature 2: |p - q|, KL(p, q),
-          and the difference of a learnt salience of the hidden states; p are
-          the teacher's mixed with the student's at the same position, of which
-          they keep 90 % at first and nothing at the end of the run
-  hidden  edit distance along the warping path; |x - y| over its largest, and
+  logits  of the `top` largest, ranked, at temperature 2: |p - q|_2, KL(p, q),
+          and the difference of a learnt salience of the hidden states; p is of
+          the teacher's logits, mixed with the student's at the same position,
+          whose share falls from 0.9 to 0 over the run
+  hidden  edit distance along the warping path; |x - y|_2 over its largest, and
           1 - cos, of means over 9 positions, the teacher's projected into the
           student's space
 
