@@ -339,7 +339,7 @@ def test_every_argument_of_gad(size):
     ('dose', 1, 6),
     ('late', 1, 6),
     ('flawed', 5, 15),
-    ('length', 4, 12),
+    ('length', 4, 15),
     ('tokenizers', 1, 7),
   ],
 )
