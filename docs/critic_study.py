@@ -190,9 +190,7 @@ def length():
 
   A step has as many questions at any length, and so about as many tokens.
   """
-  able = _long(_able_teacher(), max(QUESTIONS))
-  able.data.packing, able.data.buckets = True, None  # rows of all three lengths
-  yield 'able', able
+  yield 'able', _able_teacher()
   for k in QUESTIONS:
     c = _long(q.teacher(0), k)
     c.student.path = c.teacher.path = 'stage:able'
@@ -221,6 +219,8 @@ def _able_teacher():
   )
   c = q.student(data, 200, 0, q.tiny_teacher.PATH, 2e-3)
   c.teacher.path = None
+  c = _long(c, max(QUESTIONS))
+  c.data.packing, c.data.buckets = True, None  # rows of all three lengths
   return c
 
 

@@ -30,7 +30,7 @@ SAMPLED = 'sampled ROUGE-L'  # a column of it
 QUICKSTART = {
   'teacher': 'teacher',
   'SFT on 600 gold rows': 'SFT',
-  'the best of its': 'SFT, continued',
+  'the best of': 'SFT, continued',
   'SeqKD': "SeqKD: the teacher's answers too",
   '0.5 CE + 0.5 forward KL': 'forward KL on the same text',
   'then reverse KL': 'then reverse KL, half on its own text',
@@ -66,11 +66,7 @@ def quickstart():
     [cells] = [row for row in rows if row[0].startswith(begins)]
     mean, *spread = map(float, re.findall(r'[\d.]+', cells[column]))
     spread = spread[0] if spread else 0
-    taught = begins not in (
-      'teacher',
-      'SFT on 600 gold rows',
-      'the best of its',
-    )
+    taught = begins not in ('teacher', 'SFT on 600 gold rows', 'the best of')
     bars.append((label, mean, mean - spread, mean + spread, taught))
   return [('sampled ROUGE-L, mean and deviation of three seeds', bars)]
 

@@ -14,9 +14,9 @@ those of an API: no logits are asked), or gold ones.
            A = (D(x, y) - mean) / (std + 1e-4) over the n answers to a prompt:
            the policy gradient of GRPO (arXiv 2402.03300), but a token's weight
            is the same in all answers, and there is no KL to a reference model.
-           For text of the step's own student r is 1,
-           and the gradient that of -A log q(token); with
-           `config.rollout.every`=k a student's text serves k steps
+           For text of the step's own student r is 1, and the gradient that of
+           -A log q(token); with `config.rollout.every`=k a student's text
+           serves k steps
 
 L is over the real answers, as `kld` has it; `on='written'` takes the divergence
 over the student's. D reads prompt and answer, and its score stands at the last
