@@ -27,6 +27,7 @@ LAYERS = 30
 FILE = 'SmolLM2-135M-Instruct.Q4_1.gguf'
 PROMPT, NEW = 64, 96  # tokens
 CHARACTERS = 150  # of a prompt: with the template, about as many tokens
+BATCH = 8  # rows a step
 
 FORWARD = {'name': 'kld', 'divergence': 'forward_kl', 'kd': 1.0}
 REVERSE = FORWARD | {'divergence': 'reverse_kl'}
@@ -51,13 +52,13 @@ class Size(NamedTuple):
   layers: int
   seeds: int = 1
   methods: tuple = tuple(METHODS)
-  steps: int = 100
-  taught: bool = True  # the teacher, on Dolly
-  prompts: int = 200  # of an evaluation
+  steps: int = 64
+  taught: int = 100  # the teacher's steps on Dolly
+  prompts: int = 200  # of an evaluation; of slower ones a quarter
   new: int = NEW  # tokens of its answers
 
 
-TINY = Size(24, 1, ('sft', 'forward_kl', 'reverse_kl'), 12, False, 24, 32)
+TINY = Size(24, 1, ('sft', 'forward_kl', 'reverse_kl'), 12, 0, 24, 32)
 
 
 def get_config(which='20'):
@@ -65,11 +66,16 @@ def get_config(which='20'):
   stages = []
   if size.taught:
     taught = _trained(size, 0)
+    taught.train.steps = size.taught
+    taught.optimizer.warmup_steps = size.taught // 10
     taught.teacher.path, taught.student.path = None, model()
     taught.optimizer.learning_rate = 1e-4  # A fifth: it is not to recover.
     taught.evals = {}
     stages.append(('taught', taught))
   teacher = _measured(size)
+  test = teacher.evals['sampled']['data']
+  teacher.evals = {x: teacher.evals[x] for x in ('sampled', 'greedy')}
+  teacher.evals['test'] = {'kind': 'loss', 'data': test}
   if any('text' in METHODS[name] for name in size.methods):
     teacher.rollout = {
       'writer': 'teacher',
@@ -134,12 +140,14 @@ def _common(size):
   c.student.dtype = c.teacher.dtype = c.train.precision = 'float32'
   c.student.remat = 'products'
   c.data.template = 'chat'
-  c.data.train = f'python:configs.smollm2:rows:train:{16 * size.steps}'
+  read = BATCH * (size.taught or size.steps)
+  c.data.train = f'python:configs.smollm2:rows:train:{read}'
   c.data.max_prompt_length, c.data.max_length = PROMPT, PROMPT + NEW
   c.critic.layers = 1
   # Lengths vary more than halves of the longest can follow.
   c.data.buckets = (64, 96, 128, PROMPT + NEW)
   test = f'python:configs.smollm2:rows:test:{size.prompts}'
+  few = f'python:configs.smollm2:rows:test:{size.prompts // 4}'
   sampled = {
     'kind': 'generation',
     'data': test,
@@ -147,17 +155,21 @@ def _common(size):
     'batch_size': size.prompts,
     'seeds': (10, 20),
   }
+  draft = {
+    'kind': 'draft',
+    'data': few,
+    'max_new_tokens': size.new,
+    'batch_size': size.prompts // 4,
+    'gammas': (1, 2, 4, 8),
+  }
   c.evals = {
     'sampled': sampled,
     'greedy': sampled | {'temperature': 0.0, 'seeds': (10,)},
     # On the data's text as well as on the student's own.
-    'fidelity': {'of': 'sampled'},
-    'draft': {
-      'data': f'python:configs.smollm2:rows:test:{size.prompts // 4}',
-      'max_new_tokens': size.new,
-      'batch_size': size.prompts // 4,
-      'gammas': (1, 2, 4, 8),
-    },
+    'own': sampled | {'data': few, 'seeds': (10,)},
+    'fidelity': {'of': 'own'},
+    'draft': draft,
+    'draft_greedy': draft | {'temperature': 0.0},
   }
   c.eval_every = 0
   c.report.trackers = ()
@@ -179,7 +191,7 @@ def _trained(size, seed, objective=None, text=None, writer=None):
   c.objective = objective or {'name': 'sft'}
   c.data.train = text or c.data.train
   c.data.drop_last = True
-  c.train.batch_size, c.train.steps = 16, size.steps
+  c.train.batch_size, c.train.steps = BATCH, size.steps
   c.optimizer.learning_rate = 5e-4
   c.optimizer.warmup_steps = size.steps // 10
   c.critic_optimizer.learning_rate = 1e-3

@@ -12,8 +12,9 @@ results.json of a training, or of a model that was evaluated, has
 and of each evaluator, where it applies, `source` and `data` (its digest),
 `rows` (scored), `dropped` ({reason: rows}), `shortened` prompts, `truncated`
 references, `task`, `task_version` and `metrics`: {name: {'mean', 'std' over
-seeds, 'stderr' over rows, 'by_seed', 'by_length' and 'by_position': {bucket:
-the same}}}. null is what is not finite. Tables are of `best`.
+seeds, 'stderr' over rows, 'by_seed', 'by_row' (their mean is 'mean'),
+'by_length' and 'by_position': {bucket: the same}}}. null is what is not finite.
+Tables are of `best`.
 """
 
 import collections

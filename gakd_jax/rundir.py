@@ -31,6 +31,7 @@ _NUMBER = {
   'std': NotRequired[Measured | None],
   'by_length': NotRequired[Mapping],
   'by_position': NotRequired[Mapping],
+  'by_row': NotRequired[tuple[Measured | None, ...]],
 }
 
 

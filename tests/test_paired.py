@@ -23,7 +23,7 @@ def write(path, scores, ce):
     ]
     (path / f'answers/sampled-{seed}.jsonl').write_text('\n'.join(lines))
   evaluators = {
-    'loss': {'metrics': {'ce': ce}},
+    'loss': {'metrics': {'ce': {'mean': ce}}},
     'sampled': {'metrics': {'rouge_l': {'mean': float(np.mean(scores))}}},
   }
   (path / 'results.json').write_text(
@@ -52,6 +52,16 @@ def test_rows_are_means_and_pairs_differences(runs):
   found = paired.difference(a, b, 'sampled/rouge_l')
   assert found.startswith('+2.00 (1.')
   assert found.endswith('): +2.00')
+  assert paired.difference(a, b, 'loss/reverse_kl') == ''
+  for path, of_rows in ((a['0'], [1.0, 2.0, 6.0]), (b['0'], [1.0, 1.0, 1.0])):
+    file = path / 'results.json'
+    results = json.loads(file.read_text())
+    metrics = results['best']['evaluators']['loss']['metrics']
+    metrics['forward_kl'] = {'mean': np.mean(of_rows), 'by_row': of_rows}
+    file.write_text(json.dumps(results))
+  kl = paired.difference(a, b, 'loss/forward_kl')
+  assert kl.startswith('+2.00 (0.')
+  assert kl.endswith('): +2.00')
   # Of another evaluator, whose name begins alike; of fewer prompts.
   answers = runs[0] / 'a-seed0/answers'
   (answers / 'sampled-05-0.jsonl').write_text('{"index": 0, "scores": {}}')

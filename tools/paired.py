@@ -6,7 +6,7 @@
 A row NAME is the mean over WORKDIR/NAME-seed0, NAME-seed1, ..., with the
 standard deviation over them; a metric is that of an evaluator in results.json
 (EVALUATOR/METRIC). Of a pair there is the difference, by seed, and where the
-evaluator wrote answers and the metric is a score of each, its 95 % interval:
+metric is known by prompt (scores of answers, losses), its 95 % interval:
 prompts and trainings are both drawn with replacement (Owen 2007, "The
 pigeonhole bootstrap"), which is wide where neither explains a difference, and
 short where trainings do and are few: of three it then holds the true difference
@@ -33,17 +33,23 @@ def seeds_of(workdirs, name):
   return found
 
 
-def mean_of(path, metric):
-  """A metric of a finished run; None where it has none."""
+def _measured(path, metric):
   evaluator, _, name = metric.partition('/')
   best = json.loads((path / 'results.json').read_text())['best']
   metrics = best['evaluators'].get(evaluator, {}).get('metrics', {})
-  value = metrics.get(name)
-  return value['mean'] if isinstance(value, dict) else value
+  return metrics.get(name, {'mean': None})
+
+
+def mean_of(path, metric):
+  """A metric of a finished run; None where it has none."""
+  return _measured(path, metric)['mean']
 
 
 def scores_of(path, metric):
-  """{prompt: the mean over answers}; None if it is no score."""
+  """{prompt: the mean over answers, or the loss}; None where none is known."""
+  by_row = _measured(path, metric).get('by_row')
+  if by_row is not None:
+    return dict(enumerate(by_row))
   evaluator, _, name = metric.partition('/')
   found = {}
   for file in sorted((path / 'answers').glob(f'{evaluator}-*.jsonl')):

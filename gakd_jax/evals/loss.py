@@ -30,6 +30,7 @@ from gakd_jax.evals import encoded
 from gakd_jax.objectives import divergences, head
 from gakd_jax.settings import Count
 
+LOSSES = ('ce', 'forward_kl', 'reverse_kl')  # those that are known by row
 METRICS = ('ce', 'ece', 'forward_kl', 'reverse_kl', 'jsd', 'agreement')
 _BINS = 15
 # Positions in a response, from 1: the last ones of buckets, and all buckets.
@@ -61,7 +62,11 @@ class Loss:
 
 
 def measure(subject, params, pairs, batch_size):
-  """{metric: mean over response tokens} of (prompt ids, response ids)."""
+  """{metric: mean over response tokens} of (prompt ids, response ids).
+
+  Of the losses 'by_row' too: each response's sum, over the mean length of all,
+  so that their mean is the metric, and paired differences have intervals.
+  """
   ways = sharding.batch_ways(subject.mesh)
   # Empty rows fill up what the mesh cannot divide.
   batch_size = -(-batch_size // ways) * ways
@@ -76,44 +81,46 @@ def measure(subject, params, pairs, batch_size):
   totals = {}
   for batch in batches:
     batch = sharding.put_batch(batch, subject.mesh)
-    sums = _sums(subject.models, params, batch, subject.head_chunk)
+    sums = _sums(subject.models, params, batch, len(pairs), subject.head_chunk)
     for name, value in stopping.fetch(sums).items():
       totals[name] = totals.get(name, 0.0) + value.astype(float)
   tokens = totals.pop('tokens')
   off, counts = totals.pop('overconfidence'), totals.pop('at')
+  by_row = totals.pop('by_row')
   by_position = totals.pop('reverse_kl_at', None)
   means = {name: float(total / tokens) for name, total in totals.items()}
   means['ece'] = float(np.sum(np.abs(off)) / tokens)
+  for name, sum_R in zip(LOSSES, by_row, strict=False):
+    of_rows = (sum_R * len(pairs) / tokens).tolist()
+    means[name] = {'mean': means[name], 'by_row': of_rows}
   if by_position is not None:
-    means['reverse_kl'] = {
-      'mean': means['reverse_kl'],
-      'by_position': {
-        name: {'mean': float(total / n)}
-        for name, total, n in zip(POSITIONS, by_position, counts, strict=True)
-        if n
-      },
+    means['reverse_kl']['by_position'] = {
+      name: {'mean': float(total / n)}
+      for name, total, n in zip(POSITIONS, by_position, counts, strict=True)
+      if n
     }
   return means
 
 
-@functools.partial(jax.jit, static_argnames='head_chunk')
-def _sums(models, params, batch, head_chunk):
+@functools.partial(jax.jit, static_argnames=('rows', 'head_chunk'))
+def _sums(models, params, batch, rows, head_chunk):
   outputs = tuple(filter(None, models.outputs(params, batch)))
   targets_BT, mask_BT = head.next_token(batch.student)
   # Each row is one text.
   position_BT = jnp.cumsum(mask_BT, axis=1) - mask_BT + 1
+  row_BT = jnp.broadcast_to(batch.rows_B[:, None], mask_BT.shape)
   _, sums = head.weighted_sum(
-    _measure,
+    functools.partial(_measure, rows),
     head.shared(outputs),
-    (targets_BT, jnp.searchsorted(jnp.array(_LAST), position_BT)),
+    (targets_BT, jnp.searchsorted(jnp.array(_LAST), position_BT), row_BT),
     mask_BT.astype(jnp.float32),
     chunk=head_chunk,
   )
   return sums | {'tokens': jnp.sum(batch.student.mask_BT)}
 
 
-def _measure(logits, targets):
-  targets_N, bucket_N = targets
+def _measure(rows, logits, targets):
+  targets_N, bucket_N, row_N = targets
   log_q_NV = jax.nn.log_softmax(logits[0])
   ce_N = divergences.cross_entropy(log_q_NV, targets_N)
   measured = {
@@ -134,6 +141,9 @@ def _measure(logits, targets):
       'jsd': divergences.jsd(log_p_NV, log_q_NV, beta=0.5),
       'agreement': jnp.where(is_number_N, same_N, jnp.nan),
     }
+  losses_LN = jnp.stack([measured[x] for x in LOSSES if x in measured])
+  of_row_NR = jax.nn.one_hot(row_N, rows)
+  measured['by_row'] = losses_LN.T[:, :, None] * of_row_NR[:, None]
   return ce_N, measured
 
 

@@ -115,6 +115,16 @@ def test_loss_is_what_full_logits_give(parts):
     assert by_position[bucket]['mean'] == pytest.approx(
       reverse_N[inside].mean(), rel=2e-4
     )
+  # Of each text, over their mean length; in the order of the rows.
+  row_N = np.repeat(np.arange(len(rows)), [len(x) for x in log_q])
+  for name, loss_N in (
+    ('ce', -np.log(q[at, targets])),
+    ('reverse_kl', reverse_N),
+  ):
+    sum_R = np.bincount(row_N, loss_N)
+    assert found[name]['by_row'] == pytest.approx(
+      sum_R * len(rows) / len(row_N), rel=2e-4
+    )
 
 
 def test_confidence_that_is_right_half_of_the_time_is_off_by_half():
@@ -147,6 +157,9 @@ def test_a_mesh_measures_the_same(parts, paths):
     prompts = encoded.encode(there, CHOICES).prompts
     means = choices._scores(there, params, prompts)
   assert flat(found) == pytest.approx(flat(alone), rel=1e-4)
+  for name in loss.LOSSES:
+    expected = pytest.approx(alone[name]['by_row'], rel=1e-4)
+    assert found[name]['by_row'] == expected
   params = parts[1]
   expected = choices._scores(subject, params, prompts)
   assert means == pytest.approx(expected, rel=1e-4)
