@@ -36,7 +36,7 @@ from gakd_jax import (
   sharding,
 )
 from gakd_jax.data import tokenizer as tokenizer_lib
-from gakd_jax.evals import answers, tasks
+from gakd_jax.evals import answers, loss, tasks
 from gakd_jax.evals import evaluator as evaluator_lib
 from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.models import pair
@@ -271,28 +271,41 @@ def compare(evaluators, runs):
   """Each model against those before it, on the same rows.
 
   Args:
-    evaluators: {name: evaluator}; those that score answers are compared, by
-      the first metric of their task.
-    runs: {model: directory with answers/}.
+    evaluators: {name: evaluator}; those that score answers are compared by the
+      first metric of their task, others by the losses of the data's text.
+    runs: {model: directory with results.json and answers/}.
 
   Returns:
     A dict for each: 'set', 'metric', 'a', 'b', and what
     `statistics.paired_bootstrap` says of scores that are means over seeds.
   """
-  comparisons = []
-  for name, evaluator in evaluators.items():
-    if not hasattr(evaluator, 'task'):
-      continue
+  return [
+    {'set': name, 'metric': metric, 'a': a, 'b': b}
+    | statistics_lib.paired_bootstrap(of_rows[a], of_rows[b])
+    for name, evaluator in evaluators.items()
+    for metric, of_rows in _compared(name, evaluator, runs).items()
+    for b, a in itertools.combinations(runs, 2)
+  ]
+
+
+def _compared(name, evaluator, runs):
+  """{metric: {model: what each row has}}."""
+  if hasattr(evaluator, 'task'):
     metric = tasks.TASKS[evaluator.task].scores[0]
-    scores = {
-      model: _row_means(path, evaluator, metric) for model, path in runs.items()
+    of_rows = {
+      m: _row_means(path, evaluator, metric) for m, path in runs.items()
     }
-    for b, a in itertools.combinations(runs, 2):
-      comparisons.append(
-        {'set': name, 'metric': metric, 'a': a, 'b': b}
-        | statistics_lib.paired_bootstrap(scores[a], scores[b])
-      )
-  return comparisons
+    return {metric: of_rows}
+  metrics = {
+    model: rundir.read_results(path)['best']['evaluators'][name]['metrics']
+    for model, path in runs.items()
+  }
+  return {
+    metric: {model: x[metric]['by_row'] for model, x in metrics.items()}
+    for loss_name in loss.LOSSES
+    for metric in (loss_name, f'{loss_name}_gold')
+    if all('by_row' in x.get(metric, ()) for x in metrics.values())
+  }
 
 
 def _row_means(workdir, evaluator, metric):

@@ -146,9 +146,15 @@ def test_leaves_scores_answers_and_comparisons(whole):
   speed = json.loads((workdir / 'small' / 'speed.json').read_text())
   assert speed['sampled-1']['tokens_per_second'] > 0
   comparisons = json.loads((workdir / 'comparisons.json').read_text())
-  assert [(x['set'], x['a'], x['b']) for x in comparisons] == [
-    (s, a, b)
-    for s in ('sampled', 'greedy')
+  losses = ('ce', 'forward_kl', 'reverse_kl')
+  assert [(x['set'], x['metric'], x['a'], x['b']) for x in comparisons] == [
+    (s, metric, a, b)
+    for s, metric in (
+      *(('loss', x) for x in losses),
+      ('sampled', 'rouge_l'),
+      ('greedy', 'rouge_l'),
+      *(('fidelity', f'{x}_gold') for x in losses),
+    )
     for b, a in (('large', 'small'), ('large', 'run'), ('small', 'run'))
   ]
   for x in comparisons:
@@ -157,7 +163,8 @@ def test_leaves_scores_answers_and_comparisons(whole):
       for side in ('a', 'b')
     )
     difference = a - b
-    assert x['difference'] == pytest.approx(difference)
+    # Losses are sums in fp32.
+    assert x['difference'] == pytest.approx(difference, rel=1e-6, abs=1e-5)
   assert 'Comparisons</h2>' in (workdir / 'report.html').read_text()
 
 
