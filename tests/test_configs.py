@@ -258,7 +258,7 @@ def test_arguments_of_smollm2(which):
 @pytest.mark.parametrize('which', ['31', '0', '20,0', 'x', '', '20,x', '²'])
 def test_wrong_arguments_of_smollm2(which):
   with pytest.raises(
-    UserError, match='expected tiny, a number of layers of 30'
+    UserError, match='expected tiny, self_inst, a number of layers of 30'
   ):
     smollm2.get_config(which)
 

@@ -78,21 +78,27 @@ def measure(subject, params, pairs, batch_size):
     epochs=1,
     rows=sharding.own_rows(batch_size, subject.mesh),
   )
-  totals = {}
+  totals, by_row = {}, np.zeros((len(LOSSES), len(pairs)))
   for batch in batches:
     batch = sharding.put_batch(batch, subject.mesh)
-    sums = _sums(subject.models, params, batch, len(pairs), subject.head_chunk)
-    for name, value in stopping.fetch(sums).items():
+    rows_B = jax.device_put(batch.rows_B, sharding.replicated(subject.mesh))
+    sums = _sums(subject.models, params, batch, subject.head_chunk)
+    sums, rows_B = stopping.fetch((sums, rows_B))
+    of_batch_LB = sums.pop('by_row')
+    by_row[: len(of_batch_LB), rows_B[rows_B >= 0]] = of_batch_LB[
+      :, rows_B >= 0
+    ]
+    for name, value in sums.items():
       totals[name] = totals.get(name, 0.0) + value.astype(float)
   tokens = totals.pop('tokens')
   off, counts = totals.pop('overconfidence'), totals.pop('at')
-  by_row = totals.pop('by_row')
   by_position = totals.pop('reverse_kl_at', None)
   means = {name: float(total / tokens) for name, total in totals.items()}
   means['ece'] = float(np.sum(np.abs(off)) / tokens)
-  for name, sum_R in zip(LOSSES, by_row, strict=False):
-    of_rows = (sum_R * len(pairs) / tokens).tolist()
-    means[name] = {'mean': means[name], 'by_row': of_rows}
+  for name, sum_R in zip(LOSSES, by_row, strict=True):
+    if name in means:
+      of_rows = (sum_R * len(pairs) / tokens).tolist()
+      means[name] = {'mean': means[name], 'by_row': of_rows}
   if by_position is not None:
     means['reverse_kl']['by_position'] = {
       name: {'mean': float(total / n)}
@@ -102,15 +108,16 @@ def measure(subject, params, pairs, batch_size):
   return means
 
 
-@functools.partial(jax.jit, static_argnames=('rows', 'head_chunk'))
-def _sums(models, params, batch, rows, head_chunk):
+@functools.partial(jax.jit, static_argnames='head_chunk')
+def _sums(models, params, batch, head_chunk):
   outputs = tuple(filter(None, models.outputs(params, batch)))
   targets_BT, mask_BT = head.next_token(batch.student)
   # Each row is one text.
   position_BT = jnp.cumsum(mask_BT, axis=1) - mask_BT + 1
-  row_BT = jnp.broadcast_to(batch.rows_B[:, None], mask_BT.shape)
+  in_batch_B = jnp.arange(len(batch.rows_B))
+  row_BT = jnp.broadcast_to(in_batch_B[:, None], mask_BT.shape)
   _, sums = head.weighted_sum(
-    functools.partial(_measure, rows),
+    functools.partial(_measure, len(batch.rows_B)),
     head.shared(outputs),
     (targets_BT, jnp.searchsorted(jnp.array(_LAST), position_BT), row_BT),
     mask_BT.astype(jnp.float32),
@@ -119,7 +126,7 @@ def _sums(models, params, batch, rows, head_chunk):
   return sums | {'tokens': jnp.sum(batch.student.mask_BT)}
 
 
-def _measure(rows, logits, targets):
+def _measure(batch_size, logits, targets):
   targets_N, bucket_N, row_N = targets
   log_q_NV = jax.nn.log_softmax(logits[0])
   ce_N = divergences.cross_entropy(log_q_NV, targets_N)
@@ -142,8 +149,8 @@ def _measure(rows, logits, targets):
       'agreement': jnp.where(is_number_N, same_N, jnp.nan),
     }
   losses_LN = jnp.stack([measured[x] for x in LOSSES if x in measured])
-  of_row_NR = jax.nn.one_hot(row_N, rows)
-  measured['by_row'] = losses_LN.T[:, :, None] * of_row_NR[:, None]
+  of_row_NB = jax.nn.one_hot(row_N, batch_size)
+  measured['by_row'] = losses_LN.T[:, :, None] * of_row_NB[:, None]
   return ce_N, measured
 
 
