@@ -339,6 +339,8 @@ def test_a_score_that_is_no_number_is_no_proof(value):
 def test_models_that_say_nothing_agree_on_nothing(of):
   logits = [jnp.ones((2, 5)), jnp.ones((2, 5))]
   logits[of] = logits[of].at[0, 3].set(jnp.inf)
-  _, measured = loss_lib._measure(tuple(logits), jnp.zeros((2, 2), int))
+  ids_N = jnp.zeros(2, int)
+  targets = ids_N, ids_N, jnp.eye(2)
+  _, measured = loss_lib._measure(tuple(logits), targets)
   assert math.isnan(measured['agreement'][0])
   assert measured['agreement'][1] == 1

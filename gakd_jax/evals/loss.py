@@ -114,20 +114,21 @@ def _sums(models, params, batch, head_chunk):
   targets_BT, mask_BT = head.next_token(batch.student)
   # Each row is one text.
   position_BT = jnp.cumsum(mask_BT, axis=1) - mask_BT + 1
-  in_batch_B = jnp.arange(len(batch.rows_B))
-  row_BT = jnp.broadcast_to(in_batch_B[:, None], mask_BT.shape)
+  bucket_BT = jnp.searchsorted(jnp.array(_LAST), position_BT)
+  B, T = mask_BT.shape
+  row_BTB = jnp.broadcast_to(jnp.eye(B)[:, None], (B, T, B))
   _, sums = head.weighted_sum(
-    functools.partial(_measure, len(batch.rows_B)),
+    _measure,
     head.shared(outputs),
-    (targets_BT, jnp.searchsorted(jnp.array(_LAST), position_BT), row_BT),
+    (targets_BT, bucket_BT, row_BTB),
     mask_BT.astype(jnp.float32),
     chunk=head_chunk,
   )
   return sums | {'tokens': jnp.sum(batch.student.mask_BT)}
 
 
-def _measure(batch_size, logits, targets):
-  targets_N, bucket_N, row_N = targets
+def _measure(logits, targets):
+  targets_N, bucket_N, row_NB = targets
   log_q_NV = jax.nn.log_softmax(logits[0])
   ce_N = divergences.cross_entropy(log_q_NV, targets_N)
   measured = {
@@ -149,8 +150,7 @@ def _measure(batch_size, logits, targets):
       'agreement': jnp.where(is_number_N, same_N, jnp.nan),
     }
   losses_LN = jnp.stack([measured[x] for x in LOSSES if x in measured])
-  of_row_NB = jax.nn.one_hot(row_N, batch_size)
-  measured['by_row'] = losses_LN.T[:, :, None] * of_row_NB[:, None]
+  measured['by_row'] = losses_LN.T[:, :, None] * row_NB[:, None]
   return ce_N, measured
 
 
