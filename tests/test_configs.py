@@ -234,9 +234,9 @@ def test_arguments_of_smollm2(which):
   stages = smollm2.get_config(which).stages
   layers, methods = {'tiny': (24, 3), '20': (20, 9), '12,3': (12, 27)}[which]
   names = [name for name, _ in stages]
-  before = (
-    ['teacher', 'cut'] if which == 'tiny' else ['taught', 'teacher', 'cut']
-  )
+  before = ['teacher', 'cut', 'start']
+  if which != 'tiny':
+    before.insert(0, 'taught')
   assert names[: len(before)] == before
   assert len({*names[len(before) :]}) == len(names) - len(before) == methods
   trained = [dict(stages)[name] for name in names[len(before) :]]
