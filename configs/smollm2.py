@@ -68,9 +68,7 @@ def get_config(which='20'):
   size = _size(which)
   stages = []
   if size.taught:
-    taught = _trained(size, 0)
-    taught.train.steps = size.taught
-    taught.optimizer.warmup_steps = size.taught // 10
+    taught = _trained(size._replace(steps=size.taught), 0)
     taught.teacher.path, taught.student.path = None, model()
     taught.optimizer.learning_rate = 1e-4  # A fifth: it is not to recover.
     taught.evals = {}

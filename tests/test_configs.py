@@ -95,6 +95,7 @@ def shrunk(name, model):
     'on_policy',
     'overlap',
     'cut',
+    'start',
     'taught',
   )
   config.stages = tuple(s for s in config.stages if s[0] in kept)
@@ -261,6 +262,23 @@ def test_wrong_arguments_of_smollm2(which):
     UserError, match='expected tiny, self_inst, a number of layers of 30'
   ):
     smollm2.get_config(which)
+
+
+def test_smollm2_on_another_set(monkeypatch, tmp_path):
+  """The rows of that set, and nothing that asks for a teacher."""
+  c = smollm2.get_config('self_inst')
+  (evaluator,) = c.evals.values()
+  assert c.teacher.path is None
+  data = tmp_path / 'data/self_inst/test.jsonl'
+  data.parent.mkdir(parents=True)
+  rows = [{'instruction': x, 'input': '', 'output': 'a'} for x in 'abc']
+  rows.insert(1, rows[0] | {'instruction': 'x' * (smollm2.CHARACTERS + 1)})
+  data.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  monkeypatch.chdir(tmp_path)
+  _, module, function, *arguments = evaluator.data.split(':')
+  assert module == 'configs.smollm2'
+  found = getattr(smollm2, function)(arguments[0], 2, *arguments[2:])
+  assert [row['instruction'] for row in found] == ['a', 'b']
 
 
 def test_what_smollm2_lacks_is_a_line(monkeypatch, tmp_path):

@@ -163,8 +163,7 @@ def test_leaves_scores_answers_and_comparisons(whole):
       for side in ('a', 'b')
     )
     difference = a - b
-    # Losses are sums in fp32.
-    assert x['difference'] == pytest.approx(difference, rel=1e-6, abs=1e-5)
+    assert x['difference'] == pytest.approx(difference)
   assert 'Comparisons</h2>' in (workdir / 'report.html').read_text()
 
 

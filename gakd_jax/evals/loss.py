@@ -78,16 +78,16 @@ def measure(subject, params, pairs, batch_size):
     epochs=1,
     rows=sharding.own_rows(batch_size, subject.mesh),
   )
-  totals, by_row = {}, np.zeros((len(LOSSES), len(pairs)))
+  totals, by_row = {}, {}
   for batch in batches:
     batch = sharding.put_batch(batch, subject.mesh)
     rows_B = jax.device_put(batch.rows_B, sharding.replicated(subject.mesh))
     sums = _sums(subject.models, params, batch, subject.head_chunk)
     sums, rows_B = stopping.fetch((sums, rows_B))
-    of_batch_LB = sums.pop('by_row')
-    by_row[: len(of_batch_LB), rows_B[rows_B >= 0]] = of_batch_LB[
-      :, rows_B >= 0
-    ]
+    there_B = rows_B >= 0
+    for name in set(LOSSES).intersection(sums):
+      nats = by_row.setdefault(name, np.zeros(len(pairs)))
+      nats[rows_B[there_B]] = sums.pop(name)[there_B]
     for name, value in sums.items():
       totals[name] = totals.get(name, 0.0) + value.astype(float)
   tokens = totals.pop('tokens')
@@ -95,10 +95,9 @@ def measure(subject, params, pairs, batch_size):
   by_position = totals.pop('reverse_kl_at', None)
   means = {name: float(total / tokens) for name, total in totals.items()}
   means['ece'] = float(np.sum(np.abs(off)) / tokens)
-  for name, sum_R in zip(LOSSES, by_row, strict=True):
-    if name in means:
-      of_rows = (sum_R * len(pairs) / tokens).tolist()
-      means[name] = {'mean': means[name], 'by_row': of_rows}
+  for name, nats in by_row.items():
+    of_rows = nats * len(pairs) / tokens
+    means[name] = {'mean': float(of_rows.mean()), 'by_row': of_rows.tolist()}
   if by_position is not None:
     means['reverse_kl']['by_position'] = {
       name: {'mean': float(total / n)}
@@ -131,8 +130,8 @@ def _measure(logits, targets):
   targets_N, bucket_N, row_NB = targets
   log_q_NV = jax.nn.log_softmax(logits[0])
   ce_N = divergences.cross_entropy(log_q_NV, targets_N)
+  losses = {'ce': ce_N}
   measured = {
-    'ce': ce_N,
     'overconfidence': _overconfidence(log_q_NV, targets_N),
     'at': jax.nn.one_hot(bucket_N, len(POSITIONS)),
   }
@@ -141,17 +140,15 @@ def _measure(logits, targets):
     same_N = jnp.argmax(log_p_NV, -1) == jnp.argmax(log_q_NV, -1)
     # Those that are NaN would all agree on the first token.
     is_number_N = jnp.isfinite(log_p_NV.max(-1) + log_q_NV.max(-1))
-    reverse_kl_N = divergences.reverse_kl(log_p_NV, log_q_NV)
+    losses['forward_kl'] = divergences.forward_kl(log_p_NV, log_q_NV)
+    losses['reverse_kl'] = divergences.reverse_kl(log_p_NV, log_q_NV)
     measured |= {
-      'forward_kl': divergences.forward_kl(log_p_NV, log_q_NV),
-      'reverse_kl': reverse_kl_N,
-      'reverse_kl_at': measured['at'] * reverse_kl_N[:, None],
+      'reverse_kl_at': measured['at'] * losses['reverse_kl'][:, None],
       'jsd': divergences.jsd(log_p_NV, log_q_NV, beta=0.5),
       'agreement': jnp.where(is_number_N, same_N, jnp.nan),
     }
-  losses_LN = jnp.stack([measured[x] for x in LOSSES if x in measured])
-  measured['by_row'] = losses_LN.T[:, :, None] * row_NB[:, None]
-  return ce_N, measured
+  by_row = {name: x_N[:, None] * row_NB for name, x_N in losses.items()}
+  return ce_N, measured | by_row
 
 
 def _overconfidence(log_q_NV, targets_N):
