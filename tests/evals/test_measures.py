@@ -345,8 +345,11 @@ def test_fidelity_is_of_the_ids_that_were_written(parts, tmp_path):
     ids = ids[:room]
     if ids:
       log_q = log_probs(student, prompt, ids)
-      ce += [-log_q[n, i] for n, i in enumerate(ids)]
-  assert found['ce_student'] == pytest.approx(np.mean(ce), rel=2e-4)
+      ce.append([-log_q[n, i] for n, i in enumerate(ids)])
+  tokens = np.concatenate(ce)
+  by_row = [sum(row) * len(ce) / len(tokens) for row in ce]
+  assert found['ce_student']['mean'] == pytest.approx(tokens.mean(), rel=2e-4)
+  assert found['ce_student']['by_row'] == pytest.approx(by_row, rel=2e-4)
 
   write_answers(tmp_path, 'set', {0: [*written]}, lambda text: [])
   compared = fidelity.Fidelity('fidelity', of, 2)
