@@ -36,13 +36,14 @@ _LINES = 12  # that are shown of a text, half of them from its end
 _NO_SETTINGS = ('name', 'head_chunk', 'critic', 'ends', 'rows', 'about')
 
 
-def run(config, workdir, defaults=None):
+def run(config, workdir, defaults=None, force=False):
   """Prints what a run, or each of its stages, is made of and would read.
 
   Args:
     config: see configs/base.py.
     workdir: the run's directory, which need not be there.
     defaults: the config in which nothing is set, to mark what is; or None.
+    force: go on with a run of other settings, see `fingerprint.check`.
 
   Raises:
     UserError: for what the run would refuse.
@@ -52,6 +53,13 @@ def run(config, workdir, defaults=None):
   for name, given in config.stages or [('', config)]:
     if name:
       print(f'\n== {name}')
+    here = workdir / name
+    began = {'config': fingerprint.as_json(given)}
+    record, has_changed = fingerprint.compare(here, force, **began)
+    if rundir.is_finished(here) and not has_changed:
+      print(f'{here} has finished')
+    elif record:
+      print(f'{here} was begun, and goes on')
     stage, missing, unread = _resolved(given, stages, workdir)
     settings = _settings(stage, defaults)
     shown = {k: x for k, x in settings.items() if before.get(k) != x}
@@ -69,7 +77,7 @@ def run(config, workdir, defaults=None):
       unknown |= {'critic'}
     mesh = sharding.make_mesh(**stage.mesh)
     with jax.set_mesh(mesh):
-      _look(stage, workdir / name, mesh, unknown)
+      _look(stage, here, mesh, unknown)
     before, stages = settings, stages | {name: stage}
 
 

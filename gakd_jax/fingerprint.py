@@ -100,8 +100,17 @@ def unless_refused(workdir):
     raise
 
 
-def _begin(workdir, force, parts):
-  path = workdir / 'config.json'
+def compare(workdir, force=False, **parts):
+  """Whether a run that is there was begun with other parts; see `begin`.
+
+  Returns:
+    (what is recorded of it, {} if it is not there, whether anything changed
+    that matters).
+
+  Raises:
+    UserError: see `check`.
+  """
+  path = Path(workdir) / 'config.json'
   record = {}
   if path.exists():
     record = json_file.read(path)
@@ -117,12 +126,17 @@ def _begin(workdir, force, parts):
     if not key.startswith(('config.', 'contents.'))
     or HOW.fullmatch(key.removeprefix('config.'))
   }
-  if check(workdir, began, now, force, how):
+  return record, check(workdir, began, now, force, how)
+
+
+def _begin(workdir, force, parts):
+  record, has_changed = compare(workdir, force, **parts)
+  if has_changed:
     (workdir / 'results.json').unlink(missing_ok=True)
   if not rundir.is_finished(workdir):
     first = {'commit': commit(), 'versions': parts.pop('versions')}
     text = json.dumps(first | record | parts, indent=2)
-    log.write_atomically(path, text + '\n')
+    log.write_atomically(workdir / 'config.json', text + '\n')
 
 
 def as_json(config):

@@ -90,7 +90,7 @@ def _main(argv):
   if _CHECK.value:
     # What the package does not import, a config of ours has.
     base = sys.modules.get('configs.base')
-    check.run(config, workdir, base and base.get_config())
+    check.run(config, workdir, base and base.get_config(), _FORCE.value)
     return
   how = {'force': _FORCE.value, 'strict_resume': _STRICT_RESUME.value}
   if config.stages:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs import base, quickstart
-from gakd_jax import UserError, check, models
+from gakd_jax import UserError, check, fingerprint, models, rundir
 from gakd_jax.models import convert
 
 ROWS = [
@@ -80,6 +80,30 @@ def test_what_is_wrong_is_said_as_the_run_would(config, tmp_path):
   config.student.path = 'stage:sft'
   with pytest.raises(UserError, match='no stage sft before this'):
     check.run(config, tmp_path / 'run')
+
+
+def test_a_run_that_is_there_is_said_or_refused(config, tmp_path, capsys):
+  workdir = tmp_path / 'run'
+  workdir.mkdir()
+  fingerprint.begin(workdir, config=fingerprint.as_json(config))
+  begun = (workdir / 'config.json').read_text()
+  config.eval_every = 7
+  check.run(config, workdir)
+  out = capsys.readouterr().out
+  assert 'config.eval_every was ' in out
+  assert f'{workdir} was begun, and goes on\n' in out
+  rundir.finish(workdir, {})
+  check.run(config, workdir)
+  assert f'{workdir} has finished\n' in capsys.readouterr().out
+  config.seed = 1
+  with pytest.raises(UserError, match='config.seed was 0 and is 1; go on with'):
+    check.run(config, workdir)
+  check.run(config, workdir, force=True)
+  out = capsys.readouterr().out
+  assert f'{workdir}: forced: config.seed was 0 and is 1\n' in out
+  assert ' has finished' not in out
+  assert (workdir / 'config.json').read_text() == begun
+  assert rundir.is_finished(workdir)
 
 
 def test_stages_are_shown_as_far_as_they_can_be_known(config, tmp_path, capsys):
