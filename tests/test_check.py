@@ -96,7 +96,7 @@ def test_a_run_that_is_there_is_said_or_refused(config, tmp_path, capsys):
   check.run(config, workdir)
   assert f'{workdir} has finished\n' in capsys.readouterr().out
   config.seed = 1
-  with pytest.raises(UserError, match='config.seed was 0 and is 1; go on with'):
+  with pytest.raises(UserError, match='seed was 0 and is 1; go on with'):
     check.run(config, workdir)
   check.run(config, workdir, force=True)
   out = capsys.readouterr().out
