@@ -78,7 +78,7 @@ def write(
     logprobs: of each token, how many of the most likely ids stand beside it,
       see `odds`; 0: none.
     on_bad_row: 'skip' or 'fail', of rows that the template cannot hold.
-    force: goes on with a `<path>.partial` of other settings, see `fingerprint`.
+    force: begins anew where `<path>.partial` is of other settings.
 
   Returns:
     How many answers were left out, and rows skipped, by reason: a Counter.

@@ -49,7 +49,7 @@ class Run:
   # Who has tokens of their own, (tokenizer, template): the student, and the
   # teacher if its tokens are others.
   readers: tuple = ()
-  force: bool = False  # what is half written goes on, see `fingerprint.check`
+  force: bool = False  # what is half written of other settings begins anew
   has_weights: bool = False  # else shapes in their place
   evaluators: dict = dataclasses.field(default_factory=dict)
   # None: the writer makes them.

@@ -36,7 +36,7 @@ from gakd_jax import (
   sharding,
 )
 from gakd_jax.data import tokenizer as tokenizer_lib
-from gakd_jax.evals import answers, loss, tasks
+from gakd_jax.evals import answers, loss
 from gakd_jax.evals import evaluator as evaluator_lib
 from gakd_jax.evals import statistics as statistics_lib
 from gakd_jax.models import pair
@@ -87,7 +87,8 @@ def _run(config, paths, workdir, force):
       for name, path in named.items()
     }
 
-  # What can be wrong comes up before any weight is loaded.
+  # What can be wrong of config, data and tokenizers comes up before any weight
+  # is loaded.
   evaluators = evaluator_lib.make(
     config.evals,
     config.data.validation,
@@ -99,8 +100,10 @@ def _run(config, paths, workdir, force):
     raise UserError('config.evals is empty: there is nothing to measure')
   mesh = sharding.make_mesh(**config.mesh)
   runs = {name: workdir / name for name in named}
+  contents = evaluator_lib.contents(evaluators)
   if teacher:
     t_path, out = next(zip(named.values(), runs.values(), strict=True))
+    contents['config.teacher'] = models.identity(t_path)
 
     def load():
       settings = config.teacher.dtype, mesh, None, config.teacher.quantize
@@ -109,13 +112,17 @@ def _run(config, paths, workdir, force):
     reads = any(x.teacher_reads_student_ids for x in evaluators.values())
     if reads:
       load = functools.cache(load)  # Once, for all students.
-    teacher = t_path, out, load, reads
+      (_, t_tokenizer), *_ = prompters().values()
+      for name, (_, tokenizer) in prompters().items():
+        tokenizer_lib.check_same(tokenizer, t_tokenizer, named[name], t_path)
+    teacher = out, load, reads
   results = {}
   with jax.set_mesh(mesh):
     for name, path in named.items():
       results[name] = _measure(
         config,
         evaluators,
+        contents,
         path,
         runs[name],
         prompters()[name],
@@ -175,10 +182,13 @@ def _is_adapter(path):
   return (path / 'adapter_config.json').exists()
 
 
-def _measure(config, evaluators, path, workdir, prompter, teacher, mesh, force):
+def _measure(
+  config, evaluators, contents, path, workdir, prompter, teacher, mesh, force
+):
   """The results of one model; those that are there are taken.
 
-  `prompter` is the model's (template, tokenizer). `teacher` is its path, where
+  `contents` tell rows and teacher from others, see `fingerprint.begin`.
+  `prompter` is the model's (template, tokenizer). `teacher` is where
   its results go, what loads it, and whether students are measured by it; or
   None.
   """
@@ -187,7 +197,7 @@ def _measure(config, evaluators, path, workdir, prompter, teacher, mesh, force):
     workdir,
     force,
     config=fingerprint.as_json(config),
-    contents={'--model': identity} | evaluator_lib.contents(evaluators),
+    contents={'--model': identity} | contents,
     models={'student': {'path': str(path)}},
   )
   found = hosts.of_first(
@@ -209,7 +219,7 @@ def _measure(config, evaluators, path, workdir, prompter, teacher, mesh, force):
   }
   results = about | {
     'template': prompter[0],
-    'is_teacher': teacher is not None and workdir == teacher[1],
+    'is_teacher': teacher is not None and workdir == teacher[0],
     'averages': {k: [*x] for k, x in config.report.averages.items()},
     'best': found,
     'last': found,
@@ -228,16 +238,10 @@ def _subject(config, path, workdir, prompter, teacher, mesh, identity, force):
   """A model as evaluators see it, and its parameters."""
   template, tokenizer = prompter
   dtype = config.train.precision
-  t_path, t_workdir, load_teacher, reads = teacher or (None, None, None, False)
+  t_workdir, load_teacher, reads = teacher or (None, None, False)
   is_teacher = workdir == t_workdir
   t_model = None
   if is_teacher or reads:
-    tokenizer_lib.check_same(
-      tokenizer,
-      tokenizer_lib.load(models.tokenizer_dir(t_path)),
-      path,
-      t_path,
-    )
     t_model = load_teacher()
   # A teacher is measured against itself.
   model = t_model if is_teacher else models.load(path, dtype, mesh)
@@ -272,7 +276,7 @@ def compare(evaluators, runs):
 
   Args:
     evaluators: {name: evaluator}; those that score answers are compared by the
-      first metric of their task, others by the losses of the data's text.
+      first of their scores, others by the losses of the data's text.
     runs: {model: directory with results.json and answers/}.
 
   Returns:
@@ -290,8 +294,8 @@ def compare(evaluators, runs):
 
 def _compared(name, evaluator, runs):
   """{metric: {model: what each row has}}."""
-  if hasattr(evaluator, 'task'):
-    metric = tasks.TASKS[evaluator.task].scores[0]
+  if hasattr(evaluator, 'scores'):
+    metric, *_ = evaluator.scores
     of_rows = {
       m: _row_means(path, evaluator, metric) for m, path in runs.items()
     }

@@ -85,12 +85,19 @@ def run(run, state, host, train_step, texts, total, checkpoints):
 
 
 def _due(config, now, total):
-  """Names of evaluators that are to measure step `now`; None: nothing is."""
+  """Names of evaluators that are to measure step `now`; None: nothing is.
+
+  What reads the answers of another (`of`) is due when that one is, too.
+  """
   c = config
+  due = {
+    name: now == total or _is_due(settings.get('every', c.eval_every), now)
+    for name, settings in c.evals.items()
+  }
   names = [
     name
     for name, settings in c.evals.items()
-    if now == total or _is_due(settings.get('every', c.eval_every), now)
+    if due[name] and due[settings.get('of', name)]
   ]
   return names if names or now == total or _is_due(c.eval_every, now) else None
 

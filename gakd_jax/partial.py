@@ -11,9 +11,9 @@ from gakd_jax import UserError, fingerprint, hosts
 class Partial:
   """A file of JSON lines that grows while something is made.
 
-  Its first line tells under which settings the others were made; see
-  `fingerprint.check`, of `force` too. Of several processes, the first one reads
-  it and tells the others, and writes.
+  Its first line tells under which settings the others were made. Under others
+  it is refused, or, by `force`, begun anew. Of several processes, the first one
+  reads it and tells the others, and writes.
   """
 
   def __init__(self, path, settings, force=False):
@@ -39,11 +39,15 @@ class Partial:
     whole = content[: content.rfind(b'\n') + 1]
     # Not splitlines: a text may hold other ends of lines.
     found = self._checked(whole.split(b'\n')[:-1], take)
+    if found is None:
+      self._path.unlink()
+      return {}
     if whole != content:
       os.truncate(self._path, len(whole))
     return found
 
   def _checked(self, lines, take):
+    """{key: value}; None: made under other settings, which is forced."""
     if not lines:
       return {}
     try:
@@ -61,8 +65,10 @@ class Partial:
       raise UserError(
         f'{self._path}: is not what an interrupted run leaves; move it away'
       ) from error
-    fingerprint.check(self._path, theirs, self._settings, self._force)
-    return found
+    has_changed = fingerprint.check(
+      self._path, theirs, self._settings, self._force
+    )
+    return None if has_changed else found
 
   def append(self, lines):
     """Adds lines, in one piece."""

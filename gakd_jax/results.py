@@ -12,9 +12,9 @@ results.json of a training, or of a model that was evaluated, has
 and of each evaluator, where it applies, `source` and `data` (its digest),
 `rows` (scored), `dropped` ({reason: rows}), `shortened` prompts, `truncated`
 references, `task`, `task_version` and `metrics`: {name: {'mean', 'std' over
-seeds, 'stderr' over rows, 'by_seed', 'by_row' (their mean is 'mean'),
-'by_length' and 'by_position': {bucket: the same}}}. null is what is not finite.
-Tables are of `best`.
+seeds, 'stderr' over rows, 'by_seed', 'by_row' (their mean is 'mean'; null is
+of an empty answer, and not counted), 'by_length' and 'by_position': {bucket:
+the same}}}. null is what is not finite. Tables are of `best`.
 """
 
 import collections
@@ -61,6 +61,7 @@ _METRICS = (
     for text in ('gold', 'teacher', 'student')
     for metric, (title, best) in _TOKENS.items()
   }
+  | {'sequence_kl_student': ('KL(student, teacher) of an answer', min)}
 )
 NAMES = {metric: title for metric, (title, _) in _METRICS.items()}
 
@@ -117,6 +118,16 @@ def is_better(metric, new, old):
     return True
   _, best = _METRICS.get(metric, (metric, max))
   return new != old and best(new, old) == new
+
+
+def difference(middle, low, high):
+  """Texts of a difference and its interval's ends.
+
+  Of as many decimals as tell the ends apart, two at least.
+  """
+  width = high - low
+  places = max(2, 1 - math.floor(math.log10(width))) if width > 0 else 2
+  return [f'{x:+.{places}f}' for x in (middle, low, high)]
 
 
 def title(metric):

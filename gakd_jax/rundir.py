@@ -66,7 +66,7 @@ _ANSWER = {
   ],
 }
 _COMPARISON = dict.fromkeys(('set', 'metric', 'a', 'b'), str) | dict.fromkeys(
-  ('difference', 'low', 'high', 'p'), Measured
+  ('difference', 'low', 'high', 'p'), Measured | None
 )
 _SPEED = dict.fromkeys(('tokens_per_second', 'seconds', 'padding'), float)
 

@@ -340,6 +340,36 @@ def test_other_weights_in_the_same_place_are_refused(
   ) != evaluate.models.identity(model)
 
 
+def test_scores_against_a_teacher_that_was_replaced_are_refused(
+  config, paths, tmp_path, tiny_model_dir
+):
+  config.evals = {'loss': {'limit': 2}}
+  config.teacher.path = str(tmp_path / 'teacher')
+  tiny_model_dir(seed=3).rename(config.teacher.path)
+  evaluate.run(config, [paths['small']], tmp_path / 'eval')
+  shutil.rmtree(config.teacher.path)
+  tiny_model_dir(seed=4).rename(config.teacher.path)
+  shutil.rmtree(tmp_path / 'eval/teacher')
+  with pytest.raises(UserError, match=r'small was .*: contents.config.teacher'):
+    evaluate.run(config, [paths['small']], tmp_path / 'eval')
+
+
+def test_other_tokenizers_are_found_before_any_weight_is_loaded(
+  config, paths, tmp_path, monkeypatch
+):
+  other = tmp_path / 'other'
+  shutil.copytree(paths['small'], other)
+  file = other / 'tokenizer.json'
+  tokenizer = json.loads(file.read_text())
+  vocab = tokenizer['model']['vocab']
+  a, b = [*vocab][-2:]
+  vocab[a], vocab[b] = vocab[b], vocab[a]
+  file.write_text(json.dumps(tokenizer))
+  monkeypatch.setattr(models, 'load', lambda *_: pytest.fail('weights'))
+  with pytest.raises(UserError, match='have different tokenizers'):
+    evaluate.run(config, [paths['small'], str(other)], tmp_path / 'eval')
+
+
 def test_other_rows_rules_or_settings_are_refused_or_forced(
   config, paths, tmp_path, write_rows, monkeypatch, capsys
 ):
@@ -415,7 +445,10 @@ def test_answers_of_other_settings_are_not_gone_on_with(tmp_path):
   assert partial.Partial(path, {'t': 1}).read(take) == {0: {}}
   with pytest.raises(UserError, match=r'a.partial was begun with .*: t was 1'):
     partial.Partial(path, {'t': 2}).read(take)
-  assert partial.Partial(path, {'t': 2}, force=True).read(take) == {0: {}}
+  assert partial.Partial(path, {'t': 1}, force=True).read(take) == {0: {}}
+  assert partial.Partial(path, {'t': 2}, force=True).read(take) == {}
+  assert partial.Partial(path, {'t': 1}).read(take) == {}
+  partial.Partial(path, {'t': 1}).append([{'index': 0}])
   assert partial.Partial(tmp_path / 'none', {}).read(take) == {}
   # Not even its first line was finished.
   path.write_bytes(b'{"settings": "ab')

@@ -230,6 +230,12 @@ def test_a_comparison_of_another_kind(run, value):
   assert 'comparisons.json: 0' in refusal(rundir.read_comparisons, run)
 
 
+def test_a_comparison_with_a_model_of_no_number(run):
+  found = COMPARISON | dict.fromkeys(('difference', 'low', 'high', 'p'))
+  (run / 'comparisons.json').write_bytes(lines([found]))
+  assert rundir.read_comparisons(run) == [found]
+
+
 @pytest.mark.parametrize(
   'content',
   [b'', b'[]', b'{"a"', b'3', b'\xff', b'{}', b'{"model_type": "qwen3"}'],

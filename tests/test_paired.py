@@ -1,5 +1,6 @@
 """tools/paired.py: rows and differences of runs with several seeds."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -15,20 +16,32 @@ ROOT = Path(__file__).parents[1]
 
 def write(path, scores, ce):
   """A run of scores by answer and prompt, of an evaluator `sampled`."""
+  means = {str(seed): float(np.mean(x)) for seed, x in enumerate(scores)}
+  rouge_l = {'mean': float(np.mean(scores)), 'by_seed': means}
   (path / 'answers').mkdir(parents=True)
   for seed, of_prompts in enumerate(scores):
     lines = [
-      json.dumps({'index': i, 'scores': {'rouge_l': x}})
+      # The text has an end of lines that is none of JSON's.
+      f'{{"index": {i}, "answer": "\u2028", "scores": {{"rouge_l": {x}}}}}'
       for i, x in enumerate(of_prompts)
     ]
-    (path / f'answers/sampled-{seed}.jsonl').write_text('\n'.join(lines))
+    file = path / f'answers/sampled-{seed}.jsonl'
+    file.write_text('\n'.join(lines), 'utf-8')
   evaluators = {
     'loss': {'metrics': {'ce': {'mean': ce}}},
-    'sampled': {'metrics': {'rouge_l': {'mean': float(np.mean(scores))}}},
+    'sampled': {'data': 'of test', 'metrics': {'rouge_l': rouge_l}},
   }
   (path / 'results.json').write_text(
     json.dumps({'best': {'evaluators': evaluators}})
   )
+
+
+@contextlib.contextmanager
+def changed(path):
+  file = path / 'results.json'
+  results = json.loads(file.read_text())
+  yield results['best']['evaluators']
+  file.write_text(json.dumps(results))
 
 
 @pytest.fixture
@@ -54,21 +67,40 @@ def test_rows_are_means_and_pairs_differences(runs):
   assert found.endswith('): +2.00')
   assert paired.difference(a, b, 'loss/reverse_kl') == ''
   for path, of_rows in ((a['0'], [1.0, 2.0, 6.0]), (b['0'], [1.0, 1.0, 1.0])):
-    file = path / 'results.json'
-    results = json.loads(file.read_text())
-    metrics = results['best']['evaluators']['loss']['metrics']
-    metrics['forward_kl'] = {'mean': np.mean(of_rows), 'by_row': of_rows}
-    file.write_text(json.dumps(results))
+    with changed(path) as evaluators:
+      evaluators['loss']['metrics']['forward_kl'] = {
+        'mean': np.mean(of_rows),
+        'by_row': of_rows,
+      }
   kl = paired.difference(a, b, 'loss/forward_kl')
   assert kl.startswith('+2.00 (0.')
   assert kl.endswith('): +2.00')
-  # Of another evaluator, whose name begins alike; of fewer prompts.
+  # Of another evaluator, whose name begins alike; of a seed that is no more; of
+  # fewer prompts.
   answers = runs[0] / 'a-seed0/answers'
-  (answers / 'sampled-05-0.jsonl').write_text('{"index": 0, "scores": {}}')
+  for name in ('sampled-05-0', 'sampled-7'):
+    (answers / f'{name}.jsonl').write_text('{"index": 0, "scores": {}}')
   assert paired.difference(a, b, 'sampled/rouge_l') == found
   for file in answers.glob('sampled-[01].jsonl'):
-    file.write_text(file.read_text().rpartition('\n')[0])
+    file.write_text(file.read_text('utf-8').rpartition('\n')[0], 'utf-8')
   assert paired.difference(a, b, 'sampled/rouge_l').endswith('same prompts)')
+
+
+def test_prompts_are_paired_by_what_they_are(runs):
+  a, b = (paired.seeds_of(runs, name) for name in 'ab')
+  # Models that agree, each of which has left another prompt unanswered.
+  for path, of_rows in (
+    (a['0'], [None, 2.0, 6.0, 1.0]),
+    (b['0'], [5.0, None, 6.0, 1.0]),
+  ):
+    with changed(path) as evaluators:
+      evaluators['loss']['metrics']['ce'] = {'mean': 3.0, 'by_row': of_rows}
+  found = paired.difference(a, b, 'loss/ce')
+  assert found == '+0.00 (0.00 to 0.00): +0.00'
+  with changed(b['0']) as evaluators:
+    evaluators['sampled']['data'] = 'of others, as many'
+  found = paired.difference(a, b, 'sampled/rouge_l')
+  assert found == '+2.00 (not of the same prompts)'
 
 
 def test_an_interval_is_of_trainings_and_prompts():

@@ -204,6 +204,7 @@ def test_latex_escapes_what_it_reads_itself():
     ('reverse_kl_gold', True),
     ('ece', True),
     ('unfinished', True),
+    ('sequence_kl_student', True),
     ('rouge_l', False),
     ('accuracy', False),
     ('agreement', False),

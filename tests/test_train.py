@@ -527,6 +527,18 @@ def test_answers_of_another_step_are_not_kept(tmp_path):
     assert [line['step'] for line in lines] == steps
 
 
+def test_what_reads_answers_is_due_with_them():
+  c = base.get_config()
+  c.eval_every = 2
+  c.evals = {
+    'loss': {},
+    'sampled': {'kind': 'generation', 'every': 4},
+    'fidelity': {'of': 'sampled'},
+  }
+  due = {now: loop._due(c, now, 9) for now in (1, 2, 4, 9)}
+  assert due == {1: None, 2: ['loss'], 4: [*c.evals], 9: [*c.evals]}
+
+
 @pytest.mark.slow
 def test_results_and_answers_are_of_the_step_that_is_exported(
   config, tmp_path, monkeypatch

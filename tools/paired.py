@@ -10,7 +10,8 @@ metric is known by prompt (scores of answers, losses), its 95 % interval:
 prompts and trainings are both drawn with replacement (Owen 2007, "The
 pigeonhole bootstrap"), which is wide where neither explains a difference, and
 short where trainings do and are few: of three it then holds the true difference
-in about 75 of 100 cases, of five in 83.
+in about 75 of 100 cases, of five in 83. A prompt that one of the models has
+answered by nothing has no loss, and is left out of all.
 """
 
 import argparse
@@ -33,11 +34,14 @@ def seeds_of(workdirs, name):
   return found
 
 
+def _evaluator(path, metric):
+  best = json.loads((path / 'results.json').read_text('utf-8'))['best']
+  return best['evaluators'].get(metric.partition('/')[0], {})
+
+
 def _measured(path, metric):
-  evaluator, _, name = metric.partition('/')
-  best = json.loads((path / 'results.json').read_text())['best']
-  metrics = best['evaluators'].get(evaluator, {}).get('metrics', {})
-  return metrics.get(name, {'mean': None})
+  metrics = _evaluator(path, metric).get('metrics', {})
+  return metrics.get(metric.partition('/')[2], {'mean': None})
 
 
 def mean_of(path, metric):
@@ -47,15 +51,15 @@ def mean_of(path, metric):
 
 def scores_of(path, metric):
   """{prompt: the mean over answers, or the loss}; None where none is known."""
-  by_row = _measured(path, metric).get('by_row')
-  if by_row is not None:
-    return dict(enumerate(by_row))
+  measured = _measured(path, metric)
+  if 'by_row' in measured:
+    return dict(enumerate(measured['by_row']))
   evaluator, _, name = metric.partition('/')
   found = {}
-  for file in sorted((path / 'answers').glob(f'{evaluator}-*.jsonl')):
-    if not file.stem.removeprefix(f'{evaluator}-').isdigit():
-      continue  # of another evaluator, whose name begins alike
-    for text in file.read_text().splitlines():
+  for seed in measured.get('by_seed', ()):
+    file = path / 'answers' / f'{evaluator}-{seed}.jsonl'
+    # Not splitlines: a text may hold other ends of lines.
+    for text in filter(None, file.read_text('utf-8').split('\n')):
       line = json.loads(text)
       score = line.get('scores', {}).get(name)
       if score is None:
@@ -93,9 +97,19 @@ def difference(a, b, metric):
   scores = [[scores_of(path, metric) for path in pair] for pair in both]
   if any(x is None for pair in scores for x in pair):
     return text
-  if any(x.keys() != y.keys() for x, y in scores):
+  data = {
+    _evaluator(path, metric).get('data') for pair in both for path in pair
+  }
+  if len(data) > 1 or any(x.keys() != y.keys() for x, y in scores):
     return f'{text} (not of the same prompts)'
-  d_SN = np.array([[x[i] - y[i] for i in x] for x, y in scores])
+  answered = [
+    i
+    for i in scores[0][0]
+    if all(x.get(i) is not None for pair in scores for x in pair)
+  ]
+  if not answered:
+    return text
+  d_SN = np.array([[x[i] - y[i] for i in answered] for x, y in scores])
   low, high = interval(d_SN)
   return f'{d_SN.mean():+.2f} ({low:.2f} to {high:.2f}): {text}'
 

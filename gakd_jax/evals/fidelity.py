@@ -70,6 +70,10 @@ class Fidelity:
       if not shown:
         return {}, 0
       found = loss.measure(subject, params, shown, self.batch_size)
+      for value in found.values():
+        if isinstance(value, dict) and 'by_row' in value:
+          known = iter(value['by_row'])
+          value['by_row'] = [next(known) if x else None for x in responses]
       length = sum(len(response) for _, response in shown) / len(shown)
       return {f'{key}_{name}': value for key, value in found.items()}, length
 

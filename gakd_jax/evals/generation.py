@@ -82,9 +82,9 @@ class Generation:
 
   @property
   def scores(self):
-    """Those of each answer."""
+    """Those of each answer; by the first, models are compared."""
     own = () if self.check is None else ('accuracy',)
-    return tasks.get(self.task).scores + own
+    return own + tasks.get(self.task).scores
 
   def metrics(self, has_teacher):
     del has_teacher

@@ -30,6 +30,7 @@ from gakd_jax.settings import Count
 @dataclasses.dataclass(frozen=True)
 class MultipleChoice:
   task: ClassVar[str] = 'choice'
+  scores: ClassVar[tuple] = ('accuracy',)
   seeds: ClassVar[tuple] = (0,)
   teacher_reads_student_ids: ClassVar[bool] = False
 
@@ -48,7 +49,7 @@ class MultipleChoice:
 
   def metrics(self, has_teacher):
     del has_teacher
-    return ('accuracy',)
+    return self.scores
 
   def run(self, subject, params, tag):
     """'accuracy', a percentage; choices go to <workdir>/answers."""

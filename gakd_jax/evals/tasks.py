@@ -14,7 +14,7 @@ class Task:
   Scores lie in [0, 100] and are means over rows, but for `corpus`.
   """
 
-  scores: tuple[str, ...]  # of each answer; the first is what tables show
+  scores: tuple[str, ...]  # of each answer; by the first, models are compared
   corpus: tuple[str, ...] = ()  # of all answers at once
   rule: extract.Rule | None = None  # what an answer says
   gold: extract.Rule | None = None  # and a reference, if that is another

@@ -133,31 +133,33 @@ def _by_set(table):
 def _comparisons(comparisons):
   comparisons = [*comparisons]
   reach = {}  # Of each metric its own scale.
-  for c in comparisons:
+  for c in filter(_is_known, comparisons):
     low, high, metric = abs(c['low']), abs(c['high']), c['metric']
     reach[metric] = max(low, high, reach.get(metric, 0))
   rows, best = [], set()
   for i, c in enumerate(comparisons):
-    if c['low'] > 0 or c['high'] < 0:
-      best.add((i, 4))
-    rows.append(
-      [
-        c['set'],
-        results.title(c['metric']),
-        c['a'],
-        c['b'],
-        f'{c["difference"]:+.2f}',
-        f'{c["low"]:+.2f} to {c["high"]:+.2f}',
-        parts.interval(
-          c['difference'], c['low'], c['high'], reach[c['metric']]
-        ),
+    shown = ['-', '-', '', '-']  # A model's score is no number.
+    if _is_known(c):
+      numbers = c['difference'], c['low'], c['high']
+      middle, low, high = results.difference(*numbers)
+      shown = [
+        middle,
+        f'{low} to {high}',
+        parts.interval(*numbers, reach[c['metric']]),
         '<0.001' if c['p'] < 0.001 else f'{c["p"]:.3f}',
       ]
-    )
+      if c['low'] > 0 or c['high'] < 0:
+        best.add((i, 4))
+    rows.append([c['set'], results.title(c['metric']), c['a'], c['b'], *shown])
   if not rows:
     return ''
   columns = ['set', 'score', 'A', 'B', 'A - B', '95 % interval', '', 'p']
   return parts.table('', columns, rows, note=_BOOTSTRAP, best=best)
+
+
+def _is_known(comparison):
+  difference = comparison['difference']
+  return difference is not None and math.isfinite(difference)
 
 
 def _bars(table, palette):

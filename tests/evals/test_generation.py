@@ -169,6 +169,7 @@ def test_a_function_says_how_right_an_answer_is(run, monkeypatch):
   assert right == 4
   made = generation.Generation('set', ROWS, check=check, seeds=(0, 1))
   assert set(made.metrics(False)) == set(several)
+  assert made.scores[0] == 'accuracy'  # by which models are compared
 
 
 def test_a_check_that_is_none_is_refused_before_the_work(run):

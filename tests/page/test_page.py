@@ -194,7 +194,11 @@ def test_comparisons_say_where_luck_is_no_explanation(tmp_path):
   sure |= {'difference': 2.0, 'low': 1.0, 'high': 4.0, 'p': 0.0001}
   unsure = sure | {'difference': -1.0, 'low': -3.0, 'high': 1.0, 'p': 0.25}
   path = tmp_path / 'report.html'
-  page.write(path, runs, comparisons=[sure, unsure])
+  small = sure | {'metric': 'forward_kl', 'difference': -0.004}
+  small |= {'low': -0.0045, 'high': -0.0031}
+  bad = sure | dict.fromkeys(('difference', 'low', 'high', 'p'))
+  worse = bad | {'difference': float('nan'), 'low': float('nan')}
+  page.write(path, runs, comparisons=[sure, unsure, small, bad, worse])
   html = path.read_text()
   assert _headings(html) == ['Results', 'Comparisons']
   rows = re.findall('<tr>.*?</tr>', html.partition('Comparisons</h2>')[2])
@@ -202,6 +206,10 @@ def test_comparisons_say_where_luck_is_no_explanation(tmp_path):
   shown = 'x ROUGE-L a b +2.00 +1.00 to +4.00 &lt;0.001'
   assert texts[0] == shown.split()
   assert texts[1][-5:] == ['-1.00', '-3.00', 'to', '+1.00', '0.250']
+  assert texts[2][-5:-1] == ['-0.0040', '-0.0045', 'to', '-0.0031']
+  for row in texts[3:]:
+    assert row == ['x', 'ROUGE-L', 'a', 'b', '-', '-', '-']
+  assert 'nan' not in html
   assert '<strong>+2.00</strong>' in html
   assert '<strong>-1.00</strong>' not in html
   # On a scale from -4 to 4, the interval from 1 to 4.
