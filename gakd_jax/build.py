@@ -98,8 +98,7 @@ def build(config, workdir, mesh, force=False, weights=True):
   shapes = [config.student.shape or {}, {}]
   for path, tokenizer, shape in zip(paths, tokenizers, shapes, strict=False):
     shape = models.read_config(path, **shape)
-    _check_vocabulary(path, tokenizer, shape)
-    _check_positions(path, config.data.max_length, shape)
+    check_readable(path, tokenizer, config.data.max_length, shape)
     choose_backend(
       config.attention, shape, config.train.precision, _platform(mesh)
     )
@@ -215,7 +214,6 @@ def _shapes(part, dtype, mesh, blocks=True):
 def _abstract(part, blocks=True):
   """The model of `config.student` or `config.teacher`, without weights."""
   shape, adapters = part.get('shape'), part.get('lora')
-  resolve = models.resolve_base if shape is None else models.resolve
   config = models.read_config(part.path, **(shape or {}))
   if part.get('keep') is not None:
     config = cut.make(part.keep).shape(config)
@@ -223,9 +221,10 @@ def _abstract(part, blocks=True):
     config = models.without_blocks(config)
   return models.abstract(
     config,
-    resolve(part.path, '*config.json'),
+    models.resolve_base(part.path, '*config.json'),
     None if adapters is None else lora.make_config(adapters),
     part.quantize,
+    models.tokenizer_dir(part.path),
   )
 
 
@@ -353,16 +352,14 @@ def _check_choice(config, evaluators, has_teacher):
     )
 
 
-def _check_vocabulary(path, tokenizer, shape):
+def check_readable(path, tokenizer, max_length, shape):
+  """Refuses texts in ids or of a length that a model does not know."""
   largest, rows = tokenizer_lib.size(tokenizer) - 1, shape.vocab_size
   if largest >= rows:
     raise UserError(
       f"{path}: the tokenizer's largest id is {largest} but the model has only "
       f'{rows} embedding rows; use the tokenizer that belongs to the model'
     )
-
-
-def _check_positions(path, max_length, shape):
   if shape.learned_positions and max_length > shape.max_length:
     raise UserError(
       f'config.data.max_length={max_length}, and {path} has learned only '

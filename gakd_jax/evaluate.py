@@ -77,15 +77,13 @@ def _run(config, paths, workdir, force):
   @functools.cache
   def prompters():
     """{model: (template, tokenizer)}."""
-    for path in named.values():
-      models.read_config(path)
-    return {
-      name: (
-        best.template_of(path, config.data.template),
-        tokenizer_lib.load(models.tokenizer_dir(path)),
-      )
-      for name, path in named.items()
-    }
+    found = {}
+    for name, path in named.items():
+      shape = models.read_config(path)
+      tokenizer = tokenizer_lib.load(models.tokenizer_dir(path))
+      build.check_readable(path, tokenizer, config.data.max_length, shape)
+      found[name] = best.template_of(path, config.data.template), tokenizer
+    return found
 
   # What can be wrong of config, data and tokenizers comes up before any weight
   # is loaded.

@@ -12,7 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
-from gakd_jax import models
+from gakd_jax import best, models
+from gakd_jax.models import lora
 from tools import convert_weights
 
 
@@ -68,6 +69,28 @@ def test_a_head_that_is_not_the_embedding_goes_there_and_back(
   assert before.keys() == after.keys()
   for name, x in before.items():
     np.testing.assert_array_equal(x, after[name], err_msg=name)
+
+
+def test_adapters_are_merged(tiny_model_dir, tmp_path):
+  """Into either directory; how they are asked comes along."""
+  model = models.load(tiny_model_dir())
+  lora.attach(model, lora.LoRAConfig(rank=2), 0)
+  for adapter in lora.adapters(model).values():
+    adapter.b[...] = adapter.b[...] + 0.1
+  source = tmp_path / 'adapter'
+  models.save(model, source)
+  (source / best.RECORD).write_text('{}')
+  convert_weights.merge(source, tmp_path / 'merged')
+  convert_weights.to_flax(source, tmp_path / 'flax')
+  convert_weights.to_hf(tmp_path / 'flax', tmp_path / 'back')
+  merged, back = weights(tmp_path / 'merged'), weights(tmp_path / 'back')
+  assert merged.keys() == back.keys()
+  for name, x in merged.items():
+    np.testing.assert_array_equal(x, back[name], err_msg=name)
+  plain = weights(Path(model.source))
+  name = 'model.layers.0.self_attn.q_proj.weight'
+  assert np.abs(merged[name] - plain[name]).max() > 0.01
+  assert (tmp_path / 'merged' / best.RECORD).read_text() == '{}'
 
 
 def test_a_checkpoint_of_another_shape_is_refused(

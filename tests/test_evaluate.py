@@ -354,6 +354,16 @@ def test_scores_against_a_teacher_that_was_replaced_are_refused(
     evaluate.run(config, [paths['small']], tmp_path / 'eval')
 
 
+def test_a_model_that_cannot_read_the_texts_is_refused(
+  config, paths, tiny_model_dir, monkeypatch
+):
+  config.evals = {'loss': {'limit': 2}}
+  few = tiny_model_dir(vocab_size=100)
+  monkeypatch.setattr(models, 'load', lambda *_: pytest.fail('weights'))
+  with pytest.raises(UserError, match='the model has only 100 embedding rows'):
+    evaluate.run(config, [paths['small'], str(few)], few / 'eval')
+
+
 def test_other_tokenizers_are_found_before_any_weight_is_loaded(
   config, paths, tmp_path, monkeypatch
 ):

@@ -30,23 +30,27 @@ import rich.console
 import rich.progress
 from flax import nnx
 
-from gakd_jax import UserError, models
+from gakd_jax import UserError, best, models
 from gakd_jax.models import convert, gguf_files, lora, transformer
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 
 
 def to_flax(source, destination, dtype=None):
-  """Writes the Flax directory of a Hugging Face directory or hub id."""
-  source, destination = models.resolve(source), Path(destination).resolve()
+  """Writes the Flax directory of a Hugging Face directory or hub id.
+
+  Adapters are merged into their base.
+  """
+  destination = Path(destination).resolve()
   new = destination.with_name(destination.name + '.tmp')
   shutil.rmtree(new, ignore_errors=True)
   with _progress() as progress:
-    report = _task(progress, 'reading', _loaded_bytes(source, dtype))
-    model = models.load(source, dtype, report=report)
+    size = _loaded_bytes(models.resolve_base(source), dtype)
+    model = models.load(source, dtype, report=_task(progress, 'reading', size))
+    lora.merge(model)
     report = _task(progress, 'writing', _bytes(transformer.split(model)[1]))
     try:
-      _write_flax(model, source, new)
+      _write_flax(model, new)
     except BaseException:
       shutil.rmtree(new, ignore_errors=True)
       raise
@@ -54,7 +58,7 @@ def to_flax(source, destination, dtype=None):
   new.rename(destination)
 
 
-def _write_flax(model, source, path):
+def _write_flax(model, path):
   params = transformer.split(model)[1]
   # In pieces, of which reading holds a few beside the parameter.
   pieces = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2**27), params)
@@ -63,7 +67,7 @@ def _write_flax(model, source, path):
       path / 'params', args=ocp.args.PyTreeSave(params, save_args=pieces)
     )
   models.write_config(model, path)
-  models.copy_companions(source, path)
+  models.copy_companions(model.companions, path)
 
 
 def to_hf(source, destination):
@@ -88,7 +92,13 @@ def merge(source, destination):
       raise UserError(f'{source}: has no adapters to merge')
     lora.merge(model)
     report = _task(progress, 'writing', size)
-    models.save(model, destination, report=report)
+    record = models.resolve(source) / best.RECORD
+
+    def describe(directory):
+      if record.exists():  # How it is asked.
+        shutil.copyfile(record, directory / best.RECORD)
+
+    models.save(model, destination, report=report, describe=describe)
 
 
 def from_gguf(source, destination, dtype=None):

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from gakd_jax import sharding, stopping
+from gakd_jax import UserError, sharding, stopping
 from gakd_jax.data import encoding, pipeline
 from gakd_jax.data import texts as texts_lib
 from gakd_jax.data import tokenizer as tokenizer_lib
@@ -107,12 +107,20 @@ class MultipleChoice:
       pairs.append((prompt, ids))
       size = {'tokens': len(ids), 'bytes': len(text.encode())}
       sizes.append(size.get(self.normalise, 1))
+    longest = max(len(prompt) + len(option) for prompt, option in pairs)
+    config = subject.models.student_config
+    if config.learned_positions and longest > config.max_length:
+      raise UserError(
+        f'config.evals.{self.name}: a prompt and an option have {longest} '
+        f'tokens, and the model has learned only {config.max_length} positions;'
+        ' lower config.data.max_prompt_length'
+      )
     ways = sharding.batch_ways(subject.mesh)
     batch_size = -(-self.batch_size // ways) * ways
     batches = pipeline.batches(
       texts_lib.of(pairs),
       batch_size=batch_size,
-      max_length=max(len(prompt) + len(option) for prompt, option in pairs),
+      max_length=longest,
       pad_id=tokenizer_lib.pad_id(tokenizer),
       epochs=1,
       rows=sharding.own_rows(batch_size, subject.mesh),

@@ -151,6 +151,7 @@ def read_config(path, **shape) -> DecoderConfig:
   layers = shape.get('layers', config.layers)
   # Of other layers, windows go on in the pattern of the first.
   windows = tuple(itertools.islice(itertools.cycle(config.windows), layers))
+  windows = windows if any(windows) else ()
   try:
     config = dataclasses.replace(config, **{'windows': windows} | shape)
   except TypeError:
@@ -169,14 +170,17 @@ def without_blocks(config):
   return dataclasses.replace(config, layers=0, windows=())
 
 
-def abstract(config, source='', adapters=None, quantize=None) -> Decoder:
+def abstract(
+  config, source='', adapters=None, quantize=None, companions=''
+) -> Decoder:
   """The model with shapes for parameters, at no cost in memory.
 
-  `adapters` is a `lora.LoRAConfig`; for `quantize` see `load`.
+  `adapters` is a `lora.LoRAConfig`; for `quantize` see `load`, for directories
+  `Decoder`.
   """
 
   def make():
-    model = Decoder(config, nnx.Rngs(0), source=str(source))
+    model = Decoder(config, nnx.Rngs(0), source, companions)
     _quantize(model, quantize)
     if adapters is not None:
       lora.attach(model, adapters, 0)
@@ -210,7 +214,9 @@ def load(
   config = read_config(base)
   if not blocks:
     config = without_blocks(config)
-  definition, _ = transformer.split(abstract(config, base, quantize=quantize))
+  definition, _ = transformer.split(
+    abstract(config, base, quantize=quantize, companions=tokenizer_dir(path))
+  )
   shapes = transformer.split(abstract(config, base))[1]
   params = convert.load_params(
     base, config, shapes, dtype, mesh, report, quantize
@@ -226,15 +232,15 @@ def init(path, seed, dtype=None, mesh=None, quantize=None, **shape) -> Decoder:
 
   `shape` replaces fields of its `DecoderConfig`; for the others see `load`.
   """
-  path = resolve(path)
   config = read_config(path, **shape)
+  directories = resolve_base(path), tokenizer_dir(path)
   definition, shapes = transformer.split(
-    abstract(config, path, quantize=quantize)
+    abstract(config, directories[0], None, quantize, directories[1])
   )
 
   def make():
     rngs = nnx.Rngs(keys.of(seed, 'student'))
-    model = Decoder(config, rngs, source=str(path))
+    model = Decoder(config, rngs, *directories)
     _quantize(model, quantize)
     return transformer.cast(transformer.split(model)[1], dtype or jnp.float32)
 
@@ -263,7 +269,7 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None, describe=None):
   """Writes a directory that transformers loads unchanged.
 
   Weights keep their dtype, and config.json names that of the computation;
-  tokenizer files of the model's source come along.
+  tokenizer files come along (`Decoder`).
   Of a model with adapters these alone are written, as PEFT does.
   The directory appears whole or not at all: an earlier one stays until the
   new one is complete; before that `describe(directory)` may add to it. All that
@@ -284,7 +290,6 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None, describe=None):
       f'{path}: a model whose projections are quantized cannot be saved; load '
       'it without `quantize`'
     )
-  source = Path(model.source) if model.source else None
   new, old = (path.with_name(path.name + end) for end in ('.tmp', '.old'))
   first = jax.process_index() == 0
   try:
@@ -298,8 +303,8 @@ def save(model, path, max_shard_bytes=5 * 10**9, report=None, describe=None):
     elif first:
       peft.save(model, new)
     if first:
-      if source:
-        copy_companions(source, new)
+      if model.companions:
+        copy_companions(model.companions, new)
       prompts.say_ends(new)
       if describe is not None:
         describe(new)

@@ -183,8 +183,9 @@ def load_params(
   # The largest first, while there is room for it twice.
   for name in sorted(shapes, key=lambda name: -math.prod(shapes[name])):
     shape = shapes[name]
-    if not math.prod(shape):
-      flat[name] = jnp.zeros(shape, dtype)
+    if not math.prod(shape):  # Of what there is, the dtype is the embedding's.
+      there = found[family.names['embedding']].dtype
+      flat[name] = jnp.zeros(shape, dtype or weight_files.DTYPES[there])
       continue
     stored = {
       weight_files.DTYPES[found[part.tensor].dtype] for part in where[name]

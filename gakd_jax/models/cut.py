@@ -87,10 +87,11 @@ class Keep:
         )
     places = self.places(config, influence_L)
     kv_heads = self.kv_heads or config.kv_heads
+    windows = tuple(config.windows[l] for l in places if config.windows)
     found = dataclasses.replace(
       config,
       layers=len(places),
-      windows=tuple(config.windows[l] for l in places if config.windows),
+      windows=windows if any(windows) else (),
       ff_width=self.ff_width or config.ff_width,
       kv_heads=kv_heads,
       heads=config.heads // config.kv_heads * kv_heads,
@@ -137,7 +138,9 @@ def cut(model, keep, batches=(), mesh=None):
   if mesh is not None:
     flat = jax.device_put(flat, sharding.shardings(flat, mesh))
   new = nnx.eval_shape(
-    lambda: transformer.Decoder(smaller, nnx.Rngs(0), source=model.source)
+    lambda: transformer.Decoder(
+      smaller, nnx.Rngs(0), model.source, model.companions
+    )
   )
   return nnx.merge(transformer.split(new)[0], convert.unflatten(flat))
 

@@ -282,7 +282,17 @@ def config_from_hf(hf, where):
 
 
 def check(config, where):
-  """Refuses a `DecoderConfig` that no config.json of its family can say."""
+  """Refuses a `DecoderConfig` that no config.json of its family can say.
+
+  Nor one that transformers refuses: it asks of two families a width that is a
+  multiple of the heads, whatever a head's own width.
+  """
+  if config.family in ('llama', 'gemma2') and config.width % config.heads:
+    raise UserError(
+      f'{where}: {config.heads} heads: transformers reads no {config.family} '
+      f'model whose width, {config.width}, is no multiple of them; keep '
+      'another number'
+    )
   written = config_from_hf(config_to_hf(config, {}), where)
   ours, theirs = dataclasses.asdict(config), dataclasses.asdict(written)
   lost = [f'{k}={x!r}' for k, x in ours.items() if theirs[k] != x]

@@ -10,7 +10,8 @@ zeros, a layer without an adapter is all zeros, and a smaller scale is in B.
 
 GPT-2 keeps queries, keys and values in one projection. Three adapters of rank
 r are written as one of rank 3r, with the Bs as blocks: the same function. It
-is read as three that share an A.
+is read as three again where its Bs are such blocks, else as three that share an
+A.
 """
 
 import json
@@ -85,7 +86,11 @@ def load_into(model, path, place=None):
     pairs = zip(modules, adapters, strict=True)
     used.update(*(_keys(module) for module, adapter in pairs if adapter))
     a, b, scale, uneven = _stacked(adapters)
-    b = b[..., where.index * n_out : (where.index + 1) * n_out]
+    ranks = _ranks(b, where)
+    a = a[..., ranks]
+    b = b[:, ranks, where.index * n_out : (where.index + 1) * n_out]
+    if not a.shape[-1]:
+      continue
     linear.lora = lora.LoRA(
       *jax.device_put((a, b), place),
       scale,
@@ -167,6 +172,16 @@ def _stacked(adapters):
       b[l, :own] = adapter.b * np.float32(adapter.scale / scale)
   kinds = {adapter and (adapter.a.shape, adapter.scale) for adapter in adapters}
   return a, b, scale, len(kinds) > 1
+
+
+def _ranks(b, where):
+  """Of an adapter of several projections, the ranks that one of them uses.
+
+  All, unless B [L, rank, out] has a block for each, as `save` writes it.
+  """
+  used = np.stack([x.any((0, 2)) for x in np.split(b, where.of, axis=-1)])
+  are_blocks = where.of > 1 and used.any() and used.sum(0).max() == 1
+  return used[where.index] if are_blocks else slice(None)
 
 
 def _is_copy(model, name, x):

@@ -139,15 +139,17 @@ class Decoder(nnx.Module):
 
   Its parameters are fp32 when made and keep whatever dtype they are given:
   the dtype of the projections is the compute dtype, so mixed precision is a
-  cast of the parameter tree. `source` is the directory that the model was
-  loaded from, whose tokenizer travels with it.
+  cast of the parameter tree. `source` is the directory whose config.json it has
+  (and of adapters, the base), `companions` that whose tokenizer travels with
+  it: the same, or an adapter's.
   """
 
   cache_kind = None  # of `caches.KINDS`, by `decoding.unstack`; None: exact
 
-  def __init__(self, config, rngs, source=''):
+  def __init__(self, config, rngs, source='', companions=''):
     self.config = config
-    self.source = source
+    self.source = str(source)
+    self.companions = str(companions or source)
     # With a tied head, logits of a fresh model are then about 1, whatever its
     # width, and what a scaled embedding puts into the residual stream is, too.
     init = nnx.initializers.normal(config.width**-0.5)

@@ -230,6 +230,21 @@ def test_the_option_with_the_highest_log_probability(
   }
 
 
+def test_options_beyond_learned_positions_are_refused(parts, tmp_path):
+  subject, params, *_ = parts
+  config = dataclasses.replace(
+    subject.models.student_config, learned_positions=True, max_length=9
+  )
+  subject = dataclasses.replace(
+    subject,
+    workdir=tmp_path,
+    models=dataclasses.replace(subject.models, student_config=config),
+  )
+  choices = multiple_choice.MultipleChoice('set', CHOICES)
+  with pytest.raises(UserError, match='tokens, and the model has learned only'):
+    choices.run(subject, params, 0)
+
+
 def test_a_model_that_says_nan_is_wrong(parts, tmp_path, monkeypatch):
   subject, params, *_ = parts
   subject = dataclasses.replace(subject, workdir=tmp_path)

@@ -66,6 +66,11 @@ def test_kernels_are_the_transpose_of_what_is_stored(source):
   )
 
 
+def test_a_head_alone_computes_in_what_is_stored(tiny_model_dir):
+  model = models.load(tiny_model_dir(dtype='bfloat16'), blocks=False)
+  assert model.dtype == 'bfloat16'
+
+
 def test_dtype_casts_on_loading(source):
   params = split(models.load(source, dtype='bfloat16'))[1]
   assert {str(x.dtype) for x in jax.tree.leaves(params)} == {'bfloat16'}

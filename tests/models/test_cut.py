@@ -167,6 +167,7 @@ def test_layers_by_place():
       make(**keep).shape(config)
   mixed = dataclasses.replace(config, windows=(4, 0) * 15)
   assert make(layers=(0, 3)).shape(mixed).windows == (4, 0)
+  assert make(layers=(1, 3)).shape(mixed).windows == ()
   with pytest.raises(UserError, match='name the layers'):
     make(layers=3, by='importance').shape(mixed)
 
@@ -174,6 +175,19 @@ def test_layers_by_place():
 def test_what_no_model_of_the_family_can_be_is_refused(model_of):
   with pytest.raises(UserError, match='no gpt2 model has'):
     cut.cut(model_of('gpt2'), make(kv_heads=2), TEXTS)
+
+
+@pytest.mark.parametrize('family', ['llama', 'gemma2', 'qwen3'])
+def test_a_width_that_transformers_refuses_is_refused(family, tmp_path):
+  cases = {'qwen3': 'qwen3_window', 'llama': 'llama_untied'}
+  case = make_goldens.CASES[cases.get(family, family)]
+  path = make_goldens.write_directory(case, tmp_path / 'model')
+  config = models.read_config(path, width=64, heads=8, kv_heads=4, windows=())
+  if family == 'qwen3':
+    assert make(kv_heads=3).shape(config).heads == 6
+    return
+  with pytest.raises(UserError, match='6 heads: transformers reads no'):
+    make(kv_heads=3).shape(config)
 
 
 @pytest.fixture

@@ -167,6 +167,40 @@ def test_peft_directory_round_trip(directory, tmp_path):
   )
 
 
+def test_adapters_that_were_written_go_on(directory, tmp_path):
+  """GPT-2's too, three of which are one in the file."""
+  model = with_adapters(directory)
+  want = logits(model)
+  for path in (tmp_path / 'once', tmp_path / 'twice'):
+    models.save(model, path)
+    model = models.load(path)
+    lora.resume(model, SOME, path)
+    np.testing.assert_allclose(logits(model), want, atol=1e-6)
+
+
+def test_an_adapter_s_own_tokenizer_travels_with_it(qwen, tmp_path):
+  """That of the base has no such template, and ends elsewhere."""
+  adapter = tmp_path / 'adapter'
+  models.save(with_adapters(qwen), adapter)
+  (qwen / 'chat_template.jinja').unlink(missing_ok=True)
+  (adapter / 'chat_template.jinja').write_text('its own')
+  merged = models.load(adapter)
+  lora.merge(merged)
+  for name, model in {
+    'again': models.load(adapter),
+    'merged': merged,
+    'new': models.init(adapter, 0),
+    'abstract': models.abstract(
+      models.read_config(adapter), qwen, companions=adapter
+    ),
+  }.items():
+    assert model.source == str(qwen), name
+    assert model.companions == str(adapter), name
+  models.save(merged, tmp_path / 'merged')
+  template = tmp_path / 'merged/chat_template.jinja'
+  assert template.read_text() == 'its own'
+
+
 def test_what_is_written_is_what_peft_writes(tmp_path):
   case = make_goldens.CASES['qwen2_untied']
   base = make_goldens.write_directory(case, tmp_path / 'base')
