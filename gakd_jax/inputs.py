@@ -107,7 +107,7 @@ def first_rows(config, tokenizer, n):
     sources.identity(c.train),
     tokenizer,
     template=c.template,
-    rules=sources.Rules(c.on_bad_row, True, c.turns),
+    rules=sources.Rules(c.on_bad_row, False, c.turns),  # Prompts are text, too.
     thinking=c.thinking,
     root=c.cache,
   )
@@ -156,6 +156,17 @@ def _check(settings, spec):
     )
 
 
+def _refuse_unseen(weights, texts):
+  """Of parts that have so few rows that an epoch would have none of them."""
+  times = np.asarray(weights)[texts.sets]
+  for value in np.unique(times[times > 0]):
+    if round(value * np.sum(times == value)) == 0:
+      raise UserError(
+        f'config.data.weights={weights}: {value} of {np.sum(times == value)} '
+        'rows is none in any epoch; raise it'
+      )
+
+
 def _refuse_long(rules, spec, texts, most):
   """Raises the first row whose prompt is too long, if rows are not skipped."""
   if rules.on_bad_row == 'fail':
@@ -172,6 +183,8 @@ def training_batches(run):
     found = texts(
       c, teacher_answers(run), run.reading, run.writer, run.objective.align
     )
+  if c.data.weights is not None:
+    _refuse_unseen(c.data.weights, found)
   cached = None
   if c.teacher.cache == 'data':
     cached = found.known.kept(found)

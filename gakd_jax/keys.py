@@ -3,8 +3,9 @@
 import jax
 
 # Whom a row's key is folded for beside the tokens of its response, from 0 on:
-# the teacher that draws instead, what accepts a draft, who writes the row.
-TEACHER, ACCEPTANCE, SHARE = ((1 << 31) + i for i in range(3))
+# the teacher that draws instead, what accepts a draft, who writes the row, and
+# how often the same step has had the row before, from there on.
+TEACHER, ACCEPTANCE, SHARE, AGAIN = ((1 << 31) + i for i in range(4))
 CONSUMERS = ('student', 'adapters', 'method', 'step', 'writer')
 
 

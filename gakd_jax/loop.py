@@ -4,6 +4,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gakd_jax import (
   Interrupted,
@@ -164,7 +165,8 @@ class Texts:
       batches.append(batch)
       found = {k: float(x) for k, x in jax.device_get(found).items()}
       shapes = [x.shape for x in jax.tree.leaves(batch)]
-      metrics.append({'metrics': found, 'shapes': shapes})
+      is_scored = batch.old_log_BT is not None
+      metrics.append({'metrics': found, 'shapes': shapes, 'scored': is_scored})
     place = places[0] if places else self._batches.get_state()
     return batches, {'data': place, 'ahead': metrics}
 
@@ -177,6 +179,9 @@ class Texts:
     self._ahead = [*zip(places, given, host['ahead'], strict=True)]
     found = []
     for batch, about in zip(given, host['ahead'], strict=True):
+      if about.get('scored'):
+        zeros_BT = np.zeros(batch.student.ids_BT.shape, np.float32)
+        batch = batch.replace(old_log_BT=zeros_BT)
       leaves, tree = jax.tree.flatten(
         writing.as_it_is(batch, self._run.mesh, self._run.writer.group)
       )

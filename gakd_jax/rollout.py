@@ -129,6 +129,18 @@ class Teacher(Dataset):
         'the temperature, or take 1'
       )
 
+  def check(self, config):
+    if config.data.turns != 'last':
+      raise UserError(
+        f'config.data.turns={config.data.turns!r}: the teacher answers the '
+        "last turn of a conversation; set it to 'last'"
+      )
+    if config.data.weights is not None:
+      raise UserError(
+        'config.data.weights: all that the teacher answers is one data set; '
+        'leave them out'
+      )
+
 
 @dataclasses.dataclass(frozen=True)
 class Student(Dataset):

@@ -20,8 +20,11 @@ class Training:
   init: Callable  # () -> the state at step 0
 
 
-def optimizer(config, total_steps):
-  """The optax chain of an optimizer's config, and its schedule."""
+def optimizer(config, total_steps, updates=1):
+  """The optax chain of an optimizer's config, and its schedule.
+
+  `updates` of it make one of the steps that the schedule counts.
+  """
   settings = config.to_dict()
   rate = settings.pop('learning_rate')
   schedule = optim.make_schedule(
@@ -31,16 +34,20 @@ def optimizer(config, total_steps):
     warmup_steps=settings.pop('warmup_steps'),
     end=settings.pop('end'),
   )
+  by_update = schedule if updates == 1 else lambda n: schedule(n // updates)
   extra = settings.pop('extra_learning_rate', None)
   extra_rate = 1.0 if extra is None else extra / rate
-  return optim.make(schedule, extra_rate=extra_rate, **settings), schedule
+  return optim.make(by_update, extra_rate=extra_rate, **settings), schedule
 
 
 def make(run, steps_per_epoch, total):
   """The `Training` of a run of `total` steps; nothing is allocated."""
   c = run.config
   main, schedule = optimizer(c.optimizer, total)
-  critic_optimizer, _ = optimizer(c.critic_optimizer, total)
+  updates = run.objective.critic_steps
+  if run.objective.critic_by_microbatch:
+    updates *= microbatches(c)
+  critic_optimizer, _ = optimizer(c.critic_optimizer, total, updates)
 
   spikes = c.train.skip_spikes
 

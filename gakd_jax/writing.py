@@ -36,6 +36,14 @@ def write(writer, models, params, tokens, rows_B, steps_B, key):
     fold_in(key, steps_B), rows_B.astype(jnp.uint32)
   )
   is_written_B = rows_B >= 0
+  # A row that the data's weights repeat in a step gets other answers each time.
+  is_same_BB = (rows_B[None] == rows_B[:, None]) & (
+    steps_B[None] == steps_B[:, None]
+  )
+  times_B = jnp.sum(jnp.tril(is_same_BB, -1), axis=1) // writer.group
+  number_B = jnp.uint32(keys.AGAIN) + times_B.astype(jnp.uint32)
+  again_B = jax.vmap(jax.random.fold_in)(key_B, number_B)
+  key_B = jnp.where(times_B > 0, again_B, key_B)
   if writer.group > 1:
     number_B = jnp.arange(len(rows_B)) % writer.group
     key_B = jax.vmap(jax.random.fold_in)(key_B, number_B)

@@ -76,6 +76,20 @@ def test_settings_that_do_not_fit(config, tokenizer, settings, said):
     texts_of(config, tokenizer)
 
 
+def test_parts_that_no_epoch_would_have_are_refused(config, tokenizer):
+  texts = texts_of(config, tokenizer)
+  inputs._refuse_unseen((0.2,), texts)  # of three rows, one
+  with pytest.raises(UserError, match=r'0.1 of 3 rows is none in any epoch'):
+    inputs._refuse_unseen((0.1,), texts)
+
+
+def test_importance_may_be_measured_on_prompts(config, tokenizer):
+  with open(config.data.train, 'w') as file:
+    file.write(json.dumps({'prompt': 'abc'}) + '\n')
+  [(_, segments_BT)] = inputs.first_rows(config, tokenizer, 4)
+  assert segments_BT.sum() >= 3
+
+
 def test_rows_are_those_of_the_texts(config, tokenizer):
   found = texts_of(config, tokenizer)
   writer = rollout.make('dataset')

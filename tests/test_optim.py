@@ -6,12 +6,27 @@ import numpy as np
 import optax
 import pytest
 
-from gakd_jax import UserError, optim
+from configs import base
+from gakd_jax import UserError, optim, training
 
 
 def _rates(steps, *args, **kwargs):
   schedule = optim.make_schedule(*args, **kwargs)
   return [float(schedule(step)) for step in steps]
+
+
+def test_a_critic_of_several_updates_a_step_has_the_rate_of_the_step():
+  c = base.get_config().critic_optimizer
+  c.schedule, c.weight_decay, c.learning_rate = 'cosine', 0.0, 1.0
+  made, schedule = training.optimizer(c, 10, updates=3)
+  params = {'kernel': jnp.zeros(())}
+  state, rates = made.init(params), []
+  for _ in range(9):  # Adam's update of a gradient that stays is the rate.
+    update, state = made.update({'kernel': jnp.ones(())}, state, params)
+    rates.append(-float(update['kernel']))
+  want = [float(schedule(n // 3)) for n in range(9)]
+  assert len(set(want)) == 3
+  np.testing.assert_allclose(rates, want, rtol=1e-3)
 
 
 def test_a_constant_rate():

@@ -255,6 +255,15 @@ def test_a_prompt_has_several_responses_and_that_of_the_data_beside_them():
   )
 
 
+def test_a_row_that_a_step_has_twice_gets_other_answers():
+  fewer = dataclasses.replace(SEVERAL, samples=2, beside=False)
+  [(once, _)] = write(fewer, batch_of((5, 1)))
+  [(batch, _)] = write(fewer, batch_of((5, 5, 1, 5)))
+  ids = batch.student.ids_BT.tolist()
+  np.testing.assert_array_equal(once.student.ids_BT, [*ids[:2], *ids[4:6]])
+  assert len({tuple(ids[i]) for i in (0, 1, 2, 3, 6, 7)}) > 4
+
+
 @pytest.mark.slow
 def test_groups_are_written_ahead_and_on_devices_of_their_own():
   group = [batch_of(ROWS), batch_of((9, 10, 11, 12, 0, 1, 2, 3), 14)]
@@ -467,6 +476,15 @@ def test_bad_settings_are_one_line(settings, words):
     (
       {'objective.name': 'distillm2', 'rollout.writer': 'speculative'},
       ['distillm2', "writer='student'"],
+    ),
+    ({'objective.name': 'distillm2'}, ['rollout.share=1', 'lower it']),
+    (
+      {'rollout.writer': 'teacher', 'data.turns': 'all'},
+      ["config.data.turns='all'", "set it to 'last'"],
+    ),
+    (
+      {'rollout.writer': 'teacher', 'data.weights': (1.0, 2.0)},
+      ['config.data.weights', 'leave them out'],
     ),
   ],
   ids=str,

@@ -376,6 +376,14 @@ def test_evaluations_have_the_whole_teacher(config, tmp_path):
     ),
     ({'objective': {'name': 'mcw'}}, "'mcw' reads the prompts as well"),
     (
+      {'objective': {'name': 'gakd', 'reference': True}, 'data.packing': False},
+      "'gakd' reads the prompts as well",
+    ),
+    (
+      {'objective': {'name': 'dskd_cma', 'reference': True}},
+      "'dskd_cma' reads the prompts as well",
+    ),
+    (
       {'objective': {'name': 'gakd'}, 'teacher.cache': 'top_k'},
       "cache='top_k': config.objective asks more.*; take 'hidden'$",
     ),

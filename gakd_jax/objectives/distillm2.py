@@ -28,6 +28,11 @@ class DistiLLM2(base.Objective):
         "config.objective: distillm2 tells the teacher's text from the "
         "student's; set config.rollout.writer='student', and a share"
       )
+    if config.rollout.get('share', 1) == 1 and not config.rollout.get('beside'):
+      raise UserError(
+        'config.rollout.share=1: all would be the text of the student; lower '
+        'it, or set config.rollout.beside'
+      )
 
   def loss(self, student, teacher, batch, own, key):
     del own, key

@@ -57,6 +57,10 @@ class DSKD(base.Objective):
   def one_tokenizer(self):
     return not self.attention
 
+  @property
+  def reads_prompts(self):
+    return self.reference  # The deviation of all that there is.
+
   def init(self, key, student, teacher, mesh=None):
     D, E = student.width, teacher.width
     sizes = {'t2s': (E, D), 's2t': (D, E)}

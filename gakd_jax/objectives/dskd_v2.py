@@ -131,7 +131,10 @@ class DSKDv2(base.Objective):
     n, n_pairs = batch.totals['tokens'], batch.totals['pairs']
     n_targets = n_hits = n_pairs
     if self.reference:
+      # Counted of these rows; of several microbatches, each has its share.
+      share = jnp.sum(mask_BT) / n
       counts = jax.lax.stop_gradient(sums(numbers)[1])
+      counts = {k: x / jnp.maximum(share, 1e-9) for k, x in counts.items()}
       n_targets = jnp.maximum(counts['targets'], 1)
       n_hits = (
         jnp.maximum(counts['hits'], 1e-3) if self.agreement else n_targets

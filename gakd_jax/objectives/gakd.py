@@ -79,6 +79,10 @@ class GAKD(base.Objective):
   def critic_by_microbatch(self):
     return self.reference
 
+  @property
+  def reads_prompts(self):
+    return self.reference
+
   def check(self, config):
     if self.reference and config.data.packing:
       raise UserError(

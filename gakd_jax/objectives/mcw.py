@@ -30,7 +30,8 @@ Solvers, all at entropy 0.1 (`epsilon`) between uniform marginals:
 plan is nearly a b', and the loss <P, C>, with the gradient through them. Both
 OTs are means over texts that are added to *sums* over tokens, so that they
 weigh 1 / tokens. Semi-dual: 4 ascents for every text in turn, which go on from
-one text to the next. DSKD is its own `reference`, and teachers are mixed with
+one text to the next, and begin anew with each batch (`config.critic_optimizer`
+does nothing). DSKD is its own `reference`, and teachers are mixed with
 what the student has at padding, too.
 
 A row holds one text: no packing.

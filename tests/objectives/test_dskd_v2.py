@@ -112,6 +112,23 @@ def test_recorded_values(name):
     cross.assert_near(d['kernel'].T, z[f'grad.{name}_w'])
 
 
+class _OneOfTwo(DSKDv2):
+  """A microbatch, of two with as many tokens."""
+
+  def count(self, batch):
+    return {name: 2 * n for name, n in super().count(batch).items()}
+
+
+def test_a_reference_of_microbatches_weighs_as_much():
+  _, objective, inputs = recorded('dskdv2_eta_a')
+  (want, terms), _ = cross.run(objective, *inputs)
+  half = _OneOfTwo(**vars(objective))
+  (got, halves), _ = cross.run(half, *inputs)
+  np.testing.assert_allclose(2 * got, want, rtol=1e-6)
+  for name in ('ce', 't2s_ce', 't2s', 's2t'):
+    np.testing.assert_allclose(2 * halves[name], terms[name], rtol=1e-6)
+
+
 def test_identical_models_are_projected_into_themselves():
   _, objective, (student, _, batch, _) = recorded('dskdv2_same_vocab_a')
   own = objective.begin(Own(), trained(student, student, {}), {})
