@@ -357,6 +357,6 @@ def test_a_step_is_planned_with_the_log_probabilities_of_an_old_writer(config):
 @pytest.mark.slow
 def test_a_step_is_planned_that_knows_who_wrote_a_row(config):
   config.data.max_prompt_length = 16
-  config.rollout = {'writer': 'student', 'max_new_tokens': 16}
+  config.rollout = {'writer': 'student', 'max_new_tokens': 16, 'share': 0.5}
   config.objective = {'name': 'distillm2'}
   assert planned(config).bytes['batch'] == B * T * (4 + 4 + 1)
