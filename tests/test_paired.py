@@ -66,6 +66,11 @@ def test_rows_are_means_and_pairs_differences(runs):
   assert found.startswith('+2.00 (1.')
   assert found.endswith('): +2.00')
   assert paired.difference(a, b, 'loss/reverse_kl') == ''
+  for path in (a['0'], b['0']):
+    with changed(path) as evaluators:  # By seed, but of no answer.
+      nats = {'mean': 1.0, 'by_seed': {'0': 1.0}}
+      evaluators['own'] = {'metrics': {'nats': nats}}
+  assert paired.difference(a, b, 'own/nats') == '+0.00'
   for path, of_rows in ((a['0'], [1.0, 2.0, 6.0]), (b['0'], [1.0, 1.0, 1.0])):
     with changed(path) as evaluators:
       evaluators['loss']['metrics']['forward_kl'] = {

@@ -30,6 +30,14 @@ def test_rows_come_back_as_they_were(tmp_path, capsys):
       'history': [['Hi', 'Ho']],
       'answer': 'a',
     },
+    {
+      'messages': [
+        {'role': 'user', 'content': 'Hi'},
+        {'role': 'assistant', 'content': 'Bad.', 'weight': 0},
+        {'role': 'user', 'content': 'And now?'},
+        {'role': 'assistant', 'content': 'Good.', 'weight': 1},
+      ]
+    },
     {'instruction': '', 'output': 'x'},
     {'instruction': 'x', 'output': 'y', 'answer': '\ud800'},
     {'instruction': 'x', 'output': 'y', 'images': ['a.png']},
@@ -37,15 +45,19 @@ def test_rows_come_back_as_they_were(tmp_path, capsys):
   source.write_text(json.dumps(records))
   assert prepare_data.main([str(source), str(made)]) == 0
   assert (
-    '5 rows, 1 skipped: empty prompt, 1 skipped: has images, which no template '
+    '6 rows, 1 skipped: empty prompt, 1 skipped: has images, which no template '
     'shows, 1 skipped: not UTF-8\n'
   ) in capsys.readouterr().out
 
   def of(path):
+    rules = sources.Rules('skip', True, 'all')
     return [
       (r.instruction, r.input, r.references, r.messages, r.answer)
-      for r in sources.load(str(path))[0]
+      for _, _, r in sources.stream(str(path), rules)
+      if isinstance(r, sources.Row)
     ]
+
+  assert not any('Bad.' in x[2] for x in of(source))
 
   assert of(made) == of(source)
 

@@ -58,6 +58,8 @@ def scores_of(path, metric):
   found = {}
   for seed in measured.get('by_seed', ()):
     file = path / 'answers' / f'{evaluator}-{seed}.jsonl'
+    if not file.exists():
+      return None  # of a metric that is none of an answer
     # Not splitlines: a text may hold other ends of lines.
     for text in filter(None, file.read_text('utf-8').split('\n')):
       line = json.loads(text)

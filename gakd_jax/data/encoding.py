@@ -49,7 +49,7 @@ def encode_batch(tokenizer, rows, template, thinking='refuse'):
   def ids_of(row, texts, ids):
     special.check(row.where, texts[0], ids[0])
     special_too.check(row.where, texts[1], ids[1])
-    prompt = _some(row, start + ids[0])
+    prompt = _some(row, _begun(start, ids[0]))
     return prompt, [*ids[1], end] if row.references else []
 
   texts = [_tried(texts_of, row) for row in rows]
@@ -72,6 +72,11 @@ def _tried(function, *arguments):
     return function(*arguments)
   except BadRow as error:
     return error
+
+
+def _begun(start, ids):
+  """With the ids before a prompt, which one that was rendered has already."""
+  return ids if ids[: len(start)] == start else start + ids
 
 
 def _some(row, prompt):
@@ -131,7 +136,7 @@ def fit_prompt(tokenizer, row, template, max_prompt_length):
     text = _prompt(tokenizer, _with_texts(row, texts), template, special)
     (ids,) = special_lib.ids(tokenizer, [text])
     special.check(row.where, text, ids)
-    return start + ids
+    return _begun(start, ids)
 
   texts = _texts(row)
   ids = ids_of(texts)

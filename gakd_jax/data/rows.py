@@ -24,7 +24,7 @@ from gakd_jax.data.records import BadRow
 # A prompt, and what its response may be called, in order of priority.
 _FIELDS = {
   'instruction': ('output', 'response'),
-  'question': ('answer',),
+  'question': ('answer', 'response'),
   'prompt': ('response', 'completion'),
   'query': ('response',),
 }
@@ -170,7 +170,7 @@ def _pair(where, record, need_response):
       raise BadRow(where, f'{key} is not text')
   if not (prompt.strip() or extra.strip()):
     raise BadRow(where, 'empty prompt')
-  if records.is_nothing(record.get(response_key, [])):
+  if record.get(response_key) in (None, '', []):  # '[]' is an answer.
     record = record | {response_key: answer}
   row = Row(
     instruction=prompt,
@@ -310,7 +310,9 @@ def _turn(where, message):
     raise BadRow(where, 'messages need a role and text as content')
   if role not in _ROLES:
     raise BadRow(where, f'a turn of role {role[:40]!r}')
-  return {'role': _ROLES[role], 'content': content}
+  turn = {'role': _ROLES[role], 'content': content}
+  # Written again, it is not trained on either.
+  return turn | ({} if _weight(where, message) else {'weight': 0})
 
 
 def _part(where, part):

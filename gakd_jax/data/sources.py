@@ -72,9 +72,12 @@ def stream(spec, rules):
 def column(spec, rules, name):
   """Yields (place, where, what its record has under a name or None) of rows.
 
-  Of the rows that the turns of one record are, it is of the last.
+  Bad rows are left out. Of the rows that the turns of one record are, it is of
+  the last.
   """
   for _, place, row, record in _stream(spec, rules):
+    if isinstance(row, BadRow):
+      continue
     value = record.get(name) if isinstance(record, dict) else None
     yield place, row.where, value
 
@@ -282,6 +285,12 @@ def _of_one_split(path, files):
     raise UserError(
       f'{path}: has data in {", ".join(sorted(homes))}; name one of these'
     )
+  several = {_named(path, file) for file in by_split.get('train', ())}
+  if len(several) > 1:
+    raise UserError(
+      f'{path}: has several training sets ({", ".join(sorted(several))}); name '
+      'the files'
+    )
   if len(by_split) == 1 or by_split.keys() == {'train', None}:
     return files
   if None in by_split or 'train' not in by_split:
@@ -291,6 +300,15 @@ def _of_one_split(path, files):
       'clear; name the files'
     )
   return by_split['train']
+
+
+def _named(path, file):
+  """The part of a file's name that says its split, up to a shard's number."""
+  parts = [x.partition('.')[0].lower() for x in file.relative_to(path).parts]
+  named = [
+    x for x in parts if set(re.findall('[a-z]+', x)) & _SPLIT_WORDS.keys()
+  ]
+  return re.split(r'[\W_]*\d', named[-1])[0]
 
 
 def _is_listed(path):

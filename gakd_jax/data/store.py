@@ -90,7 +90,7 @@ def _locked(path):
       raise
     raise UserError(
       f'{path.parent}: cannot write there ({error.strerror}); name another '
-      'directory for config.data.cache'
+      'directory for config.data.cache, or GAKD_JAX_CACHE'
     ) from error
   with file:
     with contextlib.suppress(OSError):

@@ -1,6 +1,7 @@
 """Tokenizers: loading them, and telling whether two are the same."""
 
 import hashlib
+import importlib.metadata
 import os
 import tempfile
 from pathlib import Path
@@ -21,6 +22,8 @@ _PROBES = (
 )
 
 
+# What renders and splits texts.
+_LIBRARIES = 'transformers', 'tokenizers', 'jinja2'
 _WANTED = 'give a directory with tokenizer.json, or a hub id'
 # Of a directory, beside the vocabularies of older formats.
 _FILES = (
@@ -101,12 +104,20 @@ def size(tokenizer):
 
 
 def identity(tokenizer):
-  """A text that differs between tokenizers, wherever they lie."""
+  """A text that differs between tokenizers, wherever they lie.
+
+  And between versions of what renders and splits texts.
+  """
   with tempfile.TemporaryDirectory() as directory:
     tokenizer.save_pretrained(directory)
     files = sorted(Path(directory).rglob('*.*'))
+    ends = Path(tokenizer.name_or_path) / 'generation_config.json'
+    files += [ends] * ends.exists()
     return fingerprint.digest(
-      [[f.name, hashlib.sha256(f.read_bytes()).hexdigest()] for f in files]
+      [
+        *([f.name, hashlib.sha256(f.read_bytes()).hexdigest()] for f in files),
+        *([name, importlib.metadata.version(name)] for name in _LIBRARIES),
+      ]
     )
 
 

@@ -62,6 +62,14 @@ def test_bos_stands_before_plain_prompts_only(real):
     assert response[-1] == 2
     prompt, _ = encoding.encode(real(name), ROW, 'gakd')
     assert 1 not in prompt
+    # A prompt that was rendered has it already.
+    rendered = Row('<s>[INST] Hi [/INST]', references=('Ho',))
+    for ids in (
+      encoding.encode(real(name), rendered, 'raw')[0],
+      encoding.fit_prompt(real(name), rendered, 'raw', 99),
+    ):
+      assert ids[0] == 1
+      assert ids.count(1) == 1
 
 
 def test_real_qwen3_ids(real):

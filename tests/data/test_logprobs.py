@@ -139,9 +139,10 @@ def test_each_text_has_its_own(load):
     for i, text in enumerate(['one', 'two', 'three words here', 'four'])
   ]
   rows[3]['logprobs']['tokens'][0] += 1
+  rows.insert(1, rows[0] | {'output': ''})  # No row of a text.
   texts, bad = load(rows)
   assert bad == {'logprobs are of other tokens than the response': 1}
-  assert [*texts.places] == [0, 1, 2]
+  assert [*texts.places] == [0, 2, 3]
   kept = texts.known.kept(texts)
   for i in range(3):
     prompt, response = texts[i]

@@ -68,6 +68,11 @@ def load_one(tmp_path, record, **options):
       {'question': 'q', 'context': 'c', 'answer': 'a', 'options': []},
       ('q', 'c', ('a',)),
     ),
+    (
+      {'question': 'q', 'response': 'a', 'id': 't0.1', 'system_prompt': ''},
+      ('q', '', ('a',)),
+    ),
+    ({**PAIR, 'output': '[]'}, ('Add.', '1 2', ('[]',))),
     # As LlamaFactory and ms-swift have rows without.
     (
       {**PAIR, 'system': ' ', 'history': [], 'tools': '[]', 'images': None},
@@ -390,6 +395,15 @@ METADATA = (
     (['dev.jsonl', 'test.jsonl'], 'several splits (dev.jsonl, test.jsonl)'),
     (['a.jsonl', 'test.jsonl'], 'several splits (a.jsonl, test.jsonl)'),
     (['main/train-0.json', 'other/train-0.json'], 'in main, other; name one'),
+    (
+      [f'data/{x}-0-of-1.json' for x in ('train_sft', 'train_gen', 'test_gen')],
+      'several training sets (train_gen, train_sft); name the files',
+    ),
+    (['train.jsonl', 'train_small.jsonl'], 'sets (train, train_small)'),
+    (
+      ['train-0-of-2-0ab.jsonl', 'train-1-of-2-f9c.jsonl', 'test-0-of-1.jsonl'],
+      ['train-0-of-2-0ab.jsonl', 'train-1-of-2-f9c.jsonl'],
+    ),
   ],
 )
 def test_a_directory_gives_what_is_trained_on(tmp_path, names, kept):

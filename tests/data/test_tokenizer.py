@@ -119,3 +119,15 @@ def test_ids_are_counted_by_the_largest(tiny, changed):
   assert tokenizer_lib.size(tiny) == len(tiny) == 300
   found = changed(leave_a_hole)
   assert (len(found), tokenizer_lib.size(found)) == (300, 401)
+
+
+def test_what_ends_a_turn_is_part_of_its_identity(tiny_tokenizer_dir, tmp_path):
+  shutil.copytree(tiny_tokenizer_dir, tmp_path / 'copy')
+  before = tokenizer_lib.identity(tokenizer_lib.load(tmp_path / 'copy'))
+  assert before == tokenizer_lib.identity(
+    tokenizer_lib.load(tiny_tokenizer_dir)
+  )
+  file = tmp_path / 'copy/generation_config.json'
+  file.write_text('{"eos_token_id": [7, 9]}')
+  after = tokenizer_lib.identity(tokenizer_lib.load(tmp_path / 'copy'))
+  assert after != before
