@@ -26,6 +26,8 @@ HOW = re.compile(
   r'train\.(microbatch_size|head_chunk|head_memory|max_skipped)|'
   r'evals\.[^.]+\.(every|batch_size)'
 )
+# But where a method does something for each microbatch.
+_BY_MICROBATCH = 'train.microbatch_size'
 # What scores, token ids and parameters depend on.
 _PACKAGES = (
   *('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy'),
@@ -120,11 +122,12 @@ def compare(workdir, force=False, **parts):
     flatten({part: x[part] for part in parts if part in record})
     for x in (record, parts)
   )
+  config = parts.get('config', {})
   how = {
     key
     for key in began.keys() | now.keys()
     if not key.startswith(('config.', 'contents.'))
-    or HOW.fullmatch(key.removeprefix('config.'))
+    or _is_how(key.removeprefix('config.'), config)
   }
   return record, check(workdir, began, now, force, how)
 
@@ -137,6 +140,14 @@ def _begin(workdir, force, parts):
     first = {'commit': commit(), 'versions': parts.pop('versions')}
     text = json.dumps(first | record | parts, indent=2)
     log.write_atomically(workdir / 'config.json', text + '\n')
+
+
+def _is_how(key, config):
+  """Whether a setting of a config, as JSON, is one of `HOW`."""
+  is_reference = config.get('objective', {}).get('reference')
+  return bool(HOW.fullmatch(key)) and not (
+    key == _BY_MICROBATCH and is_reference
+  )
 
 
 def as_json(config):
@@ -167,7 +178,7 @@ def recipe(config, origins):
   what = {
     key: named(value)
     for key, value in flatten(config).items()
-    if key != 'seed' and not HOW.fullmatch(key)
+    if key != 'seed' and not _is_how(key, config)
   }
   return {'recipe': digest(sorted(what.items())), 'seed': config['seed']}
 

@@ -51,9 +51,14 @@ def run(run, state, host, train_step, texts, total, checkpoints):
           host.update(due=None, rows=logged.rows)
           if checkpoints.newest == now:
             checkpoints.amend(now, host)
+          elif host['is_best'] and c.checkpoint.best_metric is not None:
+            save()  # best/ is never of a step that a kill would lose.
+            checkpoints.wait()
           if host['is_best']:
             chosen.export(run, params, host['best'])
         is_enough = chosen.is_enough(c.checkpoint, host)
+        if skipped.enough:
+          logged.flush()  # One step more is under way, which may be good.
         if now == total or is_enough or skipped.enough:
           break
         rollouts.write(params, now)

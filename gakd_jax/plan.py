@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from gakd_jax import UserError, build, flops, hlo, sharding, teacher_cache
+from gakd_jax import rollout as rollout_lib
 from gakd_jax import training as training_lib
 from gakd_jax.data import pipeline
 from gakd_jax.objectives.base import Own
@@ -300,7 +301,8 @@ def _temporary(compiled):
 def _chunk_bytes(run):
   """fp32 logits of one chunk, of every model that takes part."""
   c, mesh = run.config, run.mesh
-  local = c.train.batch_size // sharding.batch_ways(mesh) * c.data.max_length
+  rows = c.train.batch_size * run.writer.group // sharding.batch_ways(mesh)
+  local = rows * c.data.max_length
   tokens = min(run.objective.head_chunk, local // training_lib.microbatches(c))
   logits_of_both = run.objective.needs_teacher and (
     c.teacher.cache not in teacher_cache.NUMBERS
@@ -318,10 +320,12 @@ def rows_that_fit(plan, config, mesh, memory, target=None, tries=5):
   the rows in proportion: convex, so that the line between a size that fits and
   one that does not stays above it, and leads to a size that fits.
   """
+  # Rows of one prompt are of one microbatch, which is set in prompts.
+  group = rollout_lib.make(**config.rollout).group
 
   def peak(rows):
     bigger = config.copy_and_resolve_references()
-    bigger.train.microbatch_size = rows * sharding.batch_ways(mesh)
+    bigger.train.microbatch_size = rows // group * sharding.batch_ways(mesh)
     bigger.train.batch_size = (
       training_lib.microbatches(config) * bigger.train.microbatch_size
     )
@@ -329,7 +333,7 @@ def rows_that_fit(plan, config, mesh, memory, target=None, tries=5):
 
   low, high = (plan.rows, plan.peak), None
   if plan.peak > memory:
-    low, high = (1, peak(1)), low
+    low, high = (group, peak(group)), low
     if low[1] > memory:
       return 0
   for _ in range(tries):
@@ -337,6 +341,7 @@ def rows_that_fit(plan, config, mesh, memory, target=None, tries=5):
     if high:
       slope = (high[1] - low[1]) / (high[0] - low[0])
       rows = low[0] + math.floor((memory - low[1]) / slope)
+      rows -= rows % group
       if rows == low[0]:
         break
     new = rows, peak(rows)

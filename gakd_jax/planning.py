@@ -124,8 +124,9 @@ def _show(made, config, mesh, memory_gb, tflops, target):
   c = config
   shape = ', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())
   print(f'mesh: {shape} ({made.devices} devices)')
+  rows = made.tokens // c.data.max_length  # Several of a prompt, perhaps.
   print(
-    f'step: {c.train.batch_size} rows of {c.data.max_length} tokens, '
+    f'step: {rows} rows of {c.data.max_length} tokens, '
     f'{made.rows} rows a microbatch and device'
   )
   log.print_table(

@@ -215,6 +215,14 @@ def read_config(workdir):
   return config
 
 
+def read_contents(workdir):
+  """{what a run was made of: its digest}; {} where nothing is known."""
+  path = Path(workdir) / 'config.json'
+  contents = json_file.read(path).get('contents', {}) if path.exists() else {}
+  settings_lib.check(f'{path}: contents', contents, Mapping)
+  return contents
+
+
 def read_rollouts(workdir):
   """The lines of rollouts.jsonl; [] if there are none."""
   return json_lines.read(Path(workdir) / 'rollouts.jsonl', _ROLLOUT)

@@ -73,7 +73,7 @@ def run(config, workdir, root=None, force=False, strict_resume=False):
 def _run(config, workdir, root, force, strict_resume):
   _forget_peak_memory()
   fingerprint.begin(workdir, force, config=fingerprint.as_json(config))
-  found = hosts.of_first(lambda: _finished(config, workdir))
+  found = hosts.of_first(lambda: _finished(config, workdir, root, force))
   if found:
     return found
   config = hosts.of_first(lambda: rundir.resolve_stages(config, root))
@@ -106,9 +106,18 @@ def _run(config, workdir, root, force, strict_resume):
   return hosts.of_first(lambda: _finish(config, workdir, results))
 
 
-def _finished(config, workdir):
+def _finished(config, workdir, root, force):
   """The results of a run that has finished; else None."""
   if not rundir.is_finished(workdir):
+    return None
+  began, now = rundir.read_contents(workdir), {}
+  for key, path in _models(config).items():
+    stage = Path(root) / str(path).removeprefix(rundir.STAGE)
+    if stage.name != path and key in began and rundir.is_finished(stage):
+      now[key] = models.identity(stage / 'best')
+  began = {key: began[key] for key in now}
+  if fingerprint.check(f'{workdir}: contents', began, now, force):
+    (workdir / 'results.json').unlink()
     return None
   if not (workdir / 'report.html').exists():  # It was stopped just there.
     _write_report(config, workdir)
@@ -148,16 +157,21 @@ def _origins(config):
 
 def _contents(run):
   """What the files of a run hold; see `fingerprint.begin`."""
-  c = run.config
+  contents = {k: models.identity(p) for k, p in _models(run.config).items()}
+  if run.texts is not None:
+    contents['config.data.train'] = run.texts.digest
+  return contents | evaluator_lib.contents(run.evaluators)
+
+
+def _models(config):
+  """{setting: the path of a model} of those that are named."""
+  c = config
   paths = {
     'config.student': c.student.path,
     'config.teacher': c.teacher.path,
     'config.critic': c.critic.init_from,
   }
-  contents = {name: models.identity(p) for name, p in paths.items() if p}
-  if run.texts is not None:
-    contents['config.data.train'] = run.texts.digest
-  return contents | evaluator_lib.contents(run.evaluators)
+  return {name: path for name, path in paths.items() if path}
 
 
 def _evaluate_only(run):
@@ -195,6 +209,11 @@ def _train(run, strict_resume):
       restored, host = found
       state = restored['train']
       texts.restore(restored['ahead'])
+      if int(state.step) > total:
+        raise UserError(
+          f'{run.workdir}: stands at step {int(state.step)}, and the run is to '
+          f'have {total}; ask for more, or use another --workdir'
+        )
       print(f'continuing from step {int(state.step)}', flush=True)
       if host['is_best']:  # The export may be what was interrupted.
         chosen.export(run, state.params['student'], host['best'])

@@ -203,6 +203,68 @@ def _log(total=100, **settings):
   return skipped, step
 
 
+@pytest.mark.parametrize(
+  ('most', 'bad', 'ends'),
+  [
+    (1, {5}, 20),
+    (3, {5, 6, 7}, 20),
+    (3, {5, 6, 7, 8}, None),
+    (3, {5, 6, 8, 9}, 20),
+    (3, {18, 19, 20}, None),
+  ],
+)
+def test_a_run_goes_on_where_the_step_under_way_is_good(
+  tmp_path, monkeypatch, most, bad, ends
+):
+  """Metrics are known a step late."""
+  c = base.get_config()
+  c.train.max_skipped, c.evals, c.report.trackers = most, {}, ()
+  c.checkpoint.every = c.eval_every = 0
+  run = types.SimpleNamespace(
+    config=c,
+    workdir=tmp_path,
+    writer=types.SimpleNamespace(room=0),
+    evaluators={},
+    models=None,
+    texts=None,
+  )
+  tokens = types.SimpleNamespace(segments_BT=np.ones((2, 2), int))
+  batch = types.SimpleNamespace(student=tokens, rows_B=np.zeros(2, int))
+  texts = types.SimpleNamespace(
+    next=lambda *_: (batch, {}), to_save=lambda: ([], {'data': 0, 'ahead': []})
+  )
+  checkpoints = types.SimpleNamespace(
+    newest=None, save=lambda *_: None, wait=lambda: None
+  )
+
+  def state_of(step, in_a_row, total):
+    return types.SimpleNamespace(
+      step=step,
+      params={'student': {}},
+      skips=types.SimpleNamespace(in_a_row=in_a_row, total=total),
+    )
+
+  def step(state, *_):
+    is_bad = state.step + 1 in bad
+    in_a_row = state.skips.in_a_row + 1 if is_bad else 0
+    skipped = {'skipped/gradient': is_bad, 'skipped/in_a_row': in_a_row}
+    new = state_of(state.step + 1, in_a_row, state.skips.total + is_bad)
+    return new, {'loss': 1.0, 'skipped': float(is_bad)} | skipped
+
+  monkeypatch.setattr(chosen, 'evaluate', lambda *_: {'evaluators': {}})
+  monkeypatch.setattr(chosen, 'choose', lambda *_: None)
+
+  def done():
+    host = chosen.start(None)
+    return loop.run(run, state_of(0, 0, 0), host, step, texts, 20, checkpoints)
+
+  if ends:
+    assert done().step == ends
+  else:
+    with pytest.raises(UserError, match='were all skipped'):
+      done()
+
+
 def test_it_is_enough_when_so_many_in_a_row_are_known(capsys):
   skipped, step = _log(max_skipped=2)
   seen = []

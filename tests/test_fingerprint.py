@@ -77,6 +77,26 @@ def test_what_is_computed_may_not(config, tmp_path, capsys, key, value):
   record(config, tmp_path)
 
 
+def test_what_a_reference_does_by_microbatch_is_no_means(config, tmp_path):
+  recipes = []
+  for is_reference in (False, True):
+    config.objective = {'name': 'gakd', 'reference': is_reference}
+    config.train.microbatch_size = None
+    record(config, tmp_path / str(is_reference))
+    config.train.microbatch_size = 2
+    as_json = fingerprint.as_json(config)
+    recipes.append(fingerprint.recipe(as_json, {})['recipe'])
+    as_json['train']['microbatch_size'] = 4
+    recipes.append(fingerprint.recipe(as_json, {})['recipe'])
+  config.objective.reference = False
+  record(config, tmp_path / 'False')
+  config.objective.reference = True
+  with pytest.raises(UserError, match='microbatch_size was None and is 2; go'):
+    record(config, tmp_path / 'True')
+  assert recipes[0] == recipes[1]
+  assert recipes[2] != recipes[3]
+
+
 def test_a_finished_run_keeps_what_it_was_made_with(config, tmp_path):
   record(config, tmp_path)
   (tmp_path / 'results.json').write_text('{}')

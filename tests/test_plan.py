@@ -240,6 +240,22 @@ def test_is_what_the_compiler_says_of_the_real_step(
   )
 
 
+def test_the_rows_of_a_prompt_fit_together(monkeypatch, config):
+  """Three of each, and a microbatch is set in prompts."""
+
+  def make(config, mesh, target=None):
+    rows = 3 * config.train.microbatch_size
+    return types.SimpleNamespace(rows=rows, peak=0.5 + rows / 10)
+
+  monkeypatch.setattr(plan, 'make', make)
+  config.rollout = {'writer': 'student', 'samples': 2, 'beside': True}
+  config.mesh.data = config.train.microbatch_size = config.train.batch_size = 1
+  mesh = sharding.make_mesh(**config.mesh)
+  for memory, most in ((0.7, 0), (0.85, 3), (4.0, 33)):
+    first = make(config, mesh)
+    assert plan.rows_that_fit(first, config, mesh, memory) == most
+
+
 @pytest.mark.parametrize('rows', [1, 2, 100])
 @pytest.mark.parametrize(
   ('memory', 'most'), [(0.5, 0), (1.05, 1), (4, 31), (30, 137), (1e9, None)]

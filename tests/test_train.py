@@ -440,6 +440,40 @@ def test_best_is_the_best_and_not_the_last(quick, config, tmp_path):
   assert steps[0] == 0
 
 
+def test_best_is_never_of_a_step_that_a_kill_loses(
+  quick, config, tmp_path, monkeypatch
+):
+  """Though the next start finds other numbers, as on a GPU."""
+  exported = quick(loss={2: 5.0, 4: 3.0, 6: 9.0})
+  config.eval_every, config.checkpoint.every = 2, 100
+  with monkeypatch.context() as patch:
+    step = loop._Log.step
+
+    def killed(self, now, *found):
+      step(self, now, *found)
+      if now == 5:
+        raise KeyboardInterrupt
+
+    patch.setattr(loop._Log, 'step', killed)
+    with pytest.raises(KeyboardInterrupt):
+      train.run(config, tmp_path / 'run')
+  assert exported == [2, 4]
+  quick(loss={2: 5.0, 4: 6.0, 6: 9.0})
+  results = train.run(config, tmp_path / 'run')
+  best = json.loads((tmp_path / 'run/best/gakd_jax.json').read_text())
+  assert best['step'] == results['best']['step'] == 4
+
+
+def test_a_run_cannot_be_shorter_than_it_is(quick, config, tmp_path):
+  quick(loss=dict.fromkeys(range(7), 1.0))
+  train.run(config, tmp_path / 'run')
+  config.train.steps = 4
+  with pytest.raises(
+    UserError, match=r'stands at step 6, and .* to have 4; ask'
+  ):
+    train.run(config, tmp_path / 'run', force=True)
+
+
 def test_without_a_number_best_is_the_last(quick, config, tmp_path, capsys):
   exported = quick(loss=dict.fromkeys((3, 6), float('nan')))
   config.eval_every = 3
@@ -778,6 +812,14 @@ def test_stages_build_on_each_other(config, data_file, tmp_path, capsys):
     page.unlink()
   train.run_stages(config, tmp_path)
   assert all(page.exists() for page in pages)
+  # What a stage was built on has been made anew.
+  path = tmp_path / 'sft/best/model.safetensors'
+  changed = bytearray(path.read_bytes())
+  changed[-3] ^= 64
+  path.write_bytes(changed)
+  with pytest.raises(UserError, match=r'kd: contents .*config.student was'):
+    train.run_stages(config, tmp_path)
+  train.run_stages(config, tmp_path, force=True)
 
 
 def test_a_stage_that_has_not_finished_is_named(config, tmp_path):
