@@ -97,6 +97,10 @@ class Dataset:
     ]
 
 
+_SAME = (
+  'samples={} at temperature=0 would all be the same; raise the temperature, '
+  'or take 1'
+)
 _Samples = Annotated[
   int, Only(f'1 to {MOST_SAMPLES}', lambda x: 1 <= x <= MOST_SAMPLES)
 ]
@@ -124,10 +128,7 @@ class Teacher(Dataset):
 
   def __post_init__(self):
     if self.samples > 1 and self.temperature == 0:
-      raise UserError(
-        f'samples={self.samples} at temperature=0 would all be the same; raise '
-        'the temperature, or take 1'
-      )
+      raise UserError(_SAME.format(self.samples))
 
   def check(self, config):
     if config.data.turns != 'last':
@@ -174,6 +175,8 @@ class Student(Dataset):
         f'config.rollout: nothing is written from begin={self.begin} to '
         f'end={self.end}; raise end'
       )
+    if self.samples > 1 and self.temperature == 0 and not self.needs_teacher:
+      raise UserError(_SAME.format(self.samples))
 
   @property
   def group(self):

@@ -42,7 +42,7 @@ from gakd_jax.objectives import few
 NUMBERS = (*few.KINDS, 'data')
 KINDS = ('none', 'hidden', *NUMBERS)
 _SHARD = 256  # Texts, of which all is held at once.
-_VERSION = 2  # Of what is in a shard.
+_VERSION = 3  # Of what is in a shard.
 
 
 def check(config, objective, writer):

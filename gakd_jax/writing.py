@@ -141,7 +141,8 @@ def interleaved(group, length):
 
   def join(*xs):
     if xs[0].ndim > 1:
-      xs = [np.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in xs]
+      rest = ((0, 0),) * (xs[0].ndim - 2)
+      xs = [np.pad(x, ((0, 0), (0, length - x.shape[1]), *rest)) for x in xs]
     x = np.stack(xs, axis=1)
     return x.reshape(-1, *x.shape[2:])
 

@@ -276,6 +276,18 @@ def test_groups_are_written_ahead_and_on_devices_of_their_own():
   assert_same(spread, want[0])
 
 
+def test_what_is_kept_of_a_teacher_is_interleaved_with_its_rows():
+  group = [batch_of(ROWS), batch_of(ROWS, 14)]
+  lengths = [batch.student.ids_BT.shape[1] for batch in group]
+  group = [
+    batch.replace(known={'ids': np.full((B, T, 3), i, np.int32)})
+    for i, (batch, T) in enumerate(zip(group, lengths, strict=True))
+  ]
+  ids = writing.interleaved(group, max(lengths)).known['ids']
+  assert ids.shape == (2 * B, max(lengths), 3)
+  np.testing.assert_array_equal(ids[:, 0, 0], [0, 1] * B)
+
+
 def test_a_share_of_the_rows_is_written():
   n = [
     np.sum(write(STUDENT, batch_of(ROWS), step=step)[0][0].written_B)
@@ -432,6 +444,10 @@ def test_a_rollout_holds_no_text_of_logits_and_one_copy_of_the_models(writer):
     ({'writer': 'student', 'max_new_tokens': 0}, ['max_new_tokens=0']),
     ({'writer': 'student', 'temperature': -1}, ['temperature=-1']),
     ({'writer': 'student', 'top_p': 2}, ['top_p=2']),
+    (
+      {'writer': 'student', 'samples': 2, 'temperature': 0},
+      ['samples=2', 'the same'],
+    ),
     ({'writer': 'speculative', 'gamma': 0}, ['gamma=0', '1 or more']),
     ({'writer': 'speculative', 'k': 0}, ['k=0', '1 or more']),
     ({'writer': 'speculative', 'alpha': 2}, ['alpha=2', '0 to 1']),

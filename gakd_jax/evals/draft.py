@@ -26,7 +26,7 @@ from gakd_jax.data import pipeline, templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import encoded
 from gakd_jax.evals import statistics as statistics_lib
-from gakd_jax.models import decoding
+from gakd_jax.models import convert, decoding
 from gakd_jax.sampler import Sampler
 from gakd_jax.settings import (
   Count,
@@ -157,10 +157,18 @@ def _cost(models, params):
   """Weights that a pass of the student reads, to those of the teacher's."""
   student, teacher = models.configs
   student_weights, teacher_weights = (
-    flops.block_weights(x) + config.vocab_size * config.width
+    flops.block_weights(_decoded(x)) + config.vocab_size * config.width
     for x, config in (
       (models.whole(params), student),
       (models.frozen['teacher'], teacher),
     )
   )
   return student_weights / teacher_weights
+
+
+def _decoded(params):
+  """What decoding reads: adapters are merged, but into what is quantized."""
+  flat = convert.flatten(params)
+  if not any(name.endswith('_scale') for name in flat):
+    flat = {name: x for name, x in flat.items() if '/lora/' not in name}
+  return convert.unflatten(flat)

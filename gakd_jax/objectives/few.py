@@ -109,4 +109,6 @@ def _systematic(p_NV, u_N, n):
   ids_Nn = jax.vmap(lambda s, x: jnp.searchsorted(s, x, side='right'))(
     sums_NV, at_Nn
   )
-  return jnp.minimum(ids_Nn, p_NV.shape[1] - 1)
+  # What rounds up to all of it is of the last id that there is.
+  last_N = p_NV.shape[1] - 1 - jnp.argmax(p_NV[:, ::-1] > 0, axis=1)
+  return jnp.minimum(ids_Nn, last_N[:, None])

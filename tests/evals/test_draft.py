@@ -12,7 +12,7 @@ from gakd_jax import models, sharding
 from gakd_jax.data import sources
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.evals import draft, encoded, evaluator
-from gakd_jax.models import pair
+from gakd_jax.models import lora, pair
 from gakd_jax.models.transformer import split
 
 ROWS = tuple(
@@ -71,6 +71,14 @@ def means(found):
 )
 def test_passes_are_counted_as_blocks_are_drafted(stood, gamma, passes):
   assert draft.passes_of(np.array(stood, bool), gamma) == passes
+
+
+def test_adapters_that_are_merged_for_decoding_cost_nothing(tiny_model_dir):
+  path = tiny_model_dir()
+  student = models.load(path)
+  lora.attach(student, lora.LoRAConfig(rank=4), 0)
+  both, params = pair.make(student, models.load(path), dtype='float32')
+  assert draft._cost(both, params) == 1
 
 
 @pytest.mark.slow

@@ -117,6 +117,16 @@ def test_draws_are_ids_as_often_as_they_are_likely(teacher):
     )
 
 
+def test_what_rounds_up_to_all_is_of_the_last_id_that_is_likely():
+  p_NV = jax.nn.softmax(
+    jnp.where(jnp.arange(64)[None] < 50, jnp.ones((9, 64)), -jnp.inf), axis=1
+  )
+  u_N = jnp.float32(1) - 2.0 ** -jnp.arange(16, 25)
+  for n in (8, 50, 64):
+    ids_Nn = few._systematic(p_NV, u_N.astype(jnp.float32), n)
+    assert ids_Nn.max() == 49
+
+
 def _with_share(known, n):
   return known | {'share': jnp.full(known['ids'].shape, 1 / n)}
 
