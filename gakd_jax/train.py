@@ -112,9 +112,10 @@ def _finished(config, workdir, root, force):
     return None
   began, now = rundir.read_contents(workdir), {}
   for key, path in _models(config).items():
-    stage = Path(root) / str(path).removeprefix(rundir.STAGE)
-    if stage.name != path and key in began and rundir.is_finished(stage):
-      now[key] = models.identity(stage / 'best')
+    if str(path).startswith(rundir.STAGE) and key in began:
+      stage = Path(root) / path.removeprefix(rundir.STAGE)
+      if rundir.is_finished(stage):
+        now[key] = models.identity(stage / 'best')
   began = {key: began[key] for key in now}
   if fingerprint.check(f'{workdir}: contents', began, now, force):
     (workdir / 'results.json').unlink()

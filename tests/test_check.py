@@ -82,6 +82,7 @@ def test_what_is_wrong_is_said_as_the_run_would(config, tmp_path):
     check.run(config, tmp_path / 'run')
 
 
+@pytest.mark.slow
 def test_a_run_that_is_there_is_said_or_refused(config, tmp_path, capsys):
   workdir = tmp_path / 'run'
   workdir.mkdir()

@@ -71,6 +71,7 @@ def test_a_head_that_is_not_the_embedding_goes_there_and_back(
     np.testing.assert_array_equal(x, after[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_adapters_are_merged(tiny_model_dir, tmp_path):
   """Into either directory; how they are asked comes along."""
   model = models.load(tiny_model_dir())

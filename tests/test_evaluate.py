@@ -340,6 +340,7 @@ def test_other_weights_in_the_same_place_are_refused(
   ) != evaluate.models.identity(model)
 
 
+@pytest.mark.slow
 def test_scores_against_a_teacher_that_was_replaced_are_refused(
   config, paths, tmp_path, tiny_model_dir
 ):

@@ -440,6 +440,7 @@ def test_best_is_the_best_and_not_the_last(quick, config, tmp_path):
   assert steps[0] == 0
 
 
+@pytest.mark.slow
 def test_best_is_never_of_a_step_that_a_kill_loses(
   quick, config, tmp_path, monkeypatch
 ):
@@ -464,6 +465,7 @@ def test_best_is_never_of_a_step_that_a_kill_loses(
   assert best['step'] == results['best']['step'] == 4
 
 
+@pytest.mark.slow
 def test_a_run_cannot_be_shorter_than_it_is(quick, config, tmp_path):
   quick(loss=dict.fromkeys(range(7), 1.0))
   train.run(config, tmp_path / 'run')
