@@ -1,5 +1,7 @@
 """What looks like a special token; more of it in test_text_properties."""
 
+import types
+
 import pytest
 
 from gakd_jax import sharding
@@ -85,8 +87,9 @@ def test_options_are_scored_as_text(tiny, monkeypatch):
   )
   monkeypatch.setattr('gakd_jax.evals.tasks.gold', lambda *_: 'A')
   subject = evaluator.Subject.__new__(evaluator.Subject)
+  model = types.SimpleNamespace(learned_positions=False)
   for name, value in {
-    'models': type('', (), {'tokenizer': tiny}),
+    'models': types.SimpleNamespace(tokenizer=tiny, student_config=model),
     'mesh': sharding.make_mesh(),
     'template': 'chat',
   }.items():
