@@ -166,14 +166,21 @@ class ALM(base.Objective):
 
 
 def _joined(spans_BT, documents_BT, size):
-  """Spans of a document, `size` of them as one: that of the first."""
+  """Spans of a document, `size` of them as one: that of the first.
+
+  A number that no span has (a piece that is no text) ends what is joined.
+  """
 
   def row(spans_T, documents_T):
     n = spans_T.size + 1
+    known_T = jnp.maximum(spans_T, 0)
     first_S = (
       jnp.full(n, n).at[documents_T].min(jnp.where(spans_T > 0, spans_T, n))
     )
-    first_T = first_S[documents_T]
+    is_there_S = jnp.zeros(n, bool).at[known_T].set(True).at[0].set(False)
+    is_first_S = is_there_S & ~jnp.roll(is_there_S, 1)
+    run_S = jax.lax.cummax(jnp.where(is_first_S, jnp.arange(n), 0))
+    first_T = jnp.maximum(first_S[documents_T], run_S[known_T])
     return spans_T - (spans_T - first_T) % size
 
   joined_BT = jax.vmap(row)(spans_BT, documents_BT)

@@ -1,9 +1,12 @@
 """ALM against recorded values."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gakd_jax.data import segments
 from gakd_jax.data.pipeline import Batch, Tokens
+from gakd_jax.objectives import alm
 from gakd_jax.objectives.alm import ALM
 from gakd_jax.objectives.base import Own
 from tests.objectives import cross
@@ -48,3 +51,22 @@ def test_recorded_values(name):
   )
   np.testing.assert_allclose(loss, z['out.loss'], rtol=1e-5)
   cross.assert_near(gradient, z['grad.loss'])
+
+
+def test_what_is_joined_lies_in_one_piece():
+  """Piece 2 is no text: what stands before it is not joined with the rest."""
+  s_BT = jnp.array([[0, 1, 1, -1, 3, 4, 5, 6, 0, 7, 8]])
+  t_BT = jnp.array([[0, 1, -1, -1, 3, 3, 4, 5, 6, 7, 8]])
+  documents_BT = jnp.array([[0, *[1] * 7, 0, 2, 2]])
+  for size, want in (
+    (1, [[0, 1, 1, 0, 3, 4, 5, 6, 0, 7, 8], [0, 1, 0, 0, 3, 3, 4, 5, 6, 7, 8]]),
+    (3, [[0, 1, 1, 0, 3, 3, 3, 6, 0, 7, 7], [0, 1, 0, 0, 3, 3, 3, 3, 6, 7, 7]]),
+  ):
+    got = (
+      alm._joined(s_BT, documents_BT, size),
+      alm._joined(t_BT, jnp.array([[0, *[1] * 8, 2, 2]]), size),
+    )
+    np.testing.assert_array_equal(np.concatenate(got), want)
+    for joined_BT in got:
+      ends = np.array(segments.is_last(joined_BT)[0])
+      assert len({*np.array(joined_BT)[0, ends]}) == ends.sum()
