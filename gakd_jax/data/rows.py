@@ -170,7 +170,10 @@ def _pair(where, record, need_response):
       raise BadRow(where, f'{key} is not text')
   if not (prompt.strip() or extra.strip()):
     raise BadRow(where, 'empty prompt')
-  if record.get(response_key) in (None, '', []):  # '[]' is an answer.
+  response = record.get(response_key)
+  # As text, '[]' is an answer.
+  is_text = isinstance(response, str) and response
+  if not is_text and records.is_nothing(response):
     record = record | {response_key: answer}
   row = Row(
     instruction=prompt,
