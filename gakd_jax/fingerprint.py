@@ -26,8 +26,6 @@ HOW = re.compile(
   r'train\.(microbatch_size|head_chunk|head_memory|max_skipped)|'
   r'evals\.[^.]+\.(every|batch_size)'
 )
-# But where a method does something for each microbatch.
-_BY_MICROBATCH = 'train.microbatch_size'
 # What scores, token ids and parameters depend on.
 _PACKAGES = (
   *('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy'),
@@ -144,10 +142,9 @@ def _begin(workdir, force, parts):
 
 def _is_how(key, config):
   """Whether a setting of a config, as JSON, is one of `HOW`."""
-  is_reference = config.get('objective', {}).get('reference')
-  return bool(HOW.fullmatch(key)) and not (
-    key == _BY_MICROBATCH and is_reference
-  )
+  if key == 'train.microbatch_size' and config['objective'].get('reference'):
+    return False  # It does something for each of them.
+  return bool(HOW.fullmatch(key))
 
 
 def as_json(config):

@@ -15,7 +15,7 @@ flows through it: the step gets ids.
 """
 
 import dataclasses
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,124 +23,12 @@ import numpy as np
 
 from gakd_jax import UserError, sampling, sharding, speculative, writing
 from gakd_jax import settings as settings_lib
-from gakd_jax.answering import MOST_SAMPLES
-from gakd_jax.data import pipeline, templates
+from gakd_jax.data import templates
 from gakd_jax.data import tokenizer as tokenizer_lib
 from gakd_jax.models import caches, decoding
 from gakd_jax.sampler import Sampler
-from gakd_jax.settings import (
-  Count,
-  Length,
-  Mass,
-  Natural,
-  NotNegative,
-  Only,
-  Share,
-)
-
-
-class Ends(NamedTuple):
-  """What a writer knows of the tokenizer."""
-
-  eos_ids: tuple  # each ends a response
-  pad_id: int
-  vocab: int  # ids from here on are no tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-  """The responses of the data, as they are."""
-
-  needs_teacher = False
-  one_tokenizer = False  # Whether the teacher's must be the student's.
-  makes_rows = False  # Whether it writes the rows before the first batch.
-  needs_responses = True  # Whether the data must have some.
-  room = 0  # tokens that it may write after a prompt
-  prefix = None  # the first tokens of a response, which alone are trained on
-  every = 1  # optimizer steps that one `write` serves
-  group = 1  # rows of a batch that one row of the data becomes
-  beside = False  # whether one of these is that of the data
-
-  def for_tokenizer(self, template, tokenizer):
-    """The writer of responses that end as the template's do."""
-    del template, tokenizer
-    return self
-
-  def for_objective(self, objective):
-    """The writer of what this method asks."""
-    del objective
-    return self
-
-  def check(self, config):
-    """Refuses a run's config that the writer cannot work with."""
-
-  def write(self, models, params, group, mesh, *, key, step, progress):
-    """The batches that are trained on, and metrics of each.
-
-    Args:
-      models: `models.pair.Models`.
-      params: of the student, those that are trained, before the step.
-      group: `every` batches of the data (or what is left of them), this
-        process's rows, for as many optimizer steps.
-      mesh: of the run.
-      key: of all writing in the run.
-      step: the first of these optimizer steps, counted from 1.
-      progress: the share of the run that is done.
-
-    Returns:
-      A list of (`data.pipeline.Batch` on the mesh, {metric: scalar}).
-    """
-    del models, params, key, step, progress
-    return [
-      (sharding.put_batch(batch, mesh), pipeline.coverage(batch))
-      for batch in group
-    ]
-
-
-_SAME = (
-  'samples={} at temperature=0 would all be the same; raise the temperature, '
-  'or take 1'
-)
-_Samples = Annotated[
-  int, Only(f'1 to {MOST_SAMPLES}', lambda x: 1 <= x <= MOST_SAMPLES)
-]
-
-
-@dataclasses.dataclass(frozen=True)
-class Teacher(Dataset):
-  """The teacher answers the prompts of the data once, before training.
-
-  Sequence-level distillation (arXiv 1606.07947). The answers are kept in
-  <workdir>/answers.jsonl. Settings are those of `answering.write`.
-  """
-
-  needs_teacher = True
-  makes_rows = True
-
-  max_new_tokens: Length = 256
-  temperature: NotNegative = 1.0
-  top_k: Natural = 0
-  top_p: Mass = 1.0
-  no_repeat_ngram: Natural = 0
-  batch_size: Count = 32
-  samples: _Samples = 1
-  cache: Literal[*caches.KINDS] | None = None
-
-  def __post_init__(self):
-    if self.samples > 1 and self.temperature == 0:
-      raise UserError(_SAME.format(self.samples))
-
-  def check(self, config):
-    if config.data.turns != 'last':
-      raise UserError(
-        f'config.data.turns={config.data.turns!r}: the teacher answers the '
-        "last turn of a conversation; set it to 'last'"
-      )
-    if config.data.weights is not None:
-      raise UserError(
-        'config.data.weights: all that the teacher answers is one data set; '
-        'leave them out'
-      )
+from gakd_jax.settings import Count, Length, Mass, Natural, NotNegative, Share
+from gakd_jax.writers import Dataset, Ends, Teacher, refuse_copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +63,8 @@ class Student(Dataset):
         f'config.rollout: nothing is written from begin={self.begin} to '
         f'end={self.end}; raise end'
       )
-    if self.samples > 1 and self.temperature == 0 and not self.needs_teacher:
-      raise UserError(_SAME.format(self.samples))
+    if not self.needs_teacher:  # Who may draw where the student does not.
+      refuse_copies(self)
 
   @property
   def group(self):

@@ -18,7 +18,7 @@ def write(writer, models, params, tokens, rows_B, steps_B, key):
 
   Args:
     writer: a `rollout.Student` that knows its tokenizer.
-    models, params: see `rollout.Dataset.write`.
+    models, params: see `writers.Dataset.write`.
     tokens: `Tokens` of the data, with `writer.room` after the longest prompt;
       `writer.group` rows of each.
     rows_B, steps_B: place in the data (-1: an empty row), and optimizer step.

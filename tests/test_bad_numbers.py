@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import re
-import signal
 import types
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from gakd_jax.evals import evaluator as evaluator_lib
 from gakd_jax.evals import loss as loss_lib
 from gakd_jax.evals import statistics
 from gakd_jax.page import training as training_page
+from tests import ending
 
 
 @pytest.fixture(scope='module')
@@ -80,16 +79,6 @@ def _skipped(workdir):
   return [row['step'] for row in rows if row.get('train/skipped')]
 
 
-def _interrupted_at(monkeypatch, step):
-  class Log(loop._Log):
-    def step(self, now, *found):
-      super().step(now, *found)
-      if now == step:
-        os.kill(os.getpid(), signal.SIGINT)
-
-  monkeypatch.setattr(loop, '_Log', Log)
-
-
 def _weights(path):
   return safetensors.numpy.load_file(path / 'model.safetensors')
 
@@ -100,10 +89,8 @@ def test_a_broken_teacher_ends_a_run_and_moves_nothing(
 ):
   """After so many steps in a row, be it in one go or in several."""
   config.teacher.path, config.train.max_skipped = broken, 3
-  with monkeypatch.context() as patch:
-    _interrupted_at(patch, 2)
-    with pytest.raises(Interrupted):
-      train.run(config, tmp_path)
+  with ending.at(2, ending.stop, monkeypatch), pytest.raises(Interrupted):
+    train.run(config, tmp_path)
   said = capsys.readouterr().out
   lines = re.findall(r'step \d was skipped.*', said)
   assert len(lines) == 2
@@ -171,10 +158,8 @@ def test_a_run_that_skips_spikes_continues_bit_for_bit(
   for row in rows:  # A good step does not say why it would have been.
     if row['step'] not in want and 'train/loss' in row:
       assert [x for x in row if 'skipped' in x] == ['train/skipped']
-  with monkeypatch.context() as patch:
-    _interrupted_at(patch, 3)
-    with pytest.raises(Interrupted):
-      train.run(config, tmp_path / 'run')
+  with ending.at(3, ending.stop, monkeypatch), pytest.raises(Interrupted):
+    train.run(config, tmp_path / 'run')
   train.run(config, tmp_path / 'run')
   assert _skipped(tmp_path / 'run') == want
   ours, theirs = (

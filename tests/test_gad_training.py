@@ -1,14 +1,13 @@
 """A student that a critic of its texts rewards, from files to best/."""
 
 import json
-import os
-import signal
 
 import pytest
 
 from configs import base
-from gakd_jax import Interrupted, UserError, log, loop, rundir, train
+from gakd_jax import Interrupted, UserError, log, rundir, train
 from gakd_jax.data import tokenizer as tokenizer_lib
+from tests import ending
 
 ROWS = [
   {'instruction': f'Say {word}.', 'input': '', 'output': word}
@@ -98,16 +97,11 @@ def test_text_that_was_written_ahead_is_saved_as_it_was_scored(
   config.rollout.every, config.checkpoint.every = 3, 0
   want = losses(config, tmp_path / 'whole')
 
-  class Log(loop._Log):
-    def step(self, now, *found):
-      super().step(now, *found)
-      if now == 2:
-        os.kill(os.getpid(), signal.SIGINT)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(loop, '_Log', Log)
-    with pytest.raises(Interrupted, match='step 2 of 4'):
-      train.run(config, tmp_path / 'run')
+  with (
+    ending.at(2, ending.stop, monkeypatch),
+    pytest.raises(Interrupted, match='step 2 of 4'),
+  ):
+    train.run(config, tmp_path / 'run')
   got = losses(config, tmp_path / 'run')
   for name in ('train/loss', 'train/generator', 'train/clipped'):
     assert [x[name] for x in got] == [x[name] for x in want], name

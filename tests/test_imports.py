@@ -30,6 +30,7 @@ LEVELS = (
     'step',
     'skips',
     'rollout',
+    'writers',
     'rereading',
     'writing',
     'answering',

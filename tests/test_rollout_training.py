@@ -1,7 +1,6 @@
 """Whole runs in which models write, stopped and continued."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,8 +11,9 @@ import pytest
 import safetensors.numpy
 
 from configs import base
-from gakd_jax import Interrupted, inputs, log, loop, rollout, train
+from gakd_jax import Interrupted, inputs, log, rollout, train
 from gakd_jax.data import tokenizer
+from tests import ending
 
 ROWS = [
   {'instruction': f'Repeat {word}.', 'input': '', 'output': word}
@@ -159,16 +159,11 @@ def test_what_is_written_ahead_is_saved(config, tmp_path, monkeypatch):
   c = config(writer='student', every=3)
   c.checkpoint.every = 0
 
-  class Log(loop._Log):
-    def step(self, now, *found):
-      super().step(now, *found)
-      if now == 2:
-        os.kill(os.getpid(), signal.SIGINT)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(loop, '_Log', Log)
-    with pytest.raises(Interrupted, match='step 2 of 6'):
-      train.run(c, tmp_path / 'run')
+  with (
+    ending.at(2, ending.stop, monkeypatch),
+    pytest.raises(Interrupted, match='step 2 of 6'),
+  ):
+    train.run(c, tmp_path / 'run')
   train.run(c, tmp_path / 'run')
   train.run(c, tmp_path / 'whole')
   assert_same_run(tmp_path / 'run', tmp_path / 'whole')

@@ -31,6 +31,7 @@ from gakd_jax import (
 )
 from gakd_jax.evals import answers, generation
 from gakd_jax.page import tables
+from tests import ending
 from tests.written import value
 from tools import make_goldens
 
@@ -211,16 +212,11 @@ def test_an_interrupted_run_continues_bit_for_bit(
 ):
   workdir = tmp_path / 'run'
 
-  class Log(loop._Log):
-    def step(self, now, *found):
-      super().step(now, *found)
-      if now == stop_at:
-        os.kill(os.getpid(), signal.SIGINT)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(loop, '_Log', Log)
-    with pytest.raises(Interrupted, match=f'step {stop_at} of 6'):
-      train.run(config, workdir)
+  with (
+    ending.at(stop_at, ending.stop, monkeypatch),
+    pytest.raises(Interrupted, match=f'step {stop_at} of 6'),
+  ):
+    train.run(config, workdir)
   assert sorted(losses(workdir)) == list(range(1, stop_at + 1))
   same_run(workdir, train.run(config, workdir), whole_run)
   for file in ('generation-1', 'generation-2'):
@@ -286,19 +282,8 @@ def test_an_evaluation_does_not_hold_up_a_stop(
 def test_a_killed_run_repeats_the_steps_after_its_checkpoint(
   whole_run, config, tmp_path, monkeypatch
 ):
-  class Killed(Exception):
-    pass
-
-  class Log(loop._Log):
-    def step(self, now, *found):
-      super().step(now, *found)
-      if now == 5:
-        raise Killed
-
-  with monkeypatch.context() as patch:
-    patch.setattr(loop, '_Log', Log)
-    with pytest.raises(Killed):
-      train.run(config, tmp_path / 'run')
+  with ending.at(5, ending.kill, monkeypatch), pytest.raises(ending.Killed):
+    train.run(config, tmp_path / 'run')
   loaded, load = [], models.load
 
   def recorded(path, *args, **settings):
@@ -447,17 +432,8 @@ def test_best_is_never_of_a_step_that_a_kill_loses(
   """Though the next start finds other numbers, as on a GPU."""
   exported = quick(loss={2: 5.0, 4: 3.0, 6: 9.0})
   config.eval_every, config.checkpoint.every = 2, 100
-  with monkeypatch.context() as patch:
-    step = loop._Log.step
-
-    def killed(self, now, *found):
-      step(self, now, *found)
-      if now == 5:
-        raise KeyboardInterrupt
-
-    patch.setattr(loop._Log, 'step', killed)
-    with pytest.raises(KeyboardInterrupt):
-      train.run(config, tmp_path / 'run')
+  with ending.at(5, ending.kill, monkeypatch), pytest.raises(ending.Killed):
+    train.run(config, tmp_path / 'run')
   assert exported == [2, 4]
   quick(loss={2: 5.0, 4: 6.0, 6: 9.0})
   results = train.run(config, tmp_path / 'run')
@@ -499,25 +475,11 @@ def test_patience_ends_a_run_wherever_it_is_interrupted(
   assert (results['step'], results['best']['step']) == (5, 3)
 
   # Killed after the fourth step, and once more before it has finished.
-  class Killed(Exception):
-    pass
-
-  def killed(*_):
-    raise Killed
-
-  class Log(loop._Log):
-    def step(self, now, *found):
-      super().step(now, *found)
-      if now == 5:
-        raise Killed
-
+  with ending.at(5, ending.kill, monkeypatch), pytest.raises(ending.Killed):
+    train.run(config, tmp_path / 'run')
   with monkeypatch.context() as patch:
-    patch.setattr(loop, '_Log', Log)
-    with pytest.raises(Killed):
-      train.run(config, tmp_path / 'run')
-  with monkeypatch.context() as patch:
-    patch.setattr(chosen, 'of_best', killed)
-    with pytest.raises(Killed):
+    patch.setattr(chosen, 'of_best', lambda *_: ending.kill())
+    with pytest.raises(ending.Killed):
       train.run(config, tmp_path / 'run')
   capsys.readouterr()
   found = train.run(config, tmp_path / 'run')
