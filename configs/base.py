@@ -179,7 +179,11 @@ def get_config():
 
 
 def generation(data, **settings):
-  """One line of `config.evals` that scores answers, with all its settings."""
+  """A line of `config.evals` that scores answers, as the suites have it.
+
+  Of a plain dict {'kind': 'generation'} the `batch_size` is 32; and it may have
+  `check`, a rule of one's own: see gakd_jax/evals/generation.
+  """
   c = ml_collections.ConfigDict({'kind': 'generation', 'data': data})
   c.limit = config_dict.placeholder(int)  # the first rows only
   c.task = 'instruct'  # which scores: see gakd_jax/evals/tasks.py

@@ -154,6 +154,8 @@ def one_line(error):
     return (
       f'{error.filename}: {error.strerror}; mend that, or name another place'
     )
+  if isinstance(error, BrokenPipeError):
+    return 'whoever read what this prints has gone'
   if isinstance(error, ValueError) and 'embedded null' in text:
     return 'a path has a null character in it; name another'
   if 'No space left on device' in text:
@@ -209,5 +211,7 @@ def guarded(main, argv):
       raise
     hosts.fail(2, text)
     print(f'error: {text}', file=sys.stderr)
+    if isinstance(e, BrokenPipeError):  # What is left to print, to nobody.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(2)
   hosts.finish()

@@ -137,8 +137,10 @@ class Checkpoints:
       hosts.only_first(lambda: None)  # It hashes, while others only write.
 
   def close(self):
+    """Without a word to the others: an error of one comes here alone."""
     try:
-      self.wait()
+      if self._saving is not None:
+        self._saving.result()
     finally:
       self._thread.shutdown()
       if '_orbax' in vars(self):  # Else it was never asked for.

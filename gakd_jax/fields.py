@@ -207,7 +207,19 @@ def _check_parts(config):
   evaluator_lib.check(config.evals)
   kind = Annotated[tuple[Text, ...], Only('one at least', bool)]
   for title, names in config.report.averages.items():
-    settings_lib.check(f'config.report.averages.{title}', names, kind)
+    where = f'config.report.averages.{title}'
+    settings_lib.check(where, names, kind)
+    if title in config.evals:
+      raise UserError(
+        f'{where}: config.evals has a line of that name; name it otherwise'
+      )
+    for name in names:
+      if name not in config.evals:
+        raise UserError(
+          f'{where}: {name!r} is no line of config.evals; '
+          f'{settings_lib.did_you_mean(name, config.evals)}there are '
+          f'{", ".join(config.evals) or "none"}'
+        )
   trackers.check(config.report.trackers)
   student, train = config.student, config.train
   if student.lora is not None:

@@ -232,6 +232,7 @@ def _main(argv):
   for flag in (*_OF_DATASET, *binary.HOSTS):
     if flag.present:
       raise UserError(f'--{flag.name} is of --dataset; give both, or none')
+  sys.stdout.reconfigure(errors='backslashreplace')  # A terminal of ASCII.
   prompts = typed_lines() if _PROMPT.value is None else [_PROMPT.value]
   try:
     for answer in answers(prompts):

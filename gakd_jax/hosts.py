@@ -55,7 +55,8 @@ def start(
   """
   global _roll_call
   given = (coordinator, processes, process_id)
-  if given == (None, None, None):
+  is_slurms = given == (None, None, None)
+  if is_slurms:
     given = of_slurm(os.environ)
   elif None in given:
     raise UserError(
@@ -84,7 +85,9 @@ def start(
       (host, port + 1), processes, process_id, start_timeout, heartbeat_timeout
     )
     settings = {'cluster_detection_method': 'deactivate'}
-    if 'SLURM_LOCALID' in os.environ and not _has_host_alone():
+    # Else whoever gave the address deals the devices.
+    has_id = is_slurms and 'SLURM_LOCALID' in os.environ
+    if has_id and not _has_host_alone():
       settings['local_device_ids'] = [int(os.environ['SLURM_LOCALID'])]
   elif method != 'any':
     settings = {'cluster_detection_method': method}

@@ -3,12 +3,18 @@
 `run` is a `build.Run`.
 """
 
+import dataclasses
+import json
+
 import numpy as np
 
 from gakd_jax import (
   UserError,
   answering,
+  fingerprint,
   hosts,
+  json_file,
+  log,
   models,
   sharding,
   teacher_cache,
@@ -224,12 +230,29 @@ def total_steps(config, batches):
 
 
 def teacher_answers(run):
-  """The data file that the teacher wrote; it is written if it is not there."""
+  """The data file that the teacher wrote; it is written if it is not there.
+
+  Raises:
+    UserError: if what is there was written under other settings.
+  """
   c = run.config
   path = run.workdir / 'answers.jsonl'
-  if not hosts.of_first(path.exists):
-    if c.data.train is None:
-      raise UserError('config.data.train is not set: name a file of prompts')
+  if c.data.train is None:
+    raise UserError('config.data.train is not set: name a file of prompts')
+  source = {
+    'model': c.teacher.path,
+    'weights': models.identity(c.teacher.path),
+    'data': c.data.train,
+  }
+  settings = dict(
+    template=run.readers[-1][1],
+    max_prompt_length=c.data.max_prompt_length,
+    seed=c.seed,
+    on_bad_row=c.data.on_bad_row,
+  )
+  made_with = source | settings | dataclasses.asdict(run.writer)
+  made_with['rows'] = sources.identity(c.data.train)
+  if not hosts.of_first(lambda: _are_there(path, made_with, run.force)):
     rows, bad = sources.load(
       c.data.train, on_bad_row=c.data.on_bad_row, need_response=False
     )
@@ -241,15 +264,21 @@ def teacher_answers(run):
       run.models.tokenizers[1],
       rows,
       path,
-      source={
-        'model': c.teacher.path,
-        'weights': models.identity(c.teacher.path),
-        'data': c.data.train,
-      },
-      template=run.readers[-1][1],
-      max_prompt_length=c.data.max_prompt_length,
-      seed=c.seed,
-      on_bad_row=c.data.on_bad_row,
+      source=source,
+      **settings,
       force=run.force,
     )
   return path
+
+
+def _are_there(path, made_with, force):
+  """Whether answers are; else, notes what those to come are made with."""
+  about = path.with_name('answers.about.json')
+  if path.exists():
+    made_with = json.loads(log.to_json(made_with, default=str))  # As read.
+    began = json_file.read(about) if about.exists() else made_with
+    if not fingerprint.check(path, began, made_with, force):
+      return True
+    path.unlink()
+  log.write_atomically(about, log.to_json(made_with, default=str) + '\n')
+  return False

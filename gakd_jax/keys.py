@@ -1,4 +1,7 @@
-"""Who draws at random in a run: one key for each, all from `config.seed`."""
+"""Who draws at random in a run: one key for each, all from `config.seed`.
+
+Not so what is kept of a teacher as draws: runs of all seeds read the same.
+"""
 
 import jax
 

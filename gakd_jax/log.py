@@ -31,16 +31,19 @@ class Metrics:
   """Writes metrics by step to <workdir>/metrics.jsonl and to trackers.
 
   A run that continues writes again what came after its checkpoint: of what is
-  there, the first `rows` lines stay. `rows` counts on.
+  there, the first `rows` lines stay, up to its `step` (a user may have deleted
+  a damaged one). `rows` counts on. A tracker that fails is told of and left
+  out from there on: it is to stop no training.
   """
 
-  def __init__(self, workdir, trackers=(), rows=0):
+  def __init__(self, workdir, trackers=(), rows=0, step=math.inf):
     path = _metrics_path(workdir)
     kept = read_metrics(workdir)[:rows] if rows else []
+    kept = [row for row in kept if row['step'] <= step]
     write_atomically(path, ''.join(map(_to_line, kept)))
     self.rows = len(kept)
     self._file = path.open('a', encoding='utf-8')
-    self._trackers = trackers
+    self._trackers = [*trackers]
     for row in kept:
       self._track(**row)
 
@@ -60,13 +63,24 @@ class Metrics:
     self._track(int(step), **values)
 
   def _track(self, step, **values):
-    for tracker in self._trackers:
-      tracker.write(step, values)
+    self._tell(lambda tracker: tracker.write(step, values))
 
   def close(self):
     self._file.close()
-    for tracker in self._trackers:
-      tracker.close()
+    self._tell(lambda tracker: tracker.close())
+
+  def _tell(self, what):
+    for tracker in [*self._trackers]:
+      try:
+        what(tracker)
+      except Exception as error:  # Of a server, a network, a service's client.
+        self._trackers.remove(tracker)
+        said = ' '.join(str(error).split()) or type(error).__name__
+        print(
+          f'warning: {type(tracker).__name__} failed and is left out from here '
+          f'on ({said[:200]}); metrics.jsonl has everything',
+          flush=True,
+        )
 
 
 def read_metrics(workdir):

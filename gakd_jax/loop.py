@@ -61,7 +61,9 @@ def run(run, state, host, train_step, texts, total, checkpoints):
           logged.flush()  # One step more is under way, which may be good.
         if now == total or is_enough or skipped.enough:
           break
-        rollouts.write(params, now)
+        if rollouts.is_due(now):
+          logged.flush()  # No step is to count what this takes.
+          rollouts.write(params, now)
         batch, about_text = texts.next(params, now + 1)
         now += 1
         size = jnp.count_nonzero(batch.student.segments_BT)
@@ -214,7 +216,7 @@ class _Log:
     if jax.process_index() == 0:
       c = run.config
       made = trackers.make(c.report.trackers, run.workdir, c, start)
-      self._metrics = log.Metrics(run.workdir, made, rows)
+      self._metrics = log.Metrics(run.workdir, made, rows, start)
     self._progress = log.Progress(total, start, run.workdir.name)
     self._watch = rollout_log.Watch()
     self._late = None

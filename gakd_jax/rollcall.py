@@ -110,14 +110,12 @@ class RollCall:
     """What a process says that comes; (None, None) from none of ours."""
     self._prepare(connection)
     connection.settimeout(5)
-    messages = connection.makefile('r')
-    try:
-      hello = json.loads(messages.readline())
-      if hello.keys() == {'process', 'host'}:
+    messages = connection.makefile('r', errors='replace')
+    with contextlib.suppress(OSError):
+      hello = _message(messages.readline())
+      if hello is not None and hello.keys() == {'process', 'host'}:
         connection.settimeout(None)
         return hello, messages
-    except (OSError, ValueError, AttributeError):
-      pass
     messages.close()
     return None, None
 
@@ -125,12 +123,18 @@ class RollCall:
     message = None
     with contextlib.suppress(OSError):
       connection = self._connect(address)
-      messages = connection.makefile('r')
+      messages = connection.makefile('r', errors='replace')
       self._peers[0] = address[0], connection, messages
       _put(connection, {'process': self._id, 'host': socket.gethostname()})
       # The first may have begun later to wait.
       connection.settimeout(self._timeout + 5)
-      message = json.loads(messages.readline() or 'null')
+      line = messages.readline()
+      message = _message(line)
+      if line and message is None:
+        raise UserError(
+          f"port {address[1]} of {address[0]} is somebody else's, who says "
+          f'{line.strip()[:80]!r}; give another with --coordinator'
+        )
       connection.settimeout(None)
     if message is None:
       raise UserError(
@@ -170,10 +174,9 @@ class RollCall:
   def _watch(self, process):
     """Ends this process with another, for the same reason."""
     host, _, messages = self._peers[process]
-    try:
-      message = json.loads(messages.readline() or 'null')
-    except (OSError, ValueError):
-      message = None
+    message = None
+    with contextlib.suppress(OSError):
+      message = _message(messages.readline())
     if message is None:
       error = f'process {process} on {host} has died; see its log'
       message = {'code': 1, 'error': error}
@@ -200,6 +203,15 @@ def _listen(port, backlog):
       dualstack_ipv6=True,
     )
   return socket.create_server(('', port), backlog=backlog)
+
+
+def _message(line):
+  """The dict that a line is; None: it is none of ours."""
+  try:
+    message = json.loads(line)
+  except ValueError:
+    return None
+  return message if isinstance(message, dict) else None
 
 
 def _put(connection, message):

@@ -49,11 +49,13 @@ class RolloutLog:
       lines = rundir.read_rollouts(run.workdir)
       self._replace([x for x in lines if x['step'] < start])
 
+  def is_due(self, step):
+    is_time = step % self._every == 0 or step == self._total
+    return is_time and bool(self._prompts)
+
   def write(self, params, step):
     """Has the student of `step` write, if it is due."""
-    if not self._prompts:
-      return
-    if step % self._every and step != self._total:
+    if not self.is_due(step):
       return
     run = self._run
     tokens, by_teacher_BT = run.writer.sample(

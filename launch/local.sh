@@ -56,6 +56,7 @@ PYTHON
 run() { # Exit status: that of the first process that did not end well.
   local port i share status=0 each
   port=$(free_port)
+  ! $stopped || return 130
   share=$((gpus / processes))
   children=()
   for ((i = 0; i < processes; i++)); do
@@ -72,6 +73,7 @@ run() { # Exit status: that of the first process that did not end well.
     ) &
     children+=($!)
   done
+  ! $stopped || stop # Asked for while they began.
   for i in "${!children[@]}"; do
     while true; do # A signal that is trapped ends `wait`, not the child.
       each=0

@@ -31,7 +31,8 @@ unset http_proxy https_proxy HTTP_PROXY HTTPS_PROXY
 srun --kill-on-bad-exit=0 --wait=0 --label "${PYTHON:-python}" "$@" &
 step=$!
 status=0
-trap 'kill -TERM "$step" 2>/dev/null || true' TERM
+# Of the tasks: srun would answer this signal by killing them.
+trap 'scancel --signal=TERM "$SLURM_JOB_ID" 2>/dev/null || true' TERM
 while kill -0 "$step" 2>/dev/null; do
   status=0
   wait "$step" || status=$?

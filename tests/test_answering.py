@@ -271,7 +271,7 @@ def test_training_goes_on_with_the_teachers_answers(
     'cache': 'int8',
   }
 
-  def answers(name):
+  def answers(name, force=False):
     workdir = tmp_path / name
     workdir.mkdir(exist_ok=True)
     return inputs.teacher_answers(
@@ -279,7 +279,7 @@ def test_training_goes_on_with_the_teachers_answers(
         config=config,
         workdir=workdir,
         readers=[(subject[1], 'chat')],
-        force=False,
+        force=force,
         writer=rollout.make(**config.rollout),
         models=pair.make(
           subject[0], subject[0], dtype='float32', tokenizers=[subject[1]] * 2
@@ -300,5 +300,11 @@ def test_training_goes_on_with_the_teachers_answers(
   assert sources.load(whole)[0]
   kill_after(monkeypatch, 2, answers, 'killed')
   assert answers('killed').read_bytes() == whole.read_bytes()
+  config.seed = 1
+  with pytest.raises(UserError, match=r'with something else: seed was 0 and'):
+    answers('killed')
+  answers('killed', force=True)
+  assert answers('killed').read_bytes() != whole.read_bytes()
+  config.seed = 0
   monkeypatch.setattr(streaming, 'stream', None)
   assert answers('whole') == whole, 'written once'

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from configs import base
-from gakd_jax import UserError, build, models, sharding
+from gakd_jax import UserError, build, models, sharding, training
 from gakd_jax.evals import generation, loss
 from gakd_jax.models import lora, transformer
 
@@ -90,3 +90,22 @@ def test_a_teacher_of_another_tokenizer_reads_no_ids_of_the_student(config):
     subjects = (x.subject_of(kind, None) for x in (run, cross))
     have = [s.models.teacher_definition is not None for s in subjects]
     assert have == [True, not reads]
+
+
+def test_a_critic_of_each_microbatch_counts_its_updates(config, monkeypatch):
+  asked, optimizer = [], training.optimizer
+
+  def spy(config, total_steps, updates=1):
+    asked.append(updates)
+    return optimizer(config, total_steps, updates)
+
+  monkeypatch.setattr(training, 'optimizer', spy)
+  config.objective = {
+    'name': 'gakd',
+    'reference': True,
+    'warmup_steps': 1,
+    'critic_steps': 2,
+  }
+  config.train.batch_size, config.train.microbatch_size = 8, 2
+  training.make(run_of(config), 3, 9)
+  assert asked == [1, 8]

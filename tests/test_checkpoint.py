@@ -3,6 +3,8 @@
 import errno
 import json
 import logging
+import os
+import pathlib
 import shutil
 
 import jax
@@ -262,3 +264,41 @@ def test_what_fails_behind_our_back_is_said_once(tmp_path, caplog):
     )
     absl.handle(record)
   assert [record.pathname for record in caplog.records] == ['x/other.py']
+
+
+def test_a_step_has_its_name_once_all_of_it_is_on_the_disk(
+  tmp_path, monkeypatch
+):
+  """Its files, the manifest, then the name; and then the name itself."""
+  done, sync, rename = [], checkpoint._sync, pathlib.Path.rename
+
+  def synced(path):
+    done.append(('sync', str(path)))
+    sync(path)
+
+  def renamed(path, target):
+    if path.suffix == '.saving':
+      files = {p.name for p in path.iterdir()}
+      done.append(('rename', files))
+    return rename(path, target)
+
+  monkeypatch.setattr(checkpoint, '_sync', synced)
+  monkeypatch.setattr(pathlib.Path, 'rename', renamed)
+  directory = save(tmp_path / 'c', steps=[10])
+  at = done.index(('rename', {'manifest.json', 'state'}))
+  before = {path.replace('.saving', '') for _, path in done[:at]}
+  state_files = {str(p) for p in files(directory, 10) if 'state' in p.parts}
+  assert state_files <= before
+  assert done[at + 1 :] == [('sync', str(directory))]
+
+
+def test_what_is_synced_is_on_the_disk(tmp_path, monkeypatch):
+  found, fsync = [], os.fsync
+
+  def synced(fd):
+    found.append(os.fstat(fd).st_ino)
+    fsync(fd)
+
+  monkeypatch.setattr(os, 'fsync', synced)
+  checkpoint._sync(tmp_path)
+  assert found == [tmp_path.stat().st_ino]

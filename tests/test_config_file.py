@@ -79,7 +79,8 @@ def test_a_broken_file_is_one_line(refusal, text, line, said):
   ids=['binary', 'Latin-1', 'UTF-16', 'a program'],
 )
 def test_what_is_no_text_is_one_line(refusal, content):
-  assert 'SyntaxError: ' in refusal(content) or 'ValueError: '
+  text = refusal(content)
+  assert 'SyntaxError: ' in text or 'ValueError: ' in text
 
 
 def test_what_is_no_file_is_one_line(tmp_path):

@@ -11,6 +11,7 @@ import sys
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 from absl import flags
 
@@ -29,6 +30,7 @@ from gakd_jax import (
   binary,
   fields,
   fingerprint,
+  log,
   models,
   objectives,
   rollout,
@@ -147,6 +149,9 @@ def test_every_config_trains(name, trained, small_model):
   last = where / config.stages[-1][0] if config.stages else where
   assert list((last / 'best').glob('*model.safetensors'))  # or an adapter's
   assert (where / 'report.html').exists()
+  steps = [x for x in log.read_metrics(last) if 'train/loss' in x]
+  assert all(np.isfinite(x['train/loss']) for x in steps)
+  assert not any(x['train/skipped'] for x in steps)
 
 
 @pytest.mark.parametrize('which', ['gpt2', 'gpt2_qwen1p5,kld', ',uld', ''])

@@ -146,7 +146,10 @@ WRONG = {
   'report.trackers': ['tensorboard', ('x',), (3,), 3],
   'report.answers': [-1, 'x'],
   'report.rollouts': [-1],
-  'report.averages': [{'a': 3}, {'a': ()}, {'a': 'loss'}, {'a': (3,)}],
+  'report.averages': [
+    *({'a': x} for x in (3, (), 'loss', (3,), ('los',))),
+    {'loss': ('loss',)},
+  ],
 }
 # Where None is a value.
 MAY_BE_NONE = {

@@ -38,6 +38,18 @@ def expected_answers(path, questions, seed, **settings):
     yield encoding.decode(tokenizer, response[0])
 
 
+def test_a_reader_that_goes_away_is_one_line():
+  read, write = os.pipe()
+  os.close(read)
+  command = [sys.executable, '-m', 'gakd_jax.generate', '--prompt=a']
+  command += ['--model=configs/assets/tiny_teacher', '--max_new_tokens=1']
+  done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
+  assert done.returncode == 2
+  said = b'error: whoever read what this prints has gone\n'
+  assert done.stderr.endswith(said)
+  assert b'Traceback' not in done.stderr
+
+
 def test_each_line_and_a_single_prompt_are_answered(tiny_model_dir, tmp_path):
   model_dir = tiny_model_dir()
   settings = [f'--model={model_dir}', '--max_new_tokens=8', '--top_k=50']

@@ -293,6 +293,34 @@ def test_an_error_of_one_ends_all(config_file, begin, tmp_path):
   assert 'error: process 1: ' in said[0][1]
 
 
+FAILS = """
+import errno, sys
+if '--process_id=1' in sys.orig_argv:
+  from gakd_jax.data import pipeline
+
+  collate, calls = pipeline.collate, []
+
+  def fails(*args, **settings):
+    calls.append(1)
+    if len(calls) > 20:
+      raise OSError(errno.EIO, 'Input/output error', '/data/rows.bin')
+    return collate(*args, **settings)
+
+  pipeline.collate = fails
+"""
+
+
+@pytest.mark.slow
+def test_an_error_after_a_save_ends_all(config_file, begin, tmp_path):
+  (tmp_path / 'sitecustomize.py').write_text(FAILS)
+  flags = of(config_file, tmp_path / 'run', '--config.checkpoint.every=4')
+  path = os.pathsep.join(map(str, (tmp_path, ROOT)))
+  said = end(begin(flags, PYTHONPATH=path), 2, 2)
+  for _, err in said:
+    assert err.count('error:') == 1
+    assert '/data/rows.bin: Input/output error' in err
+
+
 @pytest.mark.slow
 def test_skipped_steps_end_all_at_the_same_one(config_file, begin, tmp_path):
   flags = ['critic_optimizer.learning_rate=1e30', 'train.max_skipped=3']
@@ -345,6 +373,17 @@ def test_two_that_are_called_alike_are_refused(free_port):
   assert 'has come as process 1, which is there already of 3' in error
 
 
+def test_a_strangers_port_is_said(free_port):
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    for said in (b'SSH-2.0-x\n', b'[]\n', b'\xff\n'):
+      with socket.create_server(('localhost', free_port)) as server:
+        second = pool.submit(call, free_port, 2, 1)
+        connection, _ = server.accept()
+        with connection:
+          connection.sendall(said)
+          assert "of localhost is somebody else's" in second.result()
+
+
 @pytest.mark.slow
 def test_strangers_are_not_listened_to(free_port):
   with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -388,6 +427,22 @@ def test_slurm_says_who_is_there(monkeypatch, nodes, first):
     16,
     3,
   )
+
+
+@pytest.mark.parametrize('is_told', [False, True])
+def test_devices_are_slurms_to_deal_where_it_named_the_hosts(
+  monkeypatch, is_told
+):
+  found = {}
+  monkeypatch.setattr(rollcall, 'RollCall', lambda *_: None)
+  monkeypatch.setattr(
+    'jax.distributed.initialize', lambda *_, **x: found.update(x)
+  )
+  monkeypatch.setattr('jax.config.update', lambda *_: None)
+  for name, value in (SLURM | {'SLURM_LOCALID': '3'}).items():
+    monkeypatch.setenv(name, value)
+  hosts.start(*(('host:1234', 2, 0) if is_told else ()))
+  assert found.get('local_device_ids') == (None if is_told else [3])
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,6 @@ LEVELS = (
     'partial',
     'hosts',
     'stopping',
-    'json_file',
     'rollcall',
   ),
 )

@@ -113,6 +113,25 @@ def test_local_does_not_start_again_in_vain(config_file, tmp_path, error):
   assert not pids(str(tmp_path / 'run'))
 
 
+def test_local_is_stopped_as_it_looks_for_a_port(tmp_path):
+  python = tmp_path / 'python'
+  python.write_text(
+    '#!/usr/bin/env bash\n'
+    '[[ $1 == - ]] || sleep 60\n'
+    'kill $(ps -o ppid= -p $PPID)\n'
+    'echo 12345\n'
+  )
+  python.chmod(0o755)
+  launcher = subprocess.run(
+    [LAUNCH / 'local.sh', '2', '-m', 'gakd_jax.main'],
+    env=ENV | {'PYTHON': str(python), 'LOGS': str(tmp_path)},
+    capture_output=True,
+    text=True,
+    timeout=20,
+  )
+  assert launcher.returncode == 130, launcher.stderr
+
+
 def pids(*words):
   """Of processes in whose command lines these are."""
   found = []

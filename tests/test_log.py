@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 
 import numpy as np
@@ -71,6 +72,37 @@ def test_a_resumed_run_overwrites_the_later_steps(tmp_path):
   _write(tmp_path, [0, 1])
   _write(tmp_path, [0, 1])  # killed before its first checkpoint
   assert _steps(tmp_path) == [0, 1]
+
+
+def test_a_line_that_was_deleted_doubles_no_step(tmp_path):
+  _write(tmp_path, [1, 2, 4, 5, 6, 7])  # 3 was damaged.
+  _write(tmp_path, [6, 7], rows=5, step=5)
+  assert _steps(tmp_path) == [1, 2, 4, 5, 6, 7]
+
+
+class Failing:
+  def __init__(self, at):
+    self.at, self.steps = at, []
+
+  def write(self, step, values):
+    del values
+    if step == self.at:
+      raise ConnectionError('the server\nhas gone')
+    self.steps.append(step)
+
+  def close(self):
+    if self.at is None:
+      raise RuntimeError
+
+
+def test_a_tracker_that_fails_stops_no_run(tmp_path, capsys):
+  trackers = [Failing(3), Failing(None)]
+  _write(tmp_path, [1, 2, 3, 4], trackers=trackers)
+  assert [x.steps for x in trackers] == [[1, 2], [1, 2, 3, 4]]
+  assert _steps(tmp_path) == [1, 2, 3, 4]
+  first, second = capsys.readouterr().out.splitlines()
+  assert 'Failing failed and is left out from here on (the server has' in first
+  assert '(RuntimeError)' in second
 
 
 def test_a_line_cut_by_a_kill_is_dropped(tmp_path):
@@ -190,3 +222,21 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
   with pytest.raises(UnicodeEncodeError):
     log.write_atomically(tmp_path / 'text', '\ud800')
   assert [path.name for path in tmp_path.iterdir()] == ['taken']
+
+
+def test_a_file_has_its_name_once_it_is_on_the_disk(tmp_path, monkeypatch):
+  order, fsync, replace = [], os.fsync, os.replace
+
+  def synced(fd):
+    order.append('fsync')
+    fsync(fd)
+
+  def replaced(source, target):
+    order.append('replace')
+    replace(source, target)
+
+  monkeypatch.setattr(os, 'fsync', synced)
+  monkeypatch.setattr(os, 'replace', replaced)
+  log.write_atomically(tmp_path / 'x', 'text')
+  assert order == ['fsync', 'replace']
+  assert (tmp_path / 'x').read_text() == 'text'

@@ -209,3 +209,16 @@ def test_a_methods_own_parameters_have_a_rate_of_their_own():
   updates, _ = optimizer.update(params, optimizer.init(params), params)
   np.testing.assert_allclose(updates['student']['w'], -0.15, rtol=1e-5)
   np.testing.assert_allclose(updates['extra']['w'], -3.0, rtol=1e-5)
+
+
+def test_a_methods_own_rate_is_the_one_that_is_asked_for():
+  c = base.get_config().optimizer
+  c.learning_rate, c.extra_learning_rate, c.weight_decay = 0.5, 0.1, 0.0
+  c.schedule, c.warmup_steps = 'constant', 0
+  made, _ = training.optimizer(c, 10)
+  params = {'student': jnp.zeros(()), 'extra': {'x': jnp.zeros(())}}
+  ones = jax.tree.map(jnp.ones_like, params)
+  # Adam's first update is the rate.
+  moved, _ = made.update(ones, made.init(params), params)
+  np.testing.assert_allclose(moved['student'], -0.5, rtol=1e-5)
+  np.testing.assert_allclose(moved['extra']['x'], -0.1, rtol=1e-5)

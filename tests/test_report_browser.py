@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from gakd_jax import page
+from gakd_jax import log, page
 from tests.written import write_results
 
 # Its pipes keep their numbers from another process: this puts them at 3 and 4.
@@ -246,7 +246,18 @@ def test_a_click_sorts_the_table_by_its_numbers(browser, url):
   assert browser.run(names) == ['y', 'x', 'z']
 
 
-def test_a_phone_does_not_scroll_sideways(browser, url):
+@pytest.mark.parametrize('longer', [1, 90])
+def test_a_phone_does_not_scroll_sideways(browser, url, tmp_path, longer):
+  if longer > 1:  # names of runs
+    runs = {name * longer: tmp_path / name for name in 'xy'}
+    for path in runs.values():
+      write_results(path, {'loss/ce': 1.0})
+      metrics = log.Metrics(path)
+      for step in (1, 2):
+        metrics.write(step, {'train/loss': step})
+      metrics.close()
+    page.write(tmp_path / 'report.html', runs)
+    url = (tmp_path / 'report.html').as_uri()
   screen = {'width': 360, 'height': 800, 'deviceScaleFactor': 1}
   browser.call('Emulation.setDeviceMetricsOverride', **screen, mobile=True)
   browser.open(url)

@@ -65,8 +65,12 @@ def test_comparisons_are_of_the_runs_shown(tmp_path, tool):
   of = {'set': 'dolly', 'metric': 'rouge_l'} | numbers
   pairs = [of | {'a': 'x', 'b': 'y'}, of | {'a': 'x', 'b': 'z'}]
   (tmp_path / 'comparisons.json').write_text(json.dumps(pairs))
-  runs = {'x': tmp_path, 'y': tmp_path}
+  runs = {x: tmp_path / x for x in 'xy'}
   assert tool.find_comparisons([tmp_path, tmp_path / 'x'], runs) == pairs[:1]
+  longer = {f'one/{x}': tmp_path / x for x in 'xy'}  # as others are called
+  assert tool.find_comparisons([tmp_path], longer) == [
+    pairs[0] | {'a': 'one/x', 'b': 'one/y'}
+  ]
 
 
 @pytest.mark.slow

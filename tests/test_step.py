@@ -753,3 +753,48 @@ def test_no_array_has_the_size_of_logits(method):
   with_vocabulary = [s for s in shapes if V in s]
   assert max(map(math.prod, with_vocabulary)) == V * D
   assert max(map(math.prod, shapes)) < B * T * V
+
+
+@pytest.mark.parametrize('microbatches', [1, 2])
+def test_dropout_and_the_critic_draw_for_themselves(microbatches):
+  """Each microbatch, and each update of the critic, something else."""
+
+  class Noisy(_Numbers):
+    def student_hidden(self, params, batch, key):
+      hidden_BTD = super().student_hidden(params, batch, key)
+      return hidden_BTD * (1 if key is None else jax.random.normal(key))
+
+  jax.tree_util.register_dataclass(Noisy, ['frozen'], [])
+
+  class Fake(objectives.base.Objective):
+    critic_steps = 2
+
+    def loss(self, student, teacher, batch, own, key):
+      return jnp.mean(student.hidden_BTD), {}
+
+    def critic_loss(self, student, teacher, batch, own, key):
+      return own.critic['w'] * jax.random.normal(key), {}
+
+  train_step, state = _descend(
+    Fake(), 1.0, {'w': jnp.float32(9.0)}, seed=3, microbatches=microbatches
+  )
+  models_now = Noisy({'teacher': {'w': jnp.float32(0.5)}})
+  state, _ = train_step(state, models_now, _batches(1)[0])
+  _, critic_key, dropout_key = jax.random.split(
+    jax.random.fold_in(keys.of(3, 'step'), 0), 3
+  )
+
+  if microbatches == 1:
+    critic_key = jax.random.fold_in(critic_key, 0)
+
+  def draws(key):
+    return [
+      float(jax.random.normal(jax.random.fold_in(key, i)))
+      for i in range(microbatches)
+    ]
+
+  np.testing.assert_allclose(
+    1 - state.params['student']['w'], sum(draws(dropout_key)), rtol=1e-5
+  )
+  updates = [sum(draws(key)) for key in jax.random.split(critic_key)]
+  np.testing.assert_allclose(9 - state.critic['w'], sum(updates), rtol=1e-5)

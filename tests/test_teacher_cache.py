@@ -297,7 +297,8 @@ def test_what_is_there_is_not_made_again(config, tmp_path, forwards):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  'change', ['teacher', 'precision', 'template', 'a row', 'max_length']
+  'change',
+  ['teacher', 'quantize', 'precision', 'template', 'a row', 'max_length'],
 )
 def test_of_anything_else_it_is_made_anew(
   config, tmp_path, forwards, change, tiny_model_dir
@@ -306,6 +307,8 @@ def test_of_anything_else_it_is_made_anew(
   del forwards[:]
   if change == 'teacher':
     config.teacher.path = str(tiny_model_dir(seed=2, width=48))
+  elif change == 'quantize':
+    config.teacher.quantize = 'int8'
   elif change == 'precision':
     config.train.precision = 'bfloat16'
   elif change == 'template':

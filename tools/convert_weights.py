@@ -51,6 +51,7 @@ def to_flax(source, destination, dtype=None):
     report = _task(progress, 'writing', _bytes(transformer.split(model)[1]))
     try:
       _write_flax(model, new)
+      _with_record(source)(new)
     except BaseException:
       shutil.rmtree(new, ignore_errors=True)
       raise
@@ -70,6 +71,17 @@ def _write_flax(model, path):
   models.copy_companions(model.companions, path)
 
 
+def _with_record(source):
+  """For a new directory: what the source says of how it is asked."""
+  record = models.resolve(source, best.RECORD) / best.RECORD
+
+  def copy(directory):
+    if record.exists():
+      shutil.copyfile(record, directory / best.RECORD)
+
+  return copy
+
+
 def to_hf(source, destination):
   """Writes the Hugging Face directory of a Flax directory."""
   source = Path(source).resolve()
@@ -80,7 +92,12 @@ def to_hf(source, destination):
     params = _restore(source / 'params', shapes)
     report(_bytes(params))
     report = _task(progress, 'writing', _bytes(params))
-    models.save(nnx.merge(definition, params), destination, report=report)
+    models.save(
+      nnx.merge(definition, params),
+      destination,
+      report=report,
+      describe=_with_record(source),
+    )
 
 
 def merge(source, destination):
@@ -92,13 +109,9 @@ def merge(source, destination):
       raise UserError(f'{source}: has no adapters to merge')
     lora.merge(model)
     report = _task(progress, 'writing', size)
-    record = models.resolve(source) / best.RECORD
-
-    def describe(directory):
-      if record.exists():  # How it is asked.
-        shutil.copyfile(record, directory / best.RECORD)
-
-    models.save(model, destination, report=report, describe=describe)
+    models.save(
+      model, destination, report=report, describe=_with_record(source)
+    )
 
 
 def from_gguf(source, destination, dtype=None):

@@ -59,7 +59,8 @@ def _lines(file):
   file = Path(file)
   files.check(file)
   try:
-    return file.read_text('utf-8').split('\n')
+    with file.open(encoding='utf-8-sig', newline='\n') as lines:
+      return [line.removesuffix('\n').removesuffix('\r') for line in lines]
   except UnicodeDecodeError as error:
     raise UserError(f'{file}: not UTF-8 ({error}); convert it') from error
 

@@ -51,10 +51,14 @@ def find_runs(paths):
 
 def find_comparisons(paths, runs):
   """What evaluations wrote into comparisons.json about these runs."""
+  names = {directory: name for name, directory in runs.items()}
   found = []
   for path in map(Path, paths):
-    found += rundir.read_comparisons(path)
-  return [c for c in found if c['a'] in runs and c['b'] in runs]
+    for c in rundir.read_comparisons(path):
+      of = {x: names.get((path / c[x]).absolute()) for x in ('a', 'b')}
+      if all(of.values()):
+        found.append(c | of)
+  return found
 
 
 def _main(argv):

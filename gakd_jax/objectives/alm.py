@@ -12,9 +12,11 @@ cross-tokenizer distillation via approximate likelihood matching", arXiv
 
 `space` adds to both the log-probability that a token with a space before it
 follows the chunk, or the end: else a model that would go on with the word is
-not told from one that would not. `sizes` are how many chunks of a document are
-joined into one before they are compared; with several, L is the mean over all
-chunks of all sizes, and, as the authors do, divided by the number of sizes.
+not told from one that would not. As the authors do, also of the chunk that an
+answer's end is, where neither model has learned what follows. `sizes` are how
+many chunks of a document are joined into one before they are compared; with
+several, L is the mean over all chunks of all sizes, and, as the authors do,
+divided by the number of sizes.
 `by_tokens` weights a chunk by the teacher's tokens in it. One token is one
 chunk where both models have one tokenizer.
 """

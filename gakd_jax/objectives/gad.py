@@ -306,7 +306,11 @@ def with_the_least(reward_Bm, is_lost_Bm):
 
 
 def advantages(reward_Bm, group):
-  """Normalised rewards of each group, and 0 for its row of the data; [B]."""
+  """Normalised rewards of each group, and 0 for its row of the data; [B].
+
+  By the deviation of these rewards themselves, with n and not n - 1, so that
+  two answers have -1 and 1 (0.71 with n - 1, as some codes have it).
+  """
   mean_B1 = jnp.mean(reward_Bm, axis=1, keepdims=True)
   std_B1 = jnp.std(reward_Bm, axis=1, keepdims=True)
   advantage_Bm = (reward_Bm - mean_B1) / (std_B1 + 1e-4)

@@ -83,6 +83,15 @@ class MCW(base.Objective):
   align = ('path',)
   more_head_passes = 5, 3  # of DSKD; the largest logits, and back
 
+  def __post_init__(self):
+    if self.reference and self.solver == 'sinkhorn':
+      for name in ('epsilon', 'iterations'):
+        if getattr(self, name) != getattr(MCW, name):
+          raise UserError(
+            f'config.objective: reference=True has its own {name}; leave out '
+            f'{name}={getattr(self, name)}'
+          )
+
   def check(self, config):
     if config.data.packing:
       raise UserError(

@@ -4,10 +4,12 @@
 the student's distribution *given that a shared token follows*, compared where
 both models have read the same text and go on with the same token (exact pairs).
 The means are those over response tokens, and over pairs. Logits are divided by
-the temperature in D. There are neither projectors nor attention.
+the temperature in D, which is not multiplied by its square. There are neither
+projectors nor attention.
 
 What it does not see is a word that is one token to the teacher and several to
-the student; with one tokenizer nothing is unseen, and it is `kld`.
+the student; with one tokenizer nothing is unseen, and it is `kld` with
+`scale_by_t2=False`.
 """
 
 import dataclasses

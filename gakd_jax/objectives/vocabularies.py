@@ -111,7 +111,7 @@ def projection_of(s_strings, t_strings, can_split, *, V, U, decay, ends=None):
     'piece_s', 'piece_t', 'piece_weight' [P]: for every token of the student
     those of the teacher's that it is made of, the longest first from the left,
     their weights summing to 1; one, of one string, where there is such.
-    'reached' [U]: ids of the teacher that are among them.
+    'reached' [U]: ids of the teacher that are among them, weighing anything.
     'teacher_id_V', 'teacher_rest_O': as in `shared_of`; a token without an
     equal goes with its first piece, if no other does.
   """
@@ -131,18 +131,17 @@ def projection_of(s_strings, t_strings, can_split, *, V, U, decay, ends=None):
   pieces = {i: found for i, found in pieces.items() if found}
   sizes = [len(x) for x in pieces.values()]
   weights = [decay ** np.arange(n) for n in sizes]
+  weight_P = np.concatenate([w / w.sum() for w in weights], dtype=np.float32)
   t_P = np.concatenate(list(pieces.values())).astype(np.int32)
   reached_U = np.zeros(U, bool)
-  reached_U[t_P] = True
+  reached_U[t_P[weight_P > 0]] = True
   partner = {}
   for i in sorted(pieces, key=lambda i: (len(pieces[i]), i)):
     partner.setdefault(pieces[i][0], i)
   return {
     'piece_s': np.repeat(list(pieces), sizes).astype(np.int32),
     'piece_t': t_P,
-    'piece_weight': np.concatenate(
-      [w / w.sum() for w in weights], dtype=np.float32
-    ),
+    'piece_weight': weight_P,
     'reached': reached_U,
     **shared_of(list(partner.values()), list(partner), V, len(t_strings)),
   }

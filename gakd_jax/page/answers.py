@@ -90,13 +90,13 @@ def _add(found, model, seed, path):
 
 
 def _cut(sets, limit):
-  """The first rows of each set that fit; all, if they do."""
+  """The first rows of each set that fit, one at least; all, if they do."""
   by_row = collections.Counter()
   for found in sets:
     for i, row in enumerate(found['rows']):
       by_row[i] += len(json.dumps(row, ensure_ascii=False).encode())
   kept, size = 0, 0
-  while kept in by_row and size + by_row[kept] <= limit:
+  while kept in by_row and (not kept or size + by_row[kept] <= limit):
     size += by_row[kept]
     kept += 1
   return [found | {'rows': found['rows'][:kept]} for found in sets]

@@ -72,12 +72,12 @@ def bars(title, rows, palette):
       name of the row before.
     palette: {whose: colour}.
   """
-  top = max((mean + (std or 0) for _, _, mean, std, _ in rows), default=0) or 1
+  top = max([0, *(mean + (std or 0) for _, _, mean, std, _ in rows)]) or 1
   body = ''
   for name, whose, mean, std, text in rows:
     error = ''
     if std:
-      low, high = max(0, mean - std), mean + std
+      low, high = max(0, mean - std), max(0, mean + std)
       error = f'<i style="{span(low / top, high / top)}"></i>'
     body += (
       f'<li><span>{html.escape(name)}</span><div class="track">'

@@ -158,3 +158,11 @@ def test_the_last_batch_is_dropped_by_choice(packing):
   assert kept.slots == kept.lengths_S.sum() * 4
   # What fills its batches has no last one to drop.
   assert len(arrange.arrange([20] * 8, drop_last=True, **options)) == 2
+
+
+def test_packed_bins_share_a_batch_at_random():
+  """They are made of the longest first: neighbours are alike."""
+  made = arrange.arrange(
+    lengths(), batch_size=4, buckets=BUCKETS, packing=True, seed=1
+  )
+  assert np.mean(np.diff(made.bins_SB) == 1) < 0.5

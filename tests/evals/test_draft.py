@@ -167,3 +167,14 @@ def test_without_a_teacher_there_is_nothing_to_draft_for(
     'tokens_per_pass_2',
     'speedup_2',
   ]
+
+
+def test_a_pass_costs_the_weights_that_it_reads(tiny_model_dir):
+  paths = tiny_model_dir(), tiny_model_dir(width=48, layers=3)
+  both, params = pair.make(*map(models.load, paths), dtype='float32')
+  small, large = (
+    sum(x.size for x in jax.tree.leaves(split(models.load(path))[1]))
+    for path in paths
+  )
+  # Their heads are their embeddings; norms are next to nothing.
+  assert draft._cost(both, params) == pytest.approx(small / large, rel=0.01)

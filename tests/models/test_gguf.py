@@ -1,6 +1,7 @@
 """A .gguf file stands where a model's directory may."""
 
 import json
+import types
 
 import gguf
 import numpy as np
@@ -427,3 +428,26 @@ def write_blocks(case, tensors, file, stored):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(gguf.quants, 'quantize', blocks)
     llama_cpp.write(case, tensors, file, stored)
+
+
+@pytest.mark.parametrize(('n', 'scalar'), [(46, 18), (42, 12)])
+def test_the_largest_gemma_2_alone_scales_queries_by_its_width(n, scalar):
+  """As llama.cpp: by width / heads, and not by the size of a head."""
+  sizes = {
+    'embedding_length': 72,
+    'block_count': n,
+    'feed_forward_length': 80,
+    'attention.head_count': 4,
+    'attention.head_count_kv': 2,
+    'attention.key_length': 12,
+    'attention.layer_norm_rms_epsilon': 1e-6,
+    'attention.sliding_window': 8,
+    'attn_logit_softcapping': 50.0,
+    'final_logit_softcapping': 30.0,
+    'context_length': 64,
+  }
+  said = {f'gemma2.{name}': x for name, x in sizes.items()}
+  said['tokenizer.ggml.tokens'] = ['a'] * 160
+  embedding = types.SimpleNamespace(shape=(72, 160))
+  found = gguf_files._config('gemma2', said, {'token_embd.weight': embedding})
+  assert found['query_pre_attn_scalar'] == scalar

@@ -333,3 +333,41 @@ def test_bf16_is_near_fp32(name):
     assert g.dtype == jnp.float32
     off = np.linalg.norm(g - w) / np.linalg.norm(w)
     assert 0 < off < 0.03
+
+
+@pytest.mark.parametrize(
+  ('settings', 'like'),
+  [
+    (
+      {'name': 'overlap', 'divergence': 'reverse_kl'},
+      {'divergence': 'reverse_kl', 'scale_by_t2': False},
+    ),
+    ({'name': 'mined'}, {'divergence': 'forward_kl', 'scale_by_t2': False}),
+    pytest.param(
+      {'name': 'gold', 'beta': 0.3},
+      {'divergence': 'jsd', 'beta': 0.3, 'scale_by_t2': False},
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      {'name': 'xtoken'}, {'divergence': 'forward_kl'}, marks=pytest.mark.slow
+    ),
+  ],
+  ids=lambda x: x.get('name', ''),
+)
+def test_with_one_tokenizer_it_is_kld(settings, like):
+  """As their docstrings say, whatever the settings; gradients, too."""
+
+  def run(**settings):
+    settings = {'kd': 0.7, 'temperature': 1.5} | settings
+    objective, own, both = _parts(settings)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(student):
+      batch = _batch().replace(totals=objective.count(_batch()))
+      outputs = both(_params(1)).outputs(student, batch)
+      return objective.loss(*outputs, batch, own, None)[0]
+
+    return loss(_params(0))
+
+  _assert_close(run(**settings), run(name='kld', **like), rtol=1e-4)

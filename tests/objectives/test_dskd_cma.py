@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gakd_jax.data.pipeline import Batch
+from gakd_jax.data.pipeline import Batch, Tokens
 from gakd_jax.objectives.base import Own
 from gakd_jax.objectives.dskd_cma import DSKD
 from tests.objectives import cross
@@ -100,3 +100,15 @@ def test_identical_models_with_one_space_have_the_loss_of_sft():
   np.testing.assert_allclose(loss, metrics['ce'], rtol=1e-5)
   np.testing.assert_allclose(metrics['t2s'], 0, atol=1e-6)
   np.testing.assert_allclose(metrics['s2t'], 0, atol=1e-6)
+
+
+def test_by_default_the_deviation_is_that_of_a_document():
+  """Of all numbers of its response, with n - 1; elsewhere it is 1."""
+  x_BRE = np.random.default_rng(0).standard_normal((1, 7, 4), np.float32)
+  mask_BR = np.array([[0, 0, 1, 1, 0, 1, 1]], bool)
+  tokens = Tokens(mask_BR * 1, np.array([[1, 1, 1, 1, 2, 2, 2]]), mask_BR)
+  want_R = np.ones(7)
+  for rows in (slice(1, 3), slice(4, 6)):  # Where these are predicted.
+    want_R[rows] = np.std(x_BRE[0, rows], ddof=1)
+  got_BR1 = DSKD()._deviation(jnp.asarray(x_BRE), tokens)
+  np.testing.assert_allclose(got_BR1[0, :, 0], want_R, rtol=1e-5)

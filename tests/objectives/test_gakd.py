@@ -538,3 +538,12 @@ def test_the_trunk_can_come_from_a_model(tiny_model_dir):
 def test_wrong_settings_are_refused(settings, message):
   with pytest.raises(UserError, match=message):
     objectives.make('gakd', **settings)
+
+
+def test_the_terms_of_imitation_have_their_weights():
+  objective = _objective(kd=0.7, rkl_scale=2.0)
+  loss, metrics = objective.imitation(
+    _outputs('student'), _outputs('teacher'), _batch(), Own(), None
+  )
+  want = 0.3 * metrics['ce'] + 0.7 * 2.0 * metrics['reverse_kl']
+  np.testing.assert_allclose(loss, want, rtol=1e-5)

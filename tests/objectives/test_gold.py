@@ -1,5 +1,8 @@
 """GOLD against recorded values."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 
@@ -49,3 +52,18 @@ def test_recorded_values(name):
   np.testing.assert_allclose(loss, z['out.loss'], rtol=1e-5)
   np.testing.assert_allclose(metrics['gold'], loss, rtol=1e-6)
   cross.assert_near(gradient, z['grad.loss'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['gold_bayesian_b', 'gold_hybrid_bayesian_a'])
+def test_of_one_response_both_means_are_the_same(name):
+  _, objective, (student, teacher, batch, own) = recorded(name)
+  batch = jax.tree.map(lambda x: x[:1], batch)
+  models = [x.replace(hidden_BTD=x.hidden_BTD[:1]) for x in (student, teacher)]
+  got, want = (
+    cross.run(
+      dataclasses.replace(objective, reference=on), *models, batch, own
+    )[0][0]
+    for on in (False, True)
+  )
+  np.testing.assert_allclose(got, want, rtol=1e-6)

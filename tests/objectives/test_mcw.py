@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gakd_jax import UserError
 from gakd_jax.data.pipeline import Batch
 from gakd_jax.models import DecoderConfig
 from gakd_jax.objectives import dskd_cma, mcw
@@ -221,3 +222,9 @@ def test_the_critic_ascends_what_the_loss_has():
   total = [x['ot_logits'] + x['ot_hidden'] for x in (before, after)]
   np.testing.assert_allclose(descended(critic), -total[0], rtol=1e-5)
   assert total[1] > total[0] + 1e-4
+
+
+def test_what_the_reference_would_not_read_is_refused():
+  with pytest.raises(UserError, match='has its own epsilon; leave out epsilon'):
+    mcw.MCW(reference=True, epsilon=0.01)
+  mcw.MCW(reference=True, epsilon=0.01, solver='semi_dual')

@@ -81,3 +81,13 @@ def test_the_tails_are_one_sum_each():
     jnp.asarray(q_NV)
   )
   np.testing.assert_array_equal(np.abs(d_NV), 1)
+
+
+def test_temperature_divides_the_logits_of_both():
+  z, _ = cross.golden('uld_a')
+  batch = Batch(*(cross.unshifted(z, side) for side in cross.SIDES))
+  models = cross.from_logits(z, batch)
+  halves = [x.replace(hidden_BTD=x.hidden_BTD / 2) for x in models]
+  (got, _), _ = cross.run(ULD(ce=0.0, temperature=2.0), *models, batch)
+  (want, _), _ = cross.run(ULD(ce=0.0), *halves, batch)
+  np.testing.assert_allclose(got, want, rtol=1e-6)

@@ -95,6 +95,13 @@ def test_tokens_are_spelt_in_the_longest_pieces():
   assert constants['teacher_rest_O'].tolist() == [2, 3, 6, 7]
 
 
+def test_what_weighs_nothing_is_not_reached():
+  strings = ['ab', 'c'], ['a', 'b', 'c']
+  settings = {'can_split': [True] * 2, 'V': 2, 'U': 3}
+  constants = vocabularies.projection_of(*strings, **settings, decay=0.0)
+  assert constants['reached'].tolist() == [True, False, True]
+
+
 def test_special_tokens_are_not_spelt(models):
   student, teacher = (x.get_vocab() for x in models.tokenizers)
   constants = vocabularies.projection(models, 0.1)

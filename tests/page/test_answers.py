@@ -100,6 +100,8 @@ def test_too_much_is_cut_at_the_same_row_of_all_sets(tmp_path):
   assert long['rows'][4]['prompt'] == 'p4'
   long, short = answers.collect(runs)
   assert len(long['rows']) == 40
+  long, short = answers.collect(runs, limit=10)
+  assert len(long['rows']) == 1  # and so it is said that others were cut
 
 
 def test_without_answers_there_are_no_sets(tmp_path):

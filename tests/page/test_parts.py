@@ -229,6 +229,9 @@ def test_bars_are_as_long_as_their_numbers():
   assert 'left: 0.0%; width: 40.0%' in text
   nothing = figures.bars('t', [('a', 'a', 0.0, None, '0')], palette)
   assert 'width: 0.0%' in nothing
+  rows = [('a', 'a', -3.0, 1.0, '-3'), ('b', 'b', -1.0, None, '-1')]
+  negative = figures.bars('t', rows, palette)
+  assert {*re.findall('width: (.*?)%', negative)} == {'0.0'}
 
 
 def test_bars_of_groups_have_a_key():
