@@ -30,7 +30,7 @@ SAMPLED = 'sampled ROUGE-L'  # a column of it
 QUICKSTART = {
   'teacher': 'teacher',
   'SFT on 600 gold rows': 'SFT',
-  'the best of': 'SFT, continued',
+  'the best of': 'SFT, continued, at its best',
   'SeqKD': "SeqKD: the teacher's answers too",
   '0.5 CE + 0.5 forward KL': 'forward KL on the same text',
   'then reverse KL': 'then reverse KL, half on its own text',
