@@ -38,6 +38,7 @@ def expected_answers(path, questions, seed, **settings):
     yield encoding.decode(tokenizer, response[0])
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_one_line():
   read, write = os.pipe()
   os.close(read)
