@@ -252,6 +252,7 @@ def teacher_answers(run):
   )
   made_with = source | settings | dataclasses.asdict(run.writer)
   made_with['rows'] = sources.identity(c.data.train)
+  made_with = json.loads(json.dumps(made_with, default=str))  # As it is read.
   if not hosts.of_first(lambda: _are_there(path, made_with, run.force)):
     rows, bad = sources.load(
       c.data.train, on_bad_row=c.data.on_bad_row, need_response=False
@@ -275,10 +276,9 @@ def _are_there(path, made_with, force):
   """Whether answers are; else, notes what those to come are made with."""
   about = path.with_name('answers.about.json')
   if path.exists():
-    made_with = json.loads(log.to_json(made_with, default=str))  # As read.
     began = json_file.read(about) if about.exists() else made_with
     if not fingerprint.check(path, began, made_with, force):
       return True
     path.unlink()
-  log.write_atomically(about, log.to_json(made_with, default=str) + '\n')
+  log.write_atomically(about, log.to_json(made_with) + '\n')
   return False

@@ -63,7 +63,7 @@ def run(run, state, host, train_step, texts, total, checkpoints):
           break
         if rollouts.is_due(now):
           logged.flush()  # No step is to count what this takes.
-          rollouts.write(params, now)
+        rollouts.write(params, now)
         batch, about_text = texts.next(params, now + 1)
         now += 1
         size = jnp.count_nonzero(batch.student.segments_BT)

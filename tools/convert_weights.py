@@ -19,6 +19,7 @@ or wants it in another dtype.
 """
 
 import argparse
+import functools
 import shutil
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ def to_flax(source, destination, dtype=None):
     report = _task(progress, 'writing', _bytes(transformer.split(model)[1]))
     try:
       _write_flax(model, new)
-      _with_record(source)(new)
+      _copy_record(source, new)
     except BaseException:
       shutil.rmtree(new, ignore_errors=True)
       raise
@@ -71,15 +72,11 @@ def _write_flax(model, path):
   models.copy_companions(model.companions, path)
 
 
-def _with_record(source):
-  """For a new directory: what the source says of how it is asked."""
+def _copy_record(source, directory):
+  """Of what the source says of how it is asked."""
   record = models.resolve(source, best.RECORD) / best.RECORD
-
-  def copy(directory):
-    if record.exists():
-      shutil.copyfile(record, directory / best.RECORD)
-
-  return copy
+  if record.exists():
+    shutil.copyfile(record, directory / best.RECORD)
 
 
 def to_hf(source, destination):
@@ -96,7 +93,7 @@ def to_hf(source, destination):
       nnx.merge(definition, params),
       destination,
       report=report,
-      describe=_with_record(source),
+      describe=functools.partial(_copy_record, source),
     )
 
 
@@ -109,9 +106,8 @@ def merge(source, destination):
       raise UserError(f'{source}: has no adapters to merge')
     lora.merge(model)
     report = _task(progress, 'writing', size)
-    models.save(
-      model, destination, report=report, describe=_with_record(source)
-    )
+    describe = functools.partial(_copy_record, source)
+    models.save(model, destination, report=report, describe=describe)
 
 
 def from_gguf(source, destination, dtype=None):
