@@ -516,6 +516,8 @@ def test_every_suite_runs(name, paths, write_rows, data_file, tmp_path):
     if kind in seen and name == 'eval_all':
       del config.evals[key]  # Another set of the same kind.
     seen.add(kind)
+  for title, names in config.report.averages.items():
+    config.report.averages[title] = tuple(set(names) & set(config.evals))
   config = shrink(config, model=paths['small'], data=data_file)
   for settings in config.evals.values():
     task = settings.get('task', 'choice')
