@@ -149,6 +149,13 @@ def _finished(root, spec):
   return str(directory)
 
 
+def finished_stage(root, spec):
+  """The directory of the stage that a 'stage:<name>' is; else None."""
+  directory = Path(root) / str(spec).removeprefix(STAGE)
+  is_stage = str(spec).startswith(STAGE) and is_finished(directory)
+  return directory if is_stage else None
+
+
 def is_finished(workdir):
   return (Path(workdir) / 'results.json').exists()
 

@@ -28,6 +28,7 @@ from gakd_jax import (
 )
 from gakd_jax import checkpoint as checkpoint_lib
 from gakd_jax import training as training_lib
+from gakd_jax.data import sources
 from gakd_jax.evals import evaluator as evaluator_lib
 
 
@@ -76,6 +77,7 @@ def _run(config, workdir, root, force, strict_resume):
   found = hosts.of_first(lambda: _finished(config, workdir, root, force))
   if found:
     return found
+  taken = hosts.of_first(lambda: _of_stages(config, root))
   config = hosts.of_first(lambda: rundir.resolve_stages(config, root))
   config.data.template = best.template_of(
     config.student.path, config.data.template
@@ -85,7 +87,7 @@ def _run(config, workdir, root, force, strict_resume):
   mesh = sharding.make_mesh(**config.mesh)
   with jax.set_mesh(mesh):
     current = build.build(config, workdir, mesh, force)
-    contents = _contents(current)
+    contents = _contents(current) | taken
     fingerprint.begin(
       workdir, force, contents=contents, models=_origins(config)
     )
@@ -110,12 +112,8 @@ def _finished(config, workdir, root, force):
   """The results of a run that has finished; else None."""
   if not rundir.is_finished(workdir):
     return None
-  began, now = rundir.read_contents(workdir), {}
-  for key, path in _models(config).items():
-    if str(path).startswith(rundir.STAGE) and key in began:
-      stage = Path(root) / path.removeprefix(rundir.STAGE)
-      if rundir.is_finished(stage):
-        now[key] = models.identity(stage / 'best')
+  began, now = rundir.read_contents(workdir), _of_stages(config, root)
+  now = {key: now[key] for key in now.keys() & began.keys()}
   began = {key: began[key] for key in now}
   if fingerprint.check(f'{workdir}: contents', began, now, force):
     (workdir / 'results.json').unlink()
@@ -124,6 +122,18 @@ def _finished(config, workdir, root, force):
     _write_report(config, workdir)
   print(f'{workdir} has finished; its report is {workdir}/report.html')
   return rundir.read_results(workdir)
+
+
+def _of_stages(config, root):
+  """{what a config takes from finished stages of `root`: its contents}."""
+  found = {}
+  for key, path in _models(config).items():
+    if stage := rundir.finished_stage(root, path):
+      found[key] = models.identity(stage / 'best')
+  for spec in sources.parts(config.data.train) if config.data.train else ():
+    if stage := rundir.finished_stage(root, spec):
+      (found[spec],) = sources.identity(stage / 'answers.jsonl')
+  return found
 
 
 def _finish(config, workdir, results):

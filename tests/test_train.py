@@ -784,6 +784,10 @@ def test_stages_build_on_each_other(config, data_file, tmp_path, capsys):
   with pytest.raises(UserError, match=r'kd: contents .*config.student was'):
     train.run_stages(config, tmp_path)
   train.run_stages(config, tmp_path, force=True)
+  with (tmp_path / 'teacher/answers.jsonl').open('a') as file:
+    print(answers[0], file=file)
+  with pytest.raises(UserError, match=r'kd: contents .*: stage:teacher was'):
+    train.run_stages(config, tmp_path)
 
 
 def test_a_stage_that_has_not_finished_is_named(config, tmp_path):
