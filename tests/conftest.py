@@ -1,11 +1,9 @@
 """Eight host devices, no network, and small things on disk to test with."""
 
-import atexit
 import importlib.metadata
 import importlib.util
 import os
 import re
-import shutil
 import socket
 import tempfile
 from pathlib import Path
@@ -15,14 +13,6 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['HF_HUB_OFFLINE'] = '1'
 # What is kept of data sets, by these tests alone.
 os.environ['GAKD_JAX_CACHE'] = tempfile.mkdtemp()
-# What two tests compile alike is compiled once, whichever of the processes they
-# run in: those of xdist, and what these start, have this one's environment.
-if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-  os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp()
-  atexit.register(
-    shutil.rmtree, os.environ['JAX_COMPILATION_CACHE_DIR'], ignore_errors=True
-  )
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 # A third off the compilation of what most tests spend their time compiling.
 # XLA ends a process over a flag that it does not know: only where it is known.
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
@@ -43,6 +33,9 @@ jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Tiny models compile for longer than they run: this halves it.
 jax.config.update('jax_disable_most_optimizations', True)
+# What two tests compile alike is compiled once.
+jax.config.update('jax_compilation_cache_dir', tempfile.mkdtemp())
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 # Grouped heads, and a head size that is not width / heads.
 TINY = {

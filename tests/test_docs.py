@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -120,7 +121,11 @@ def test_a_page_can_be_followed(page, world):
       command.replace('python ', f'{sys.executable} '),
       shell=True,
       cwd=world,
-      env=os.environ | {'PYTHONPATH': str(world)},
+      env=os.environ
+      | {
+        'PYTHONPATH': str(world),
+        'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir,
+      },
       stdin=subprocess.DEVNULL,
       capture_output=True,
       text=True,
