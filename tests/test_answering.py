@@ -80,6 +80,7 @@ def fake_stream(monkeypatch, responses):
   monkeypatch.setattr(streaming, 'stream', stream)
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_the_file_is_the_same(
   subject, tmp_path, monkeypatch
 ):

@@ -150,7 +150,9 @@ def made(bytes_tokenizer):
   return lambda kind: bytes_tokenizer(*MADE[kind][:2]).name_or_path
 
 
-@pytest.mark.parametrize('name', ['chat', 'alpaca'])
+@pytest.mark.parametrize(
+  'name', ['chat', pytest.param('alpaca', marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize('kind', MADE)
 def test_an_answer_ends_as_the_template_ends_it(made, student, kind, name):
   source = made(kind)

@@ -426,6 +426,7 @@ def test_results_of_an_earlier_version_are_said(config, paths, tmp_path):
     evaluate.run(config, [paths['small']], tmp_path)
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on_in_other_batches(
   config, paths, tmp_path, monkeypatch
 ):

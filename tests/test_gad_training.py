@@ -42,6 +42,7 @@ def losses(config, workdir):
   return [row for row in rows if 'train/loss' in row]
 
 
+@pytest.mark.slow
 def test_without_a_teacher_text_is_enough(config, tmp_path):
   rows = losses(config, tmp_path / 'run')
   assert [row['step'] for row in rows] == [1, 2, 3]

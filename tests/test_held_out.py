@@ -175,14 +175,17 @@ def prompts_of(prepared, shared_dir):
 
 @pytest.mark.parametrize(
   'spec',
-  sorted(
-    {
-      x
-      for name in ALL
-      for trained, _, chosen, _ in [uses(name)]
-      for x in trained | chosen
-    }
-  ),
+  [
+    pytest.param(x, marks=[pytest.mark.slow] * ('synthetic' in x))
+    for x in sorted(
+      {
+        x
+        for name in ALL
+        for trained, _, chosen, _ in [uses(name)]
+        for x in trained | chosen
+      }
+    )
+  ],
 )
 def test_no_row_is_on_both_sides(spec, prompts_of):
   """Of what a config trains on or is chosen by, none is a row of its tests."""

@@ -126,6 +126,7 @@ def test_what_is_slow_to_import_waits_until_it_is_needed():
   assert not slow & set(found)
 
 
+@pytest.mark.slow
 def test_nothing_private_of_other_libraries_is_used():
   for file in ALL:
     for name in imported(file):

@@ -99,6 +99,7 @@ def test_a_head_of_so_many_bytes_and_smaller_moments(kld, config):
   assert kld.bytes['head: logits of a chunk'] != logits
 
 
+@pytest.mark.slow
 def test_fsdp_halves_what_a_device_holds_of_the_weights(kld, config):
   config.mesh.fsdp = 2
   half = planned(config)
@@ -122,6 +123,7 @@ def test_operations_equal_a_count_by_hand(kld):
   }
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_beside_a_frozen_base(kld, config):
   config.student.lora = {'rank': 3, 'targets': 'mlp'}
   config.student.dtype = 'bfloat16'

@@ -297,6 +297,7 @@ def test_a_share_of_the_rows_is_written():
   assert abs(np.mean(n) / 7 - 0.6) < 3 * (0.6 * 0.4 / 210) ** 0.5
 
 
+@pytest.mark.slow
 @WRITERS
 def test_a_student_that_does_not_move_writes_the_same_steps_ahead(writer):
   group = [
@@ -339,6 +340,7 @@ def test_eight_devices_write_what_one_writes(writer, axes):
     np.testing.assert_allclose(got[0][1][name], value, rtol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_window_of_a_run_is_written_by_few_programs(caplog):
   """The data writes outside; inside, one for each length of prompts."""
   writer = dataclasses.replace(STUDENT, share=1.0, begin=0.25, end=0.5)
@@ -367,6 +369,7 @@ def test_a_window_of_a_run_is_written_by_few_programs(caplog):
   assert len(found) == 2
 
 
+@pytest.mark.slow
 def test_adapters_write_what_the_merged_student_writes():
   (models, params), given = models_of(), batch_of(ROWS)
   student = models.student(params)

@@ -269,6 +269,7 @@ def test_devices_refill_their_own_rows(model):
   assert generate(sharded, prompts, **settings) == want
 
 
+@pytest.mark.slow
 def test_a_prompt_is_read_once_for_all_its_samples(model, monkeypatch):
   """And each sample is what it is alone, wherever the others stand."""
   samples = [PROMPTS[n % 4] for n in range(16)]
@@ -350,6 +351,7 @@ def test_no_token_waits_for_another_device(model, axes):
   assert not [line for line in lines if re.search(collective, line)]
 
 
+@pytest.mark.slow
 def test_a_call_copies_no_parameters():
   """Temporaries are those of tokens, of a model that is larger than they are.
 

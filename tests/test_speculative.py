@@ -287,6 +287,7 @@ def by_rule(accept, p_V, q_V, z_V):
   return q_V * stays_V + (q_V @ ~stays_V) * p_V
 
 
+@pytest.mark.slow
 def test_a_mixed_text_does_not_depend_on_how_far_is_drafted():
   s_VV, t_VV = tables(6)
   want = None
@@ -363,7 +364,12 @@ def test_a_mixture_of_one_distribution_replaces_by_it():
 
 
 @pytest.mark.parametrize(
-  ('rule', 'more'), [(Rank(2), (2, 1)), (Mixture(0.5), (3, 0))], ids=str
+  ('rule', 'more'),
+  [
+    (Rank(2), (2, 1)),
+    pytest.param(Mixture(0.5), (3, 0), marks=pytest.mark.slow),
+  ],
+  ids=str,
 )
 def test_ids_that_pad_a_vocabulary_are_no_tokens(rule, more):
   """However many there are of each model, and however likely they are to it."""
@@ -529,6 +535,7 @@ def test_a_teacher_that_accepts_all_leaves_the_student_alone():
   assert not trace.by_teacher_BS.any()
 
 
+@pytest.mark.slow
 def test_only_the_teachers_first_choice_is_greedy_decoding_by_the_teacher():
   got, trace = texts(drafting(Rank(1), 5, N, EOS, teacher=GREEDY))
   assert got == texts_alone(pair()[1], GREEDY)

@@ -532,6 +532,7 @@ def test_terms_are_summed_and_compared(microbatches):
   assert state.memory['seen'] == batch.student.mask_BT.sum()
 
 
+@pytest.mark.slow
 def test_cached_hidden_states_stand_in_for_the_teacher():
   _, state, both, _ = _trace()
   batch = _batches()[0]
@@ -755,7 +756,9 @@ def test_no_array_has_the_size_of_logits(method):
   assert max(map(math.prod, shapes)) < B * T * V
 
 
-@pytest.mark.parametrize('microbatches', [1, 2])
+@pytest.mark.parametrize(
+  'microbatches', [1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_dropout_and_the_critic_draw_for_themselves(microbatches):
   """Each microbatch, and each update of the critic, something else."""
 

@@ -82,7 +82,11 @@ def _built(config, tmp_path):
 @pytest.mark.parametrize(
   ('objective', 'packing'),
   [
-    ({'name': 'kld', 'divergence': 'reverse_kl'}, False),
+    pytest.param(
+      {'name': 'kld', 'divergence': 'reverse_kl'},
+      False,
+      marks=pytest.mark.slow,
+    ),
     pytest.param({'name': 'kld'}, True, marks=pytest.mark.slow),
     pytest.param(
       {'name': 'gakd', 'kind': 'rgan', 'warmup_steps': 1},

@@ -318,6 +318,7 @@ def test_another_config_is_refused(whole_run, config):
     train.run(config, whole_run[0])
 
 
+@pytest.mark.slow
 def test_what_is_refused_may_come_again_put_right(config, tmp_path):
   data, config.data.train = config.data.train, str(tmp_path / 'none.jsonl')
   with pytest.raises(UserError, match=r'none\.jsonl'):
@@ -452,6 +453,7 @@ def test_a_run_cannot_be_shorter_than_it_is(quick, config, tmp_path):
     train.run(config, tmp_path / 'run', force=True)
 
 
+@pytest.mark.slow
 def test_without_a_number_best_is_the_last(quick, config, tmp_path, capsys):
   exported = quick(loss=dict.fromkeys((3, 6), float('nan')))
   config.eval_every = 3
@@ -715,6 +717,7 @@ def test_more_positions_than_were_learned_are_refused(config, tmp_path):
     train.run(config, tmp_path / 'run')
 
 
+@pytest.mark.slow
 def test_a_stage_lets_go_of_its_programs(config, tmp_path, monkeypatch):
   traced = []
 

@@ -111,6 +111,7 @@ def test_a_place_that_cannot_be_written_to(tmp_path):
     store.load(tmp_path / 'file/below', 'key', Maker())
 
 
+@pytest.mark.slow
 def test_processes_share_what_the_first_makes(tmp_path):
   code = """
 import sys, time, numpy as np

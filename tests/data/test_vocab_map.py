@@ -33,7 +33,7 @@ def test_closest_is_exact_and_takes_the_first(monkeypatch):
 @pytest.mark.parametrize(
   'key',
   [
-    'gpt2->qwen3',
+    pytest.param('gpt2->qwen3', marks=pytest.mark.slow),
     'qwen3->gpt2',
     'tinyllama->mistral',
     'mistral->tinyllama',

@@ -119,7 +119,12 @@ def test_packed_documents_do_not_see_each_other(form, order):
 
 
 @pytest.mark.parametrize(
-  ('window', 'cap'), [(None, None), (50, 2.0), ('traced', None)]
+  ('window', 'cap'),
+  [
+    pytest.param(None, None, marks=pytest.mark.slow),
+    (50, 2.0),
+    pytest.param('traced', None, marks=pytest.mark.slow),
+  ],
 )
 def test_chunked_derivatives_are_those_of_all_scores(window, cap):
   """T = 300: five blocks in two groups, and what is padded."""

@@ -41,6 +41,7 @@ def make(**settings):
   return cut.make(settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name',
   [

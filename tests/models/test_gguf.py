@@ -57,7 +57,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(x, marks=[pytest.mark.slow] * x.startswith(('gpt2', 'qwen2')))
+    for x in CASES
+  ],
+)
 def test_is_the_model_that_it_was_made_of(name, tmp_path):
   case = CASES[name]
   tensors = make_goldens.tensors(case)

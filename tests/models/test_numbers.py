@@ -133,6 +133,7 @@ CONFIG = models.DecoderConfig(
 )
 
 
+@pytest.mark.slow
 def test_a_token_that_is_everywhere_keeps_its_gradient_in_bf16():
   """4096 equal terms: a sum in bf16 stops where the next is below its digits."""
   ids_BT = np.full((2048, 2), 7, np.int32)

@@ -274,6 +274,7 @@ def test_a_cast_leaves_integers_alone(tiny_model_dir):
   assert hidden.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_a_quantized_base(tiny_model_dir, tmp_path):
   source = tiny_model_dir()
   model = models.load(source)

@@ -116,7 +116,9 @@ def test_a_token_does_not_see_the_future(hidden):
   assert np.abs(a_BTD[:, 7:] - b_BTD[:, 7:]).max(axis=-1).min() > 1e-4
 
 
-@pytest.mark.parametrize('remat', ['products', 'blocks'])
+@pytest.mark.parametrize(
+  'remat', ['products', pytest.param('blocks', marks=pytest.mark.slow)]
+)
 def test_remat_recomputes_and_gives_the_same_gradients(model, remat):
   definition, params = split(model)
   ids_BT = _ids(4, 2, 8)

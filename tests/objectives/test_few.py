@@ -59,6 +59,7 @@ def test_top_k_is_the_largest_and_the_mass_of_the_rest(teacher, k, temperature):
   np.testing.assert_allclose(rest_N, 1 - want_NK.sum(axis=1), rtol=0.004)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name',
   [

@@ -158,6 +158,7 @@ def test_text_of_an_older_student_is_clipped():
   np.testing.assert_allclose(metrics['generator'], -value.mean(), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_was_not_written_has_no_ratio():
   """However unlikely the data's text is to the student: no gradient is NaN."""
   V, objective = 11, make(head_chunk=64)
@@ -208,6 +209,7 @@ def test_what_a_teacher_cannot_read_whole_is_worth_the_least_of_its_group():
   np.testing.assert_allclose(mean, ratio_Bm[1].mean() / 2, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_critic_can_come_from_a_model_with_its_embedding(tiny_model_dir):
   path = tiny_model_dir()
   source = nnx.to_pure_dict(nnx.state(models.load(path, dtype='float32')))
@@ -239,6 +241,7 @@ def test_the_oracle_is_the_exact_ratio_of_both_models():
   np.testing.assert_allclose(metrics['reward'], want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_mean_of_a_token_says_nothing_of_length():
   """Of one text said once, twice and three times, no answer is the better."""
   V = 5

@@ -152,7 +152,9 @@ def _both_ways(objective, critic, dtype):
 @pytest.mark.parametrize(
   'pooling', ['mean', pytest.param('last', marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize('input', ['log_probs', 'logits'])
+@pytest.mark.parametrize(
+  'input', ['log_probs', pytest.param('logits', marks=pytest.mark.slow)]
+)
 def test_the_gram_matrix_gives_the_penalty_of_v_dimensions(
   kind, pooling, input, monkeypatch
 ):
@@ -492,6 +494,7 @@ def test_reference_mode_reads_whole_rows_of_logits():
   )
 
 
+@pytest.mark.slow
 def test_the_trunk_can_come_from_a_model(tiny_model_dir):
   path = tiny_model_dir()
   objective = objectives.make('gakd', critic={'init_from': str(path)})

@@ -79,7 +79,9 @@ def _whole(caps, valid):
 
 
 # Tiles that divide 50 ids, that leave a rest, and one of all.
-@pytest.mark.parametrize('size', [10, 16, 50])
+@pytest.mark.parametrize(
+  'size', [10, pytest.param(16, marks=pytest.mark.slow), 50]
+)
 @pytest.mark.parametrize(
   ('kind', 'caps', 'valid'),
   [
