@@ -34,12 +34,12 @@ def test_a_constant_rate():
 
 
 @pytest.mark.parametrize(
-  ('schedule', 'quarter'), [('linear', 0.8), ('cosine', 0.2 + 0.8 * 0.853553)]
+  ('schedule', 'quarter'), [('linear', 1.6), ('cosine', 0.4 + 1.6 * 0.853553)]
 )
 def test_decay_ends_with_the_last_step(schedule, quarter):
-  """From 1 to 0.2 over steps 0 to 100, and 0.2 from then on."""
-  got = _rates([0, 25, 50, 100, 1000], 1.0, 100, schedule=schedule, end=0.2)
-  np.testing.assert_allclose(got, [1.0, quarter, 0.6, 0.2, 0.2], rtol=1e-5)
+  """From 2 to 0.4 over steps 0 to 100, and 0.4 from then on."""
+  got = _rates([0, 25, 50, 100, 1000], 2.0, 100, schedule=schedule, end=0.4)
+  np.testing.assert_allclose(got, [2.0, quarter, 1.2, 0.4, 0.4], rtol=1e-5)
 
 
 @pytest.mark.parametrize('schedule', ['constant', 'linear', 'cosine'])
@@ -107,6 +107,15 @@ def test_weight_decay_spares_paths(no_decay, kept):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     want = 2.0 if any(name.endswith(k) for k in kept) else 2.0 * (1 - 0.05)
     np.testing.assert_allclose(x, want, rtol=1e-6, err_msg=name)
+
+
+def test_rmsprop_spares_the_same_paths():
+  zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+  params, *_ = _step(zeros, name='rmsprop', weight_decay=0.5)
+  block = params['student']['blocks']
+  assert np.all(block['attention_norm']['scale'] == 2)
+  assert np.all(block['mlp']['up']['bias'] == 2)
+  assert np.all(block['mlp']['up']['kernel'] < 2)
 
 
 def test_no_decay_is_the_default():

@@ -290,7 +290,10 @@ def _given_step(most):
 
 
 def _given_losses(monkeypatch, losses, most=6.0):
-  """Which steps of these losses are skipped, and the last state."""
+  """Which steps of these losses are skipped, and the last state.
+
+  A step of None has no text.
+  """
   monkeypatch.setattr(skips, 'WINDOW', 8)
   state = step.init_state(
     {'w': jnp.float32(1.0)},
@@ -301,12 +304,12 @@ def _given_losses(monkeypatch, losses, most=6.0):
   )
   found = []
   for i, loss in enumerate(losses):
-    batch = _batch()
-    batch.student.ids_BT[0, 0] = round(100 * loss)
+    batch = _batch(tokens=0 if loss is None else 1)
+    batch.student.ids_BT[0, 0] = 5000 if loss is None else round(100 * loss)
     state, metrics = _given_step(most)(state, Alone({}), batch)
     if metrics['skipped']:
       found.append(i)
-      assert _causes(metrics) == {'spike'}
+      assert _causes(metrics) == {'no_text' if loss is None else 'spike'}
   return found, jax.device_get(state)
 
 
@@ -339,5 +342,10 @@ def test_the_window_is_kept_where_spikes_are_looked_for(monkeypatch):
     state.skips.recent['loss'], [*[np.nan] * 5, *STEADY[:3]], rtol=1e-6
   )
   assert state.skips.recent.keys() == {'loss', 'grad_norm'}
-  _, state = _given_losses(monkeypatch, STEADY[:3], most=None)
-  assert not state.skips.recent
+  _, without = _given_losses(monkeypatch, STEADY[:3], most=None)
+  assert not without.skips.recent
+  # What another reason skips does not count.
+  found, with_bad = _given_losses(monkeypatch, [*STEADY[:2], None, STEADY[2]])
+  assert found == [2]
+  for name, x in state.skips.recent.items():
+    np.testing.assert_array_equal(with_bad.skips.recent[name], x)

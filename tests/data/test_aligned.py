@@ -136,6 +136,20 @@ def test_a_batch_has_what_relates_its_tokens(load, kind, packing):
           assert t.mask_BT[b, m]
           assert texts_of[0][n].lstrip() == texts_of[1][m].lstrip()
           pairs += 1
+      for k in set(s.segments_BT[b]) - {0}:
+        n, m = (
+          np.flatnonzero(x.mask_BT[b] & (x.segments_BT[b] == k)) for x in (s, t)
+        )
+        (part,) = (
+          parts['dtw_t']
+          for (_, response), _, parts in found
+          if [*response] == [*s.ids_BT[b, n]]
+        )
+        # By the positions that predict them.
+        np.testing.assert_array_equal(
+          batch.align['dtw_t'][b, n - 1],
+          np.where(part >= 0, m[0] - 1 + part, -1),
+        )
       spans = batch.align['span_s'][b], batch.align['span_t'][b]
       for piece in set(spans[0]) - {-1}:
         sides = [
@@ -189,6 +203,14 @@ def test_paths_are_of_whole_rows(load, kind):
   assert parts['path_s'].max() == len(s_prompt) + len(s) - 1
   assert parts['path_t'].max() == len(t_prompt) + len(t) - 1
   assert (parts['path_s'] == 0).sum() >= 2
+  for side, limits in (('path_s', (30, 40)), ('path_t', (40, 30))):
+    s, t, _ = found[2]
+    s, t = (
+      (x, y[: n - len(x)]) for (x, y), n in zip((s, t), limits, strict=True)
+    )
+    cut = aligned.kept(s, t, found[2][2])[2]
+    assert cut[side].max() == 29
+    assert len(cut['path_s']) == len(cut['path_t']) == len(cut['path_d'])
   batch = next(
     pipeline.batches(
       found, batch_size=4, max_length=40, buckets=(40,), pad_id=PADS

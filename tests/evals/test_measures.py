@@ -75,6 +75,13 @@ def flat(metrics):
   return {key: mean(x) for key, x in metrics.items()}
 
 
+def gaps(q, targets):
+  """Of each bin: its share times (confidence less correctness)."""
+  confidence, right = q.max(1), q.argmax(1) == targets
+  bins = np.minimum((15 * confidence).astype(int), 14)
+  return np.bincount(bins, confidence - right) / len(bins)
+
+
 @pytest.mark.slow
 def test_loss_is_what_full_logits_give(parts):
   subject, params, student, teacher = parts
@@ -88,20 +95,13 @@ def test_loss_is_what_full_logits_give(parts):
     targets += ids[1]
   p, q = np.exp(np.concatenate(log_p)), np.exp(np.concatenate(log_q))
   m, at = (p + q) / 2, np.arange(len(targets))
-  confidence, right = q.max(1), q.argmax(1) == targets
-  ece = 0
-  for i in range(15):
-    inside = (confidence >= i / 15) & (confidence < (i + 1) / 15)
-    if inside.any():
-      gap = abs(confidence[inside].mean() - right[inside].mean())
-      ece += gap * inside.mean()
   expected = {
     'ce': -np.log(q[at, targets]).mean(),
     'forward_kl': np.sum(p * np.log(p / q), 1).mean(),
     'reverse_kl': np.sum(q * np.log(q / p), 1).mean(),
     'jsd': np.sum(p * np.log(p / m) + q * np.log(q / m), 1).mean() / 2,
     'agreement': np.mean(p.argmax(1) == q.argmax(1)),
-    'ece': ece,
+    'ece': np.abs(gaps(q, targets)).sum(),
   }
   made = loss.Loss('loss', rows, batch_size=3)
   found = made.run(subject, params, 0)['metrics']
@@ -125,6 +125,21 @@ def test_loss_is_what_full_logits_give(parts):
     assert found[name]['by_row'] == pytest.approx(
       sum_R * len(rows) / len(row_N), rel=2e-4
     )
+
+
+def test_what_one_bin_is_too_sure_of_makes_up_for_no_other(parts, monkeypatch):
+  subject, params, *_ = parts
+  monkeypatch.setattr(
+    loss,
+    '_overconfidence',
+    lambda _, targets_N: jnp.where(
+      targets_N[:, None] == 5, jnp.array([0.5, 0.0]), jnp.array([0.0, -0.5])
+    ),
+  )
+  loss._sums.clear_cache()
+  found = loss.measure(subject, params, [([7], [5, 6, 5, 6])], 1)
+  loss._sums.clear_cache()
+  assert found['ece'] == pytest.approx(0.5)
 
 
 def test_confidence_that_is_right_half_of_the_time_is_off_by_half():
