@@ -140,11 +140,11 @@ def stage_shapes(config, stages, root=None):
 
 
 def _finished(root, spec):
-  directory = Path(root) / spec.removeprefix(STAGE)
-  if not is_finished(directory):
+  directory = finished_stage(root, spec)
+  if directory is None:
     raise UserError(
-      f'{spec}: stage {directory.name} has not finished in {root}; put it '
-      'before this one in config.stages'
+      f'{spec}: stage {spec.removeprefix(STAGE)} has not finished in {root}; '
+      'put it before this one in config.stages'
     )
   return str(directory)
 

@@ -77,7 +77,7 @@ def _run(config, workdir, root, force, strict_resume):
   found = hosts.of_first(lambda: _finished(config, workdir, root, force))
   if found:
     return found
-  taken = hosts.of_first(lambda: _of_stages(config, root))
+  answers = hosts.of_first(lambda: _answers_of_stages(config, root))
   config = hosts.of_first(lambda: rundir.resolve_stages(config, root))
   config.data.template = best.template_of(
     config.student.path, config.data.template
@@ -87,7 +87,7 @@ def _run(config, workdir, root, force, strict_resume):
   mesh = sharding.make_mesh(**config.mesh)
   with jax.set_mesh(mesh):
     current = build.build(config, workdir, mesh, force)
-    contents = _contents(current) | taken
+    contents = _contents(current) | answers
     fingerprint.begin(
       workdir, force, contents=contents, models=_origins(config)
     )
@@ -112,7 +112,10 @@ def _finished(config, workdir, root, force):
   """The results of a run that has finished; else None."""
   if not rundir.is_finished(workdir):
     return None
-  began, now = rundir.read_contents(workdir), _of_stages(config, root)
+  began, now = rundir.read_contents(workdir), _answers_of_stages(config, root)
+  for key, path in _models(config).items():
+    if stage := rundir.finished_stage(root, path):
+      now[key] = models.identity(stage / 'best')
   now = {key: now[key] for key in now.keys() & began.keys()}
   began = {key: began[key] for key in now}
   if fingerprint.check(f'{workdir}: contents', began, now, force):
@@ -124,12 +127,9 @@ def _finished(config, workdir, root, force):
   return rundir.read_results(workdir)
 
 
-def _of_stages(config, root):
-  """{what a config takes from finished stages of `root`: its contents}."""
+def _answers_of_stages(config, root):
+  """{'stage:<name>' of the data, if it has finished: its answers' contents}."""
   found = {}
-  for key, path in _models(config).items():
-    if stage := rundir.finished_stage(root, path):
-      found[key] = models.identity(stage / 'best')
   for spec in sources.parts(config.data.train) if config.data.train else ():
     if stage := rundir.finished_stage(root, spec):
       (found[spec],) = sources.identity(stage / 'answers.jsonl')
