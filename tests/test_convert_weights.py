@@ -129,8 +129,6 @@ def flax(tiny_model_dir, tmp_path_factory):
   return path
 
 
-# TensorStore's threads may still talk to a loop that has been closed.
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize(
   ('name', 'content'),
   [
