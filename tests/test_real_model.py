@@ -194,4 +194,4 @@ def test_its_config_is_what_it_says(tmp_path, monkeypatch, capsys):
   assert 'student: 134,515,008 parameters' in printed
   assert 'student: 113,274,432 parameters' in printed  # of 24 layers
   # Its start, and three methods.
-  assert printed.count('steps: 12 an epoch, 12 in all') == 4
+  assert printed.count('steps: 6 an epoch, 6 in all') == 4
