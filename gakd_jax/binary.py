@@ -11,6 +11,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from gakd_jax import Interrupted, UserError, config_file, hosts, stopping
+from gakd_jax.data import store
 
 _COORDINATOR = flags.DEFINE_string(
   'coordinator',
@@ -133,12 +134,12 @@ def default_workdir(config=None):
 def use_compilation_cache():
   """A process that is started again compiles nothing.
 
-  JAX_COMPILATION_CACHE_DIR and JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS
-  override.
+  In GAKD_JAX_CACHE; JAX_COMPILATION_CACHE_DIR and
+  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS override.
   """
   if jax.config.jax_compilation_cache_dir is None:
-    cache = os.path.expanduser('~/.cache/gakd_jax/compiled')
-    jax.config.update('jax_compilation_cache_dir', cache)
+    cache = store.default_root().with_name('compiled')
+    jax.config.update('jax_compilation_cache_dir', str(cache))
   if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 

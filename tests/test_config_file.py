@@ -3,6 +3,7 @@
 import os
 import sys
 
+import jax
 import pytest
 from absl import flags
 
@@ -229,6 +230,22 @@ def test_errors_of_a_system_and_of_its_limits_are_one_line(tmp_path, capsys):
 
   with pytest.raises(ValueError, match='of ours'):
     binary.guarded(lambda argv: bug(), ['x'])
+
+
+def test_compiled_programs_are_kept_with_the_rest(monkeypatch):
+  options = (
+    'jax_compilation_cache_dir',
+    'jax_persistent_cache_min_compile_time_secs',
+  )
+  before = {name: getattr(jax.config, name) for name in options}
+  monkeypatch.setenv('GAKD_JAX_CACHE', '/kept')
+  try:
+    jax.config.update('jax_compilation_cache_dir', None)
+    binary.use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == '/kept/compiled'
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)
 
 
 def test_modules_that_were_there_stay(tmp_path):

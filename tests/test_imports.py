@@ -46,6 +46,7 @@ LEVELS = (
     'sampler',
     'flops',
   ),
+  ('binary',),
   ('models', 'data'),
   (
     'keys',
@@ -61,7 +62,6 @@ LEVELS = (
     'page',
     'log',
     'trackers',
-    'binary',
     'json_file',
     'json_lines',
     'settings',
