@@ -29,7 +29,7 @@ from gakd_jax.models import (
   weight_files,
 )
 
-_VERSION = 1  # of what a directory is made like
+_VERSION = 2  # of what a directory is made like
 _ARCHITECTURES = ('llama', 'qwen2', 'qwen3', 'gemma', 'gemma2', 'gpt2')
 _DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}
 _NEEDED = (

@@ -15,7 +15,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers, processors
 from gakd_jax import UserError
 
 # tokenizer.ggml.token_type
-_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
+_CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 3, 4, 5, 6
 
 _LLAMA3 = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -51,21 +51,21 @@ def write(said, path):
       f'tokenizer {kind!r} is not supported; supported are gpt2 (of bytes) and '
       'llama (of SentencePiece)'
     )
-  vocab = {token: i for i, token in enumerate(tokens)}
-  if len(vocab) < len(tokens):
+  if len(set(tokens)) < len(tokens):
     raise UserError('tokenizer.ggml.tokens has a token twice')
+  kinds = _kinds(said)
+  vocab = {token: i for i, token in enumerate(tokens) if token in kinds}
   tokenizer = build(said, vocab)
-  kinds = said.get('tokenizer.ggml.token_type') or ()
-  for token, kind_of in zip(tokens, kinds, strict=False):
+  for token, kind_of in kinds.items():
     if kind_of in (_CONTROL, _USER_DEFINED):
       add = tokenizer.add_tokens
       if kind_of == _CONTROL:
         add = tokenizer.add_special_tokens
       add([tokenizers.AddedToken(token, normalized=False)])
-  if tokenizer.get_vocab_size() != len(tokens):
+  if tokenizer.get_vocab_size() != len(vocab):
     raise UserError(
       f'its tokenizer would have {tokenizer.get_vocab_size()} tokens, and '
-      f'tokenizer.ggml.tokens has {len(tokens)}'
+      f'tokenizer.ggml.tokens has {len(vocab)}'
     )
   special = {
     f'{ours}_token': tokens[i]
@@ -97,6 +97,25 @@ def write(said, path):
   (Path(path) / 'tokenizer_config.json').write_text(text + '\n')
   if template := said.get('tokenizer.chat_template'):
     (Path(path) / 'chat_template.jinja').write_text(template)
+
+
+def _kinds(said):
+  """{token: its kind}, without the rows of an embedding that have no token.
+
+  The converter calls these [PAD<id>], unused or, in older versions, the user's.
+  """
+  tokens = said['tokenizer.ggml.tokens']
+  kinds = said.get('tokenizer.ggml.token_type') or [None] * len(tokens)
+  if len(kinds) != len(tokens):
+    raise UserError(
+      f'tokenizer.ggml.token_type has {len(kinds)} numbers for {len(tokens)} '
+      'tokens'
+    )
+  return {
+    token: kind
+    for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+    if not (kind in (_UNUSED, _USER_DEFINED) and token == f'[PAD{i}]')
+  }
 
 
 # What llama.cpp takes them to be where a file of SentencePiece does not say.
@@ -150,7 +169,7 @@ def _of_bytes(said, vocab):
 
 def _of_pieces(said, vocab):
   """SentencePiece's BPE: merges follow from the scores of what they make."""
-  unknown, tokens = special_id(said, 'unknown'), [*vocab]
+  unknown, tokens = special_id(said, 'unknown'), said['tokenizer.ggml.tokens']
   scores = said.get('tokenizer.ggml.scores', ())
   if said.get('general.architecture') in ('gemma', 'gemma2'):
     scores = [-i for i in range(len(tokens))]  # Its own are no order.
@@ -159,7 +178,7 @@ def _of_pieces(said, vocab):
       f'tokenizer.ggml.scores has {len(scores)} numbers for {len(tokens)} '
       'tokens'
     )
-  scores = dict(zip(tokens, scores, strict=True))
+  scores = {x: y for x, y in zip(tokens, scores, strict=True) if x in vocab}
   tokenizer = tokenizers.Tokenizer(
     tokenizers.models.BPE(
       vocab,

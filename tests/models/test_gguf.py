@@ -255,6 +255,34 @@ def test_its_runs_of_blanks_are_tokens(kind, tmp_path):
   assert tokenizer.decode(ids[1:]) == 'a a  b   a\n\n'
 
 
+@pytest.mark.parametrize('kind', [4, 5])  # of older and of newer converters
+@pytest.mark.parametrize('model', ['gpt2', 'llama'])
+def test_rows_without_a_token_are_none(kind, model, tmp_path):
+  """As in Qwen's files: its embedding has more rows than there are tokens."""
+  tokens = ['<unk>', '<|end|>', *llama_cpp.ALPHABET, '▁', 'ab']
+  n, rows = len(tokens), LARGE['vocab_size']
+  said = {'model': model, 'merges': ['a b'], 'unknown_token_id': 0}
+
+  def read(name, padding):
+    file = llama_cpp.write(
+      LARGE,
+      make_goldens.tensors(LARGE),
+      tmp_path / name,
+      tokens=tokens + padding,
+      token_type=[3, 3] + [1] * (n - 2) + [kind] * len(padding),
+      scores=[0.0] * (n + len(padding)),
+      **said,
+    )
+    return tokenizer_lib.load(models.tokenizer_dir(str(file)))
+
+  padded = read('padded.gguf', [f'[PAD{i}]' for i in range(n, rows)])
+  assert tokenizer_lib.size(padded) == n < rows
+  assert tokenizer_lib.are_same(padded, read('whole.gguf', []))
+  assert len(padded.tokenize(f'[PAD{n}]')) > 1
+  # A token that is only called so has its place.
+  assert tokenizer_lib.size(read('named.gguf', [f'[PAD{n + 1}]'])) == n + 1
+
+
 @pytest.mark.parametrize('stored', ['F32', 'BF16', 'Q8_0'])
 def test_its_config_has_the_dtype_of_its_matrices(stored, tmp_path):
   file = llama_cpp.write(
@@ -339,6 +367,7 @@ def test_what_is_no_model_that_is_known_is_refused(tmp_path, monkeypatch):
   refused('scores has 2 numbers', model='llama', scores=[0.0, 1.0])
   refused('make no model', merges=['t h'])
   refused('a token twice', tokens=['a'] * 160)
+  refused('token_type has 2 numbers', token_type=[1, 1])
   for key, value, said in (
     ('split.count', 3, 'one of 3 parts; join them'),
     ('{}.rope.scaling.factor', 4.0, "scaling 'linear' by 4.0 is not"),
