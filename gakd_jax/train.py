@@ -30,6 +30,7 @@ from gakd_jax import checkpoint as checkpoint_lib
 from gakd_jax import training as training_lib
 from gakd_jax.data import sources
 from gakd_jax.evals import evaluator as evaluator_lib
+from gakd_jax.models import gguf_files, hub
 
 
 def run_stages(config, workdir, force=False, strict_resume=False):
@@ -115,7 +116,10 @@ def _finished(config, workdir, root, force):
   began, now = rundir.read_contents(workdir), _answers_of_stages(config, root)
   for key, path in _models(config).items():
     if stage := rundir.finished_stage(root, path):
-      now[key] = models.identity(stage / 'best')
+      path = stage / 'best'
+    if hub.directory(path) or gguf_files.is_one(path):
+      with contextlib.suppress(UserError):  # What is no model any more.
+        now[key] = models.identity(path)
   now = {key: now[key] for key in now.keys() & began.keys()}
   began = {key: began[key] for key in now}
   if fingerprint.check(f'{workdir}: contents', began, now, force):

@@ -202,6 +202,21 @@ def test_a_finished_run_is_left_alone(whole_run, config):
   assert train.run(config, workdir) == results
   assert (workdir / 'metrics.jsonl').read_bytes() == before
   assert (workdir / 'report.html').read_bytes() == report_page
+  # Of a model that is another by now it is no answer; of one that is gone it is.
+  model = Path(config.student.path)
+  file = model / 'model.safetensors'
+  weights = file.read_bytes()
+  try:
+    file.write_bytes(weights[:-3] + bytes([weights[-3] ^ 64]) + weights[-2:])
+    with pytest.raises(UserError, match=r'config\.student was'):
+      train.run(config, workdir)
+  finally:
+    file.write_bytes(weights)
+  gone = model.rename(model.with_name('gone'))
+  try:
+    assert train.run(config, workdir) == results
+  finally:
+    gone.rename(model)
 
 
 @pytest.mark.parametrize(

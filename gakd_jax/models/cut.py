@@ -145,6 +145,7 @@ def cut(model, keep, batches=(), mesh=None):
   return nnx.merge(transformer.split(new)[0], convert.unflatten(flat))
 
 
+_TINY = np.finfo(np.float32).tiny
 # Of parameters without their leading L: along which axis neurons lie, and heads
 # in as many equal parts as there are key-value heads.
 _NEURONS = {
@@ -229,9 +230,9 @@ def _importance(model, ids_BT, segments_BT):
     out = block.attention.out = _Watched(block.attention.out, is_text_BT)
     y_BTD, _ = block(x_BTD, context._replace(window=window))
     x, y = x_BTD.astype(jnp.float32), y_BTD.astype(jnp.float32)
-    cosine_BT = jnp.sum(x * y, -1) / (
-      jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
-    )
+    norms_BT = jnp.linalg.norm(x, axis=-1) * jnp.linalg.norm(y, axis=-1)
+    # The embedding of a token that was never trained may be 0.
+    cosine_BT = jnp.sum(x * y, -1) / jnp.maximum(norms_BT, _TINY)
     return y_BTD, {
       'cosine': jnp.sum(cosine_BT, where=is_text_BT),
       'ff_width': down.seen_D,

@@ -42,13 +42,7 @@ def make(**settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(name, marks=[pytest.mark.slow] * (name != 'gemma'))
-    for name in CASES
-  ],
-)
+@pytest.mark.parametrize('name', CASES)
 def test_what_does_nothing_goes_first(name, model_of, tmp_path):
   """Neurons, heads and a layer without effect: logits stay what they are."""
   model = model_of(name)
@@ -134,6 +128,21 @@ def test_importance_is_of_text_alone(model_of):
   np.testing.assert_allclose(twice['layers'], whole['layers'], rtol=1e-5)
   with pytest.raises(UserError, match='no text to measure'):
     cut.importance(model, [])
+
+
+def test_a_token_that_was_never_trained_hides_no_layer(model_of):
+  model = model_of('qwen3_tied')
+
+  def change(flat):
+    (name,) = (k for k in flat if k.startswith('embed'))
+    flat[name][IDS_BT[0, 3]] = 0
+
+  before, after = (
+    cut.importance(x, TEXTS)['layers'] for x in (model, changed(model, change))
+  )
+  assert np.isfinite(after).all()
+  # A layer that makes something of nothing has changed what it read.
+  assert after[0] > before[0]
 
 
 def test_layers_by_place():
