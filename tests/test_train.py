@@ -202,7 +202,8 @@ def test_a_finished_run_is_left_alone(whole_run, config):
   assert train.run(config, workdir) == results
   assert (workdir / 'metrics.jsonl').read_bytes() == before
   assert (workdir / 'report.html').read_bytes() == report_page
-  # Of a model that is another by now it is no answer; of one that is gone it is.
+  # Of a model that is another by now it is no answer, of one that is gone
+  # it is.
   model = Path(config.student.path)
   file = model / 'model.safetensors'
   weights = file.read_bytes()
