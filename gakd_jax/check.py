@@ -64,7 +64,7 @@ def run(config, workdir, defaults=None, force=False):
     settings = _settings(stage, defaults)
     shown = {k: x for k, x in settings.items() if before.get(k) != x}
     with_what = ' that differ from those before' if before else ''
-    print(f'settings{with_what} (* by the config, else the default):')
+    print(f'settings{with_what} (* not the default):')
     for key, (value, is_set) in shown.items():
       line = f'{"*" if is_set else " "} {key:<31} {value!r}'
       print(textwrap.fill(line, _WIDTH, subsequent_indent=' ' * 34))

@@ -91,7 +91,8 @@ def texts(config, spec, readers, writer, kinds=()):
     reasons = ', '.join(f'{n} {reason}' for reason, n in bad.most_common())
     raise UserError(
       f'{spec}: no row is left ({reasons}); max_prompt_length is '
-      f'{c.max_prompt_length} and the template {c.template!r}'
+      f'{c.max_prompt_length}, the shortest prompt has {every.prompts.min()} '
+      f'tokens in the template {c.template!r}'
     )
   size = found.stats
   facts = [

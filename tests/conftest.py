@@ -13,6 +13,9 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['HF_HUB_OFFLINE'] = '1'
 # What is kept of data sets, by these tests alone.
 os.environ['GAKD_JAX_CACHE'] = tempfile.mkdtemp()
+# Tiny models compile for longer than they run: this halves it, also for the
+# processes that tests start.
+os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
 # A third off the compilation of what most tests spend their time compiling.
 # XLA ends a process over a flag that it does not know: only where it is known.
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
@@ -31,8 +34,6 @@ from gakd_jax.sharding import path_name
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-# Tiny models compile for longer than they run: this halves it.
-jax.config.update('jax_disable_most_optimizations', True)
 # What two tests compile alike is compiled once.
 jax.config.update('jax_compilation_cache_dir', tempfile.mkdtemp())
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)

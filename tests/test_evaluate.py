@@ -28,7 +28,6 @@ CHOICE = {
   'answer': 'answer2',
 }
 NUMBER = {'instruction': '1+1?', 'input': '', 'output': 'It is 2.'}
-QUICK = os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
 BY_TASK = {
   'choice': CHOICE,
   'math': NUMBER,
@@ -289,7 +288,6 @@ def test_two_processes_share_an_evaluation(
       stdout=subprocess.PIPE,
       text=True,
       cwd=Path(__file__).parents[1],
-      env=QUICK,
     )
     for i in range(2)
   ]
@@ -538,7 +536,6 @@ def binary(*arguments):
     [sys.executable, '-m', 'gakd_jax.evaluate', *arguments],
     capture_output=True,
     text=True,
-    env=QUICK,
     check=False,
   )
 

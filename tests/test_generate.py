@@ -16,9 +16,7 @@ def run(*arguments, text='', **env):
     [sys.executable, '-m', 'gakd_jax.generate', *arguments],
     input=text.encode(errors='surrogateescape'),
     capture_output=True,
-    env=os.environ
-    | {'PYTHONUTF8': '1', 'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
-    | env,
+    env=os.environ | {'PYTHONUTF8': '1'} | env,
     check=False,
   )
 

@@ -19,7 +19,6 @@ import pytest
 from gakd_jax import UserError, hosts, log, rollcall, rundir
 
 ROOT = Path(__file__).parents[1]
-QUICK = os.environ | {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1'}
 STEPS = 30
 TOLERANCE = 1e-5
 WORDS = ('one', 'two', 'three', 'four', 'five', 'six', 'seven', 'eight')
@@ -86,7 +85,7 @@ def begin(free_port):
           stderr=subprocess.PIPE,
           text=True,
           cwd=ROOT,
-          env=QUICK | {'JAX_NUM_CPU_DEVICES': str(devices)} | env,
+          env=os.environ | {'JAX_NUM_CPU_DEVICES': str(devices)} | env,
         )
       )
     return started[-len(which) :]
@@ -121,7 +120,7 @@ def of(config_file, workdir, *more):
 def whole(config_file, tmp_path_factory):
   """The losses of a run in one process that nothing interrupts."""
   workdir = tmp_path_factory.mktemp('whole')
-  env = QUICK | {'JAX_NUM_CPU_DEVICES': '4'}
+  env = os.environ | {'JAX_NUM_CPU_DEVICES': '4'}
   command = [sys.executable, '-m', 'gakd_jax.main', *of(config_file, workdir)]
   subprocess.run(command, cwd=ROOT, env=env, check=True)
   assert list(losses(workdir)) == list(range(1, STEPS + 1))

@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 from tests.test_hosts import (
-  QUICK,
   ROOT,
   STEPS,
   config_file,
@@ -23,7 +22,10 @@ from tests.test_hosts import (
 )
 
 LAUNCH = ROOT / 'launch'
-ENV = QUICK | {'PYTHON': sys.executable, 'JAX_NUM_CPU_DEVICES': '2'}
+ENV = os.environ | {
+  'PYTHON': sys.executable,
+  'JAX_NUM_CPU_DEVICES': '2',
+}
 __all__ = ['config_file']
 
 

@@ -304,10 +304,7 @@ def test_prints_through_the_binary(pair, tmp_path, tmp_path_factory):
     check=False,
     cwd=Path(__file__).parents[1],
     env=os.environ
-    | {
-      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-      'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('compiled')),
-    },
+    | {'JAX_COMPILATION_CACHE_DIR': str(tmp_path_factory.mktemp('compiled'))},
   )
   assert done.returncode == 0, done.stderr
   assert 'data=2, fsdp=2, tensor=1 (4 devices)' in done.stdout

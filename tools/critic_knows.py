@@ -61,9 +61,7 @@ def config(start, data, steps):
 def made(start, data, steps, workdir):
   """The `build.Run` of a config, its batches and its `Training`."""
   c = config(start, data, steps)
-  mesh = sharding.make_mesh(**c.mesh)
-  jax.set_mesh(mesh)
-  run = build.build(c, workdir, mesh)
+  run = build.build(c, workdir, jax.sharding.get_mesh())
   batches = inputs.training_batches(run)
   return run, batches, training_lib.make(run, batches.steps_per_epoch, steps)
 
@@ -271,6 +269,12 @@ def main():
   parser.add_argument('--prompts', default=480, type=int)
   parser.add_argument('--frozen', default=300, type=int, help='steps')
   args = parser.parse_args()
+  with jax.set_mesh(sharding.make_mesh()):
+    study(args)
+
+
+def study(args):
+  """Writes <workdir>/found.json."""
   params, critic, curve = trained(args)
   # Prompts of the test split, which neither has seen.
   spec = f'python:tools.synthetic:gradable:test:{args.prompts}'

@@ -13,6 +13,8 @@ bad row.
 
 import dataclasses
 import decimal
+import difflib
+import functools
 import math
 import numbers
 import re
@@ -28,6 +30,7 @@ _FIELDS = {
   'prompt': ('response', 'completion'),
   'query': ('response',),
 }
+_MISSING = f'missing {", ".join(_FIELDS)}, messages or dialogue'
 _ROLES = {'human': 'user', 'gpt': 'assistant'} | {
   role: role for role in ('system', 'user', 'assistant')
 }
@@ -148,10 +151,16 @@ def _refuse(where, record, keys):
       raise BadRow(where, f'has {key}, which no template shows')
 
 
+@functools.lru_cache  # Rows have the same few names.
+def _meant(name):
+  near = difflib.get_close_matches(name, (*_FIELDS, 'messages', 'dialogue'), 1)
+  return f' (is {name!r} {near[0]!r}?)' if near else ''
+
+
 def _pair(where, record, need_response):
   prompt_key = next((key for key in _FIELDS if key in record), None)
   if prompt_key is None:
-    raise BadRow(where, 'missing instruction, question, prompt or query')
+    raise BadRow(where, _MISSING + ''.join(map(_meant, record)))
   names = _FIELDS[prompt_key]
   response_key = next((name for name in names if name in record), names[0])
   if need_response and response_key not in record:

@@ -137,7 +137,7 @@ def nothing_left(spec, bad):
   reasons = ', '.join(f'{n} {reason}' for reason, n in bad.most_common())
   return (
     f'{" and ".join(parts(spec))}: no usable row ({reasons or "it is empty"}); '
-    'see the row schemas in gakd_jax/data/rows.py'
+    'docs/guide/data.md has what a row may be'
   )
 
 

@@ -201,7 +201,7 @@ NO_ROW = 'no usable row'
 @pytest.mark.parametrize(
   ('name', 'content', 'said'),
   [
-    ('a.jsonl', b'', f'{NO_ROW} (it is empty); see the row schemas'),
+    ('a.jsonl', b'', f'{NO_ROW} (it is empty); docs/guide/data.md'),
     ('a.jsonl', b'\n \r\n\t\n', f'{NO_ROW} (it is empty)'),
     ('a.jsonl', b'\xef\xbb\xbf', f'{NO_ROW} (it is empty)'),
     ('a.jsonl', b'\0' * 5000, f'{NO_ROW} (1 not JSON)'),
@@ -218,6 +218,11 @@ NO_ROW = 'no usable row'
     ('a.json', b'NaN', f'{NO_ROW} (1 not an object)'),
     ('a.json', b'[1, [2], null]', f'{NO_ROW} (3 not an object)'),
     ('a.json', b'{"data": [%b]}' % LINE, f'{NO_ROW} (1 missing instruction'),
+    (
+      'a.jsonl',
+      b'{"instrution": ""}',
+      "dialogue (is 'instrution' 'instruction'?",
+    ),
     ('a.json', b'{\n"data": [\n%b\n]\n}' % LINE[:-1], f'{NO_ROW} (5 not JSON'),
     ('a.json', b'[%b] x' % LINE, 'not a JSON array (Extra data: line 1'),
     ('a.json', b'[%b,' % LINE, 'not a JSON array (Expecting value: line 1'),
@@ -371,7 +376,7 @@ def turns(*messages, **rest):
     (b"{'instruction': 'a', 'output': 'b'}", 'not JSON'),
     (LINE + LINE, 'not JSON'),
     (b'// comment', 'not JSON'),
-    ({}, 'missing instruction, question, prompt or query'),
+    ({}, 'missing instruction, question, prompt, query, messages or dialogue'),
     ({**ROW, 'answer': [1]}, NUMBER),
     ({**ROW, 'answer': {}}, NUMBER),
     ({**ROW, 'answer': float('nan')}, NUMBER),

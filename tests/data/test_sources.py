@@ -192,7 +192,7 @@ BAD = {
   'not an object': b'[1]',
   'missing output': b'{"instruction": "x", "question": "q", "answer": "a"}',
   'missing answer': b'{"question": "x", "output": "y"}',
-  'missing instruction, question, prompt or query': b'{"text": "x"}',
+  'missing instruction, question, prompt, query, messages or dialogue': b'{"text": "x"}',
   'empty response': b'{"instruction": "x", "output": [" ", ""]}',
   'empty prompt': b'{"instruction": " ", "output": "x"}',
   'output is not text': b'{"instruction": "x", "output": ["y", 3]}',
