@@ -20,6 +20,7 @@ or wants it in another dtype.
 
 import argparse
 import functools
+import logging
 import shutil
 import sys
 from pathlib import Path
@@ -218,6 +219,8 @@ def main(argv=None):
     '--merge', action='store_true', help='fold adapters in, for to_hf'
   )
   args = parser.parse_args(argv)
+  # Orbax warns of files that it was asked not to write (`use_ocdbt`).
+  logging.getLogger('absl').setLevel(logging.ERROR)
   if args.direction == 'to_hf' and args.dtype:
     parser.error('--dtype goes with to_flax and from_gguf')
   if args.direction != 'to_hf' and args.merge:
