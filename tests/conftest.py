@@ -90,6 +90,14 @@ def _programs_end_with_their_file():
 
 
 @pytest.fixture
+def whole_compiler():
+  """As it is for users, whose programs are optimised."""
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', True)
+
+
+@pytest.fixture
 def free_port():
   """For processes that find each other."""
   with socket.socket() as s:

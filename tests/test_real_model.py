@@ -67,7 +67,7 @@ def smollm2(tmp_path_factory):
   return source / GGUF, path
 
 
-def test_its_file_has_the_logits_of_transformers(smollm2):
+def test_its_file_has_the_logits_of_transformers(smollm2, whole_compiler):
   file, path = smollm2
   transformers = pytest.importorskip('transformers')
   torch = pytest.importorskip('torch')

@@ -615,14 +615,6 @@ def _take(before, taken, move, metrics, *_):
   return taken.replace(step=before.step + 1), metrics
 
 
-@pytest.fixture
-def whole_compiler():
-  """As it is for users, whose programs are optimised."""
-  jax.config.update('jax_disable_most_optimizations', False)
-  yield
-  jax.config.update('jax_disable_most_optimizations', True)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('method', METHODS)
 def test_what_skips_steps_changes_no_bit_of_a_good_one(
