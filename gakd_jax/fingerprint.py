@@ -57,7 +57,8 @@ def check(where, began, now, force=False, how=()):
   if matter and not force:
     raise UserError(
       f'{where} was begun with something else: {"; ".join(matter)}; go on with '
-      'what it was begun with, name another place (--workdir), or --force'
+      'what it was begun with, name another place (--workdir, --output), or '
+      '--force'
     )
   for text in texts.values():
     print(f'{where}: {"forced: " if text in matter else ""}{text}', flush=True)

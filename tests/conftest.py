@@ -80,10 +80,11 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(scope='module', autouse=True)
-def _programs_end_with_their_file():
-  # Each maps some twenty areas of memory, of which Linux gives a process 65530;
-  # a process that has no more of them crashes.
+def _files_leave_nothing():
   yield
+  assert jax.sharding.get_mesh().empty, 'a test left its mesh to all others'
+  # Each program maps some twenty areas of memory, of which Linux gives a
+  # process 65530; a process that has no more of them crashes.
   maps = Path('/proc/self/maps')
   if maps.exists() and maps.read_bytes().count(b'\n') > 20_000:
     jax.clear_caches()

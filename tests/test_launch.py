@@ -12,20 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.test_hosts import (
-  ROOT,
-  STEPS,
-  config_file,
-  losses,
-  of,
-  when_at,
-)
+from tests.test_hosts import ROOT, STEPS, config_file, losses, of, when_at
 
 LAUNCH = ROOT / 'launch'
-ENV = os.environ | {
-  'PYTHON': sys.executable,
-  'JAX_NUM_CPU_DEVICES': '2',
-}
+ENV = os.environ | {'PYTHON': sys.executable, 'JAX_NUM_CPU_DEVICES': '2'}
 __all__ = ['config_file']
 
 

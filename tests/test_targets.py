@@ -18,6 +18,8 @@ from configs import rgan_0p6b, rkl_0p6b
 from gakd_jax import UserError, build, hlo, plan, planning, sharding, targets
 from gakd_jax import training as training_lib
 
+pytestmark = pytest.mark.usefixtures('whole_compiler')
+
 # No width is this, nor what is left of one on a device.
 B, T = 64, 448
 V, D, E = 151936, 1024, 4096
@@ -74,14 +76,6 @@ def pair(tmp_path_factory):
     (path / 'config.json').write_text(json.dumps(hf))
     paths.append(str(path))
   return tuple(paths)
-
-
-@pytest.fixture(autouse=True, scope='module')
-def whole_compiler():
-  """As it is for users: other tests leave out what takes long to compile."""
-  jax.config.update('jax_disable_most_optimizations', False)
-  yield
-  jax.config.update('jax_disable_most_optimizations', True)
 
 
 def config_of(pair, method, mesh, attention):

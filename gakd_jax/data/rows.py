@@ -13,13 +13,12 @@ bad row.
 
 import dataclasses
 import decimal
-import difflib
 import functools
 import math
 import numbers
 import re
 
-from gakd_jax import UserError
+from gakd_jax import UserError, settings
 from gakd_jax.data import records
 from gakd_jax.data.records import BadRow
 
@@ -30,7 +29,7 @@ _FIELDS = {
   'prompt': ('response', 'completion'),
   'query': ('response',),
 }
-_MISSING = f'missing {", ".join(_FIELDS)}, messages or dialogue'
+_PROMPTS = (*_FIELDS, 'messages', 'dialogue')
 _ROLES = {'human': 'user', 'gpt': 'assistant'} | {
   role: role for role in ('system', 'user', 'assistant')
 }
@@ -151,20 +150,22 @@ def _refuse(where, record, keys):
       raise BadRow(where, f'has {key}, which no template shows')
 
 
-@functools.lru_cache  # Rows have the same few names.
-def _meant(name):
-  near = difflib.get_close_matches(name, (*_FIELDS, 'messages', 'dialogue'), 1)
-  return f' (is {name!r} {near[0]!r}?)' if near else ''
+@functools.lru_cache  # Bad rows tend to have the same names.
+def _meant(names, known):
+  hints = ''.join(settings.did_you_mean(name, known) for name in names)
+  return f'; {hints}'.rstrip('; ')
 
 
 def _pair(where, record, need_response):
   prompt_key = next((key for key in _FIELDS if key in record), None)
   if prompt_key is None:
-    raise BadRow(where, _MISSING + ''.join(map(_meant, record)))
+    meant = _meant((*record,), _PROMPTS)
+    raise BadRow(where, f'missing {", ".join(_PROMPTS)}{meant}')
   names = _FIELDS[prompt_key]
   response_key = next((name for name in names if name in record), names[0])
   if need_response and response_key not in record:
-    raise BadRow(where, f'missing {response_key}')
+    meant = _meant((*record,), names)
+    raise BadRow(where, f'missing {response_key}{meant}')
   if prompt_key == 'question':
     _refuse(where, record, _CHOICES)
   prompt = record[prompt_key]

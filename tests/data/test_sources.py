@@ -186,13 +186,14 @@ def test_what_stands_before_the_prompt_is_part_of_it(tmp_path, record, turns):
   assert row.references == ('3',)
 
 
+NO_PROMPT = 'missing instruction, question, prompt, query, messages, dialogue'
 BAD = {
   'not JSON': b'{"instruction": ',
   'not UTF-8': b'{"instruction": "caf\xe9", "output": "x"}',
   'not an object': b'[1]',
   'missing output': b'{"instruction": "x", "question": "q", "answer": "a"}',
   'missing answer': b'{"question": "x", "output": "y"}',
-  'missing instruction, question, prompt, query, messages or dialogue': b'{"text": "x"}',
+  NO_PROMPT: b'{"text": "x"}',
   'empty response': b'{"instruction": "x", "output": [" ", ""]}',
   'empty prompt': b'{"instruction": " ", "output": "x"}',
   'output is not text': b'{"instruction": "x", "output": ["y", 3]}',
